@@ -1,0 +1,59 @@
+# make demo   install into .venv and draw the information-flow maps of the embedded models (demo/)
+# make test   lint, types, import contracts and tests
+# make lint   ruff, mypy and the import contracts alone
+# make bench  time and memory of the library beside a plain forward
+# make clean  remove .venv, demo/ and caches
+#
+# PYTHON=python3.12 make demo   uses another interpreter (>= 3.11)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed
+	$(BIN)/ssm-interp flow --out demo
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not gpu and not hub" --durations 10
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: an interpreter, torch and the build backend in it, the package (editable), the test tools.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make: ssm-interp needs Python >= 3.11, and $(PYTHON) is" \
+	    "$$($(PYTHON) --version 2>&1 || true); say which one to use, as in: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	@echo "installing torch (the largest part)"
+	$(PIP) torch hatchling editables
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@

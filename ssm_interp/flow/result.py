@@ -1,0 +1,146 @@
+"""What a sweep found: a tidy table, its summary, its picture, its file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from ssm_interp import plots
+from ssm_interp.flow.metrics import summarise
+from ssm_interp.flow.windows import Align, FlowError
+
+METADATA = b"ssm_interp.flow"
+COLUMNS = [
+    "prompt_id",
+    "model",
+    "source",
+    "target",
+    "layer",
+    "window_start",
+    "window_size",
+    "n_edges",
+    "p_base",
+    "p",
+    "relative_change",
+    "logprob_difference",
+    "hit",
+]
+
+
+@dataclass(frozen=True)
+class FlowRun:
+    """How one model was swept.
+
+    Attributes:
+        model: its name in the table.
+        layers: its SSM layers.
+        window: layers per window, w.
+        align: `"left"` or `"centre"`.
+        asked: how many prompts it was asked.
+        kept: how many of them it answered correctly; only these are in the table.
+    """
+
+    model: str
+    layers: tuple[int, ...]
+    window: int
+    align: Align
+    asked: int
+    kept: int
+
+
+@dataclass(frozen=True, eq=False)
+class FlowResult:
+    """Every number of a sweep, or of several.
+
+    Attributes:
+        frame: one row per prompt, source, target and window, with the columns `prompt_id`, `model`, `source`, `target`;
+            `layer`, the one that the window is drawn at (its first or its centre); `window_start`, its first layer;
+            `window_size`, how many layers it has; `n_edges`, edges removed in each of them; `p_base`, `p`,
+            `relative_change` in %, `logprob_difference`, `hit` (see `answer_metrics`).
+        runs: how each model was swept.
+
+    Raises:
+        FlowError: missing columns; two runs of one model name.
+
+    Example:
+        >>> result.summary().loc[lambda rows: rows["mean"].idxmin()]        # doctest: +SKIP
+    """
+
+    frame: pd.DataFrame
+    runs: tuple[FlowRun, ...]
+
+    def __post_init__(self) -> None:
+        if missing := [column for column in COLUMNS if column not in self.frame.columns]:
+            raise FlowError(f"a table of a sweep needs the columns {COLUMNS}; these are missing: {missing}")
+        times = Counter(run.model for run in self.runs)
+        if twice := [model for model, count in times.items() if count > 1]:
+            raise FlowError(f"two runs have the same model name, {twice[0]!r}; give one of them another `name`")
+        object.__setattr__(self, "frame", self.frame[COLUMNS])
+
+    @staticmethod
+    def join(results: Sequence[FlowResult]) -> FlowResult:
+        """Several models' results as one.
+
+        Raises:
+            FlowError: none given, or two runs of one model name.
+        """
+        if not results:
+            raise FlowError("there are no results to join")
+        frame = pd.concat([result.frame for result in results], ignore_index=True)
+        return FlowResult(frame, tuple(run for result in results for run in result.runs))
+
+    def summary(self) -> pd.DataFrame:
+        """Means over prompts with 95 % intervals, and medians, per model, source, target and window; see `summarise`."""
+        return summarise(self.frame)
+
+    def largest_drops(self) -> pd.DataFrame:
+        """The summary's row with the lowest mean relative change, for each model, source and target."""
+        summary = self.summary()
+        return summary.loc[summary.groupby(["model", "source", "target"], sort=False)["mean"].idxmin()].reset_index(
+            drop=True
+        )
+
+    def plot(self) -> Figure:
+        """A panel per model (and a row per target): mean relative change over the windows, a line per source."""
+        return plots.flow_figure(self.summary(), x_labels={run.model: _x_label(run) for run in self.runs})
+
+    def save(self, path: str | Path) -> None:
+        """Write a Parquet file, the runs in its metadata.
+
+        Raises:
+            OSError: the path cannot be written.
+        """
+        table = pa.Table.from_pandas(self.frame, preserve_index=False)
+        runs = json.dumps([asdict(run) for run in self.runs])
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, METADATA: runs}), path)
+
+    @staticmethod
+    def load(path: str | Path) -> FlowResult:
+        """Read what `save` wrote.
+
+        Raises:
+            FlowError: no such file, or not one that `save` wrote.
+        """
+        if not Path(path).is_file():
+            raise FlowError(f"there is no file {str(path)!r}")
+        try:
+            table = pq.read_table(path)
+        except pa.ArrowInvalid as error:
+            raise FlowError(f"{str(path)!r} is not a Parquet file: {' '.join(str(error).split())}") from None
+        if METADATA not in (table.schema.metadata or {}):
+            raise FlowError(f"{str(path)!r} is a Parquet file, but not one that FlowResult.save wrote")
+        runs = json.loads(table.schema.metadata[METADATA])
+        return FlowResult(table.to_pandas(), tuple(FlowRun(**run | {"layers": tuple(run["layers"])}) for run in runs))
+
+
+def _x_label(run: FlowRun) -> str:
+    place = "First" if run.align == "left" else "Centre"
+    return f"{place} layer of the window ({run.window} of {len(run.layers)} layers)"

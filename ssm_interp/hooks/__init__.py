@@ -1,0 +1,32 @@
+"""Where the mathematics meets a model: hook points, attach, interventions."""
+
+from ssm_interp.hooks.attach import Attachment, Exposure, Run, attach, attached
+from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
+from ssm_interp.hooks.interventions import (
+    EditAttention,
+    Intervention,
+    Knockout,
+    PatchState,
+    ScaleFeatures,
+    SetDelta,
+)
+from ssm_interp.hooks.points import HookPoint, HookPoints
+
+__all__ = [
+    "Attachment",
+    "EditAttention",
+    "Exposure",
+    "HookError",
+    "HookPoint",
+    "HookPoints",
+    "Intervention",
+    "InterventionError",
+    "Knockout",
+    "PatchState",
+    "Run",
+    "ScaleFeatures",
+    "SetDelta",
+    "UnsupportedModelError",
+    "attach",
+    "attached",
+]

@@ -1,0 +1,310 @@
+"""Attach hook points to the SSM mixers of a model that somebody else loaded, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
+from ssm_interp.hooks.interventions import Intervention
+from ssm_interp.hooks.operators import GATED_FAMILY
+from ssm_interp.hooks.points import HEAD_AXIS, HookPoint, HookPoints
+from ssm_interp.hooks.routing import HookedMixer, hooked_class, operators_of, transformers_version
+from ssm_interp.hooks.site import ActiveEdit, editing, is_edited
+from ssm_interp.scan.terms import FLOATS
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `Attachment.run` gives.
+
+    Attributes:
+        output: the model's own output.
+        reads: the tensors that were read, by (name, layer).
+
+    Example:
+        >>> run["attn", 3]           # [b h t s]
+        >>> run["attn"]              # {layer: tensor}
+    """
+
+    output: Any
+    reads: dict[tuple[str, int], Tensor]
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's logits, `[b t v]`."""
+        logits: Tensor = self.output.logits
+        return logits
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Any:
+        if isinstance(key, str):
+            found = {layer: tensor for (name, layer), tensor in self.reads.items() if name == key}
+            if found:
+                return found
+        elif key in self.reads:
+            return self.reads[key]
+        raise KeyError(f"{key!r} was not read; read were {sorted(self.reads)}. Name it in run(..., read=[...])")
+
+
+class Attachment:
+    """Hook points in every SSM mixer of a model; made by `attach`. As a context manager it detaches at the end.
+
+    Attributes:
+        model: the model.
+        layers: model layer index -> the hook points of its SSM mixer.
+        mixers: model layer index -> the mixer itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
+        self.layers: dict[int, HookPoints] = {index: mixer.ssm for index, mixer in self.mixers.items()}
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = f"SSM layers {list(self.layers)}" if self.layers else "detached"
+        return f"Attachment({type(self.model).__name__}, {state})"
+
+    @contextmanager
+    def edit(self, *interventions: Intervention) -> Iterator[None]:
+        """Put interventions to work inside the `with` block, in this thread, beside those already at work.
+
+        Their order does not matter; see `HookPoints` for what several edits at one layer mean.
+
+        Raises:
+            InterventionError: a layer, head or state dimension that the model does not have. Positions are checked in
+                the forward, which knows the prompt.
+
+        Example:
+            >>> with ssm.edit(Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))):
+            ...     logits = model(**inputs).logits
+        """
+        self._check_attached()
+        for intervention in interventions:
+            self._check(intervention)
+        points = frozenset(id(points) for points in self.layers.values())
+        with editing(tuple(ActiveEdit(intervention, points) for intervention in interventions)):
+            yield
+
+    def run(
+        self,
+        inputs: Tensor | Mapping[str, Any],
+        read: str | Sequence[str] = (),
+        layers: int | Iterable[int] | None = None,
+        **options: Any,
+    ) -> Run:
+        """Call the model once and keep what passes the named hook points.
+
+        Args:
+            inputs: `input_ids` `[b t]`, or the mapping that a tokenizer returns.
+            read: hook points: x, dt, B, C, write, state, attn, y, z.
+            layers: of which layers; None: of all SSM layers.
+            options: passed on to the model.
+
+        Returns:
+            The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Zamba's heads, computed
+            in several operator calls, are put together.
+
+        Raises:
+            HookError: an unknown hook point or layer, empty inputs.
+
+        Example:
+            >>> ssm.run(inputs, read=["attn", "state"], layers=[3])["attn", 3].shape
+        """
+        self._check_attached()
+        given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+        for name, tensor in given.items():
+            if isinstance(tensor, Tensor) and tensor.numel() == 0:
+                raise HookError(f"{name} is empty, {list(tensor.shape)}: a run needs at least one token")
+        caught: dict[tuple[str, int], list[Tensor]] = {}
+        with ExitStack() as stack:
+            for point, key in self._points([read] if isinstance(read, str) else read, layers):
+                caught[key] = []
+                stack.callback(point.register_forward_hook(_catch(caught[key])).remove)
+            output = self.model(**given, **options)
+        reads = {key: found[0] if len(found) == 1 else torch.cat(found, HEAD_AXIS[key[0]]) for key, found in caught.items()}
+        return Run(output, reads)
+
+    def expose(self, *names: str, layers: int | Iterable[int] | None = None) -> Exposure:
+        """Make hook points fire though nothing is hooked to them, for hosts that read modules without hooks (nnsight).
+
+        It holds until `Exposure.close`, or to the end of a `with` block.
+
+        Raises:
+            HookError: an unknown hook point or layer.
+
+        Example:
+            >>> with ssm.expose("attn", layers=[3]), wrapped.trace(ids):
+            ...     attn = wrapped.backbone.layers[3].mixer.ssm.hook_attn.output.save()
+        """
+        self._check_attached()
+        return Exposure([point for point, _ in self._points(names, layers)])
+
+    def detach(self) -> None:
+        """Give every mixer back its class and forward, and drop the hook points with all hooks on them.
+
+        Raises:
+            HookError: an edit is at work in this thread; leave its `with` block first.
+        """
+        if any(is_edited(points) for points in self.layers.values()):
+            raise HookError("cannot detach inside `with ssm.edit(...)`: leave that block first")
+        for mixer in self.mixers.values():
+            if isinstance(mixer, HookedMixer):
+                _restore(mixer)
+        self.mixers, self.layers = {}, {}
+
+    def _points(
+        self, names: Iterable[str], layers: int | Iterable[int] | None
+    ) -> list[tuple[HookPoint, tuple[str, int]]]:
+        chosen = list(self.layers) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        if missing := [layer for layer in chosen if layer not in self.layers]:
+            raise HookError(f"no SSM layer {missing[0]}; the SSM layers of this model are {list(self.layers)}")
+        points = [(self.layers[layer].point(name), layer) for name in names for layer in chosen]
+        return [(point, (point.name, layer)) for point, layer in points]
+
+    def _check(self, intervention: Intervention) -> None:
+        if not isinstance(intervention, Intervention):
+            raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {intervention!r}")
+        kind = intervention.kind
+        layers = list(self.layers) if intervention.layers is None else list(intervention.layers)  # type: ignore[arg-type]
+        if missing := [layer for layer in layers if layer not in self.layers]:
+            raise InterventionError(f"{kind}: no SSM layer {missing}; this model has {list(self.layers)}")
+        for layer in layers:
+            points = self.layers[layer]
+            for feature in intervention.features or ():  # type: ignore[union-attr]
+                head, dimension = feature if isinstance(feature, tuple) else (feature, 0)
+                if not (0 <= head < points.heads and 0 <= dimension < points.state_size):
+                    raise InterventionError(
+                        f"{kind}: layer {layer} has no feature {feature}; it has heads 0 to {points.heads - 1} "
+                        f"and state dimensions 0 to {points.state_size - 1}"
+                    )
+
+    def _check_attached(self) -> None:
+        if not self.layers:
+            raise HookError("this attachment was detached; call attach(model) again")
+
+
+class Exposure:
+    """Hook points that fire until `close`, or to the end of a `with` block."""
+
+    def __init__(self, points: list[HookPoint]) -> None:
+        self._points = [point for point in points if not point.exposed]
+        for point in self._points:
+            point.exposed = True
+
+    def close(self) -> None:
+        for point in self._points:
+            point.exposed = False
+
+    def __enter__(self) -> Exposure:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def attach(model: nn.Module, *, own_operator: bool = False) -> Attachment:
+    """Put hook points into every SSM mixer of a model.
+
+    The model stays what it is: same parameters, same state_dict keys, and as long as nothing is edited and nothing
+    exposed it calls its own operator and gives bit-identical logits. Hook points sit in a child module `ssm` of each mixer.
+
+    Args:
+        model: a transformers model (>= 5.15) of the families mamba, falcon_mamba, jamba, zamba, mamba2, bamba,
+            falcon_h1, granitemoehybrid, nemotron_h, zamba2, or a module that contains such mixers. In hybrids the
+            attention layers are left alone.
+        own_operator: always run the library's recurrence in place of the host's operator. It keeps float64, differentiates
+            fast on CPU, and goes on from a cache with several tokens; elsewhere the host's operator is faster.
+
+    Raises:
+        UnsupportedModelError: no SSM layers, or mixers whose operator is not known (too old a version, another class).
+        HookError: already attached; wrapped by nnsight (attach first, then wrap); a mixer's forward was replaced.
+
+    Example:
+        >>> with attach(model) as ssm:
+        ...     attn = ssm.run(inputs, read=["attn"], layers=[3])["attn", 3]
+    """
+    found = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
+    _check_model(model, found)
+    for mixer in found:
+        _hook(mixer, own_operator)
+    return Attachment(model)
+
+
+def attached(model: nn.Module) -> Attachment:
+    """The attachment of a model that already has hook points: a deepcopy of an attached model, for example.
+
+    Raises:
+        HookError: the model has none.
+
+    Example:
+        >>> copy = copy.deepcopy(model)              # attached, and independent of the original
+        >>> ssm_of_copy = attached(copy)
+    """
+    found = Attachment(model)
+    if not found.layers:
+        raise HookError(f"{type(model).__name__} has no hook points; call attach(model)")
+    return found
+
+
+def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
+    name = type(model).__name__
+    if any(isinstance(mixer, HookedMixer) for mixer in mixers):
+        raise HookError(f"{name} is already attached; detach first, or get its attachment with attached(model)")
+    if not mixers:
+        unknown = sorted({f"{type(m).__module__}.{type(m).__name__}" for m in model.modules() if hasattr(m, "A_log")})
+        if unknown:
+            raise UnsupportedModelError(
+                f"the mixers of {name} ({', '.join(unknown)}) call no operator that ssm_interp knows; it works with the "
+                f"Mamba classes of transformers >= 5.15, this is transformers {transformers_version()}"
+            )
+        raise UnsupportedModelError(f"{name} has no SSM layers: none of its modules is a Mamba-1 or Mamba-2 mixer")
+    for mixer in mixers:
+        where = f"{type(mixer).__name__} of layer {mixer.layer_idx}"
+        if "__nnsight__" in mixer.__dict__:
+            raise HookError(f"{where} is wrapped by nnsight, which would not see the hook points; attach first, then wrap")
+        if hasattr(mixer, "ssm"):
+            raise HookError(f"{where} already has an attribute `ssm`, where the hook points would go")
+        if mixer.A_log.dtype not in FLOATS:
+            raise UnsupportedModelError(f"{where} is in {mixer.A_log.dtype}; supported are {', '.join(map(str, FLOATS))}")
+        inner = mixer.__dict__.get("_old_forward", mixer.forward)
+        if getattr(inner, "__func__", None) is not type(mixer).forward:
+            raise HookError(f"the forward of {where} was replaced on the instance; undo that before attaching")
+
+
+def _hook(mixer: nn.Module, own_operator: bool) -> None:
+    gated = bool(GATED_FAMILY.intersection(operators_of(type(mixer))))
+    A_log: Tensor = mixer.A_log  # type: ignore[assignment]
+    heads = A_log.shape[:-1].numel() if gated else A_log.shape[0]
+    state_size: Any = A_log.shape[-1] if gated else mixer.ssm_state_size
+    layer: Any = mixer.layer_idx
+    mixer.__class__ = hooked_class(type(mixer))
+    mixer.add_module("ssm", HookPoints(layer, heads, state_size, gated, own_operator).train(mixer.training))
+    _rebind_old_forward(mixer)
+
+
+def _restore(mixer: HookedMixer) -> None:
+    del mixer._modules["ssm"]
+    mixer.__class__ = mixer.host_class
+    _rebind_old_forward(mixer)
+
+
+def _rebind_old_forward(mixer: nn.Module) -> None:
+    """accelerate's hooks keep the forward that was bound when they were added."""
+    if "_old_forward" in mixer.__dict__:
+        mixer._old_forward = MethodType(type(mixer).forward, mixer)  # type: ignore[assignment]
+
+
+def _catch(found: list[Tensor]) -> Callable[[Any, Any, Tensor], None]:
+    return lambda _module, _args, tensor: found.append(tensor)

@@ -1,0 +1,101 @@
+"""Prove, on a tiny input, that a hooked model is the model, and that its hooks do what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ssm_interp.hooks.attach import Attachment, attach
+from ssm_interp.hooks.interventions import Knockout
+
+LENGTH = 7
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was checked: the measured value, whether it is as it must be, and what it says."""
+
+    name: str
+    value: float
+    passed: bool
+    detail: str
+
+
+@torch.no_grad()
+def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
+    """Attach to a model, try it on a tiny random input, detach; the model is left as it was.
+
+    Checked are: logits attached and idle (bit-identical), and with every hook point exposed, against the native ones;
+    M x against the operator's y, and y with D-skip and gate against what the host goes on with (through the logits); that
+    every hook point of every layer fires; that a knockout in all layers changes the target and nothing before it; that
+    detaching restores the logits.
+
+    Args:
+        model: as `attach` takes it, not attached.
+        seed: of the random tokens.
+
+    Raises:
+        HookError: as `attach`.
+
+    Example:
+        >>> all(row.passed for row in check(model))
+        True
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.randint(0, vocabulary, (1, LENGTH), generator=generator).to(device)
+    native = model(input_ids=ids).logits
+    with attach(model) as ssm:
+        rows = list(_attached(ssm, ids, native))
+    rows.append(_exact("detached == native", model(input_ids=ids).logits, native))
+    return rows
+
+
+def _attached(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
+    idle = ssm.model(input_ids=ids).logits
+    yield _exact("attached, idle == native", idle, native)
+    fired: set[tuple[int, str]] = set()
+    handles = [
+        point.register_forward_hook(lambda _module, _args, _out, key=(layer, point.name): fired.add(key))
+        for layer, points in ssm.layers.items()
+        for point in points.points()
+    ]
+    try:
+        exposed = ssm.model(input_ids=ids).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield _close("every hook point exposed == native", exposed, native)
+    total = sum(len(list(points.points())) for points in ssm.layers.values())
+    yield Row("hook points that fired", len(fired), len(fired) == total, f"of {total} in {len(ssm.layers)} SSM layers")
+    worst, where = 0.0, None
+    for layer in ssm.layers:
+        run = ssm.run(ids, read=["x", "attn", "y"], layers=layer)
+        product = torch.einsum("bhts,bshp->bthp", run["attn", layer], run["x", layer].to(run["attn", layer].dtype))
+        error = _relative(product, run["y", layer])
+        worst, where = max((worst, where or layer), (error, layer))
+    yield Row("M x == the operator's y", worst, worst <= TOLERANCE, f"worst relative error, in layer {where}")
+    with ssm.edit(Knockout(sources=[0, 1], targets=-1)):
+        edited = ssm.model(input_ids=ids).logits
+    moved = _relative(edited[:, -1], native[:, -1])
+    yield Row("a knockout changes its target", moved, moved > 0, "relative change of its logits")
+    before = _relative(edited[:, :-1], native[:, :-1])
+    yield Row("and nothing before it", before, before <= TOLERANCE, "relative change of the logits before")
+
+
+def _exact(name: str, found: Tensor, expected: Tensor) -> Row:
+    return Row(name, _relative(found, expected), torch.equal(found, expected), "relative error of the logits; must be 0")
+
+
+def _close(name: str, found: Tensor, expected: Tensor) -> Row:
+    error = _relative(found, expected)
+    return Row(name, error, error <= TOLERANCE, f"relative error of the logits; at most {TOLERANCE:g}")
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))

@@ -1,0 +1,13 @@
+"""What can go wrong where the mathematics meets a model."""
+
+
+class HookError(ValueError):
+    """Something asked of the hooks cannot be done; nothing was changed."""
+
+
+class InterventionError(HookError):
+    """An intervention does not fit the model, the batch or the prompt."""
+
+
+class UnsupportedModelError(HookError):
+    """A model, or a version of its library, whose SSM operator cannot be hooked."""

@@ -1,0 +1,297 @@
+"""Interventions as data: what to change, where. `Attachment.edit` puts them to work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Literal, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from ssm_interp.hooks.errors import InterventionError
+
+Positions = int | Iterable[int] | Iterable[Iterable[int]] | None
+Layers = int | Iterable[int] | None
+Features = int | Iterable[int] | Iterable[tuple[int, int]] | None
+
+FlatPositions = tuple[int, ...]
+RowPositions = tuple[FlatPositions, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Intervention:
+    """One edit of the SSM layers, as data.
+
+    Positions are columns of `input_ids`; negative ones count from the end of the prompt, which is the first call on a
+    cache. One integer or a sequence names the same positions in every row of the batch, a sequence of sequences those of
+    each row (an empty one: none). None means every position, generated ones included.
+
+    A feature is a head (in Mamba-1 a channel), given by its index, or a (head, state dimension) pair.
+
+    Attributes:
+        layers: model layer indices; None: every SSM layer.
+        features: heads or (head, state dimension) pairs; None: all.
+    """
+
+    layers: Layers = None
+    features: Features = None
+    kind: ClassVar[str] = "Intervention"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _flat(self.layers, self.kind, "layers"))
+        object.__setattr__(self, "features", _features(self.features, self.kind))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `{"kind": ..., field: value, ...}` without the fields that have their defaults."""
+        found: dict[str, Any] = {"kind": self.kind}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default is MISSING or value is not field.default:
+                found[field.name] = value.tolist() if isinstance(value, Tensor) else _listed(value)
+        return found
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Intervention:
+        """The intervention that `to_dict` described.
+
+        Raises:
+            InterventionError: an unknown kind, an unknown or missing field, or a value that the field does not take.
+        """
+        given = dict(data)
+        kind = given.pop("kind", None)
+        kinds = {subclass.kind: subclass for subclass in Intervention.__subclasses__()}
+        if kind not in kinds:
+            raise InterventionError(f"unknown kind of intervention {kind!r}; there are {sorted(kinds)}")
+        known = {field.name for field in fields(kinds[kind])}
+        if unknown := given.keys() - known:
+            raise InterventionError(f"{kind} has no field {sorted(unknown)}; it has {sorted(known)}")
+        try:
+            return kinds[kind](**given)
+        except TypeError as error:
+            raise InterventionError(f"{kind}: {error}") from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Intervention) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(repr(sorted(self.to_dict().items())))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Knockout(Intervention):
+    """Remove edges target <- source: the targets no longer read what the sources wrote (nothing is re-normalised).
+
+    Every pair of `targets` x `sources` is removed, a position that is both included (its edge to itself), or else the
+    listed `edges`. What the convolution carries, the D-skip, and the decay of the sources stay.
+
+    Attributes:
+        sources: positions that are no longer read.
+        targets: positions that no longer read them. None: also every generated position.
+        edges: (target, source) pairs, in place of `sources` and `targets`.
+
+    Cost: one more call of the operator from the first source to the last target, O(L H P N); no matrix.
+    Source: Mamba Knockout (Endy et al., ACL 2025), section 3.
+
+    Raises:
+        InterventionError: edges together with sources or targets; positions or features that are not integers.
+
+    Example:
+        >>> Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))
+        >>> Knockout(sources=[[2, 3], [4]], targets=-1, features=[0, 5])     # two rows, each its own sources
+    """
+
+    sources: Positions = None
+    targets: Positions = None
+    edges: Sequence[tuple[int, int]] | None = None
+    kind: ClassVar[str] = "Knockout"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sources", "targets"):
+            object.__setattr__(self, name, _positions(getattr(self, name), self.kind, name))
+        if self.edges is not None:
+            if self.sources is not None or self.targets is not None:
+                raise InterventionError("Knockout takes either `edges`, or `sources` and `targets`, not both")
+            object.__setattr__(self, "edges", _pairs(self.edges, "Knockout.edges", "(target, source)"))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PatchState(Intervention):
+    """Replace the state after `position`; every later position, and the reading at it, goes on from there.
+
+    Attributes:
+        position: where; one integer, or one per row of the batch.
+        state: the new state, `[h, p, n]` or `[b, h, p, n]`, or one number for all of it (0.0 wipes it).
+
+    Cost: the layer runs through the library's own recurrence, O(L H P N).
+
+    Raises:
+        InterventionError: a state that is neither a number nor such a tensor.
+
+    Example:
+        >>> donor = ssm.run(other, read=["state"], layers=[3])["state", 3][:, -1]
+        >>> PatchState(position=-1, state=donor, layers=[3])
+    """
+
+    position: int | Sequence[int]
+    state: float | Tensor | Sequence[Any]
+    kind: ClassVar[str] = "PatchState"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "position", _positions(self.position, self.kind, "position"))
+        if self.position is None or (self.position and isinstance(self.position[0], tuple)):
+            raise InterventionError("PatchState.position must be one integer, or one integer per row of the batch")
+        state = self.state if isinstance(self.state, Tensor) else torch.as_tensor(self.state, dtype=torch.float64)
+        if state.ndim not in (0, 3, 4):
+            raise InterventionError(f"PatchState.state must be a number, [h p n] or [b h p n], got {list(state.shape)}")
+        object.__setattr__(self, "state", state)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SetDelta(Intervention):
+    """Set the effective step dt of some positions: 0 makes a position neither write nor decay the state.
+
+    Attributes:
+        value: the step, >= 0.
+        positions: where; None: everywhere.
+
+    Raises:
+        InterventionError: a negative or non-finite step; features that are (head, state) pairs (a step belongs to a head).
+
+    Example:
+        >>> SetDelta(value=0.0, positions=[2, 3])
+    """
+
+    value: float
+    positions: Positions = None
+    kind: ClassVar[str] = "SetDelta"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "positions", _positions(self.positions, self.kind, "positions"))
+        if not 0 <= self.value < float("inf"):
+            raise InterventionError(f"SetDelta.value must be a finite step >= 0, got {self.value}")
+        _only_heads(self)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScaleFeatures(Intervention):
+    """Multiply what the features give to y at some positions (0 silences them, 1 changes nothing).
+
+    Attributes:
+        factor: the multiplier.
+        positions: targets at which it acts; None: everywhere.
+
+    Raises:
+        InterventionError: a factor that is not finite.
+
+    Example:
+        >>> ScaleFeatures(factor=0.0, features=[0, 5], positions=-1)
+    """
+
+    factor: float
+    positions: Positions = None
+    kind: ClassVar[str] = "ScaleFeatures"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "positions", _positions(self.positions, self.kind, "positions"))
+        if not abs(self.factor) < float("inf"):
+            raise InterventionError(f"ScaleFeatures.factor must be finite, got {self.factor}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EditAttention(Intervention):
+    """Change single entries of the SSM attention matrix: y gains (M' - M) x.
+
+    Attributes:
+        edges: (target, source) pairs.
+        value: what to put there.
+        mode: "set" the entries to the value, "add" it, or "scale" the entries by it.
+
+    Cost: one row of the matrix per target, O(L H N) each.
+
+    Raises:
+        InterventionError: an unknown mode; an edge whose source comes after its target (raised when it meets a prompt);
+            features that are (head, state) pairs (an entry of the matrix belongs to a head).
+
+    Example:
+        >>> EditAttention(edges=[(7, 3)], value=0.0)            # the same as Knockout(edges=[(7, 3)])
+    """
+
+    edges: Sequence[tuple[int, int]]
+    value: float
+    mode: Literal["set", "add", "scale"] = "set"
+    kind: ClassVar[str] = "EditAttention"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "edges", _pairs(self.edges, "EditAttention.edges", "(target, source)"))
+        if self.mode not in ("set", "add", "scale"):
+            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {self.mode!r}")
+        _only_heads(self)
+
+
+def _only_heads(intervention: Intervention) -> None:
+    if intervention.features and isinstance(intervention.features[0], tuple):  # type: ignore[index]
+        raise InterventionError(f"{intervention.kind} acts on heads; it takes no (head, state) pairs as features")
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
+
+
+def _flat(values: Any, kind: str, name: str) -> FlatPositions | None:
+    if values is None:
+        return None
+    if _is_index(values):
+        return (int(values),)
+    try:
+        found = tuple(values.tolist() if isinstance(values, Tensor) else values)
+    except TypeError:
+        found = (None,)
+    if not all(_is_index(value) for value in found):
+        raise InterventionError(f"{kind}.{name} must be an integer or a sequence of integers, got {values!r}")
+    return tuple(int(value) for value in found)
+
+
+def _positions(values: Any, kind: str, name: str) -> FlatPositions | RowPositions | None:
+    if values is None or _is_index(values):
+        return _flat(values, kind, name)
+    rows = values.tolist() if isinstance(values, Tensor) else list(values) if isinstance(values, Iterable) else [None]
+    if rows and all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
+        return tuple(_flat(row, kind, name) or () for row in rows)
+    try:
+        return _flat(rows, kind, name)
+    except InterventionError:
+        raise InterventionError(
+            f"{kind}.{name} must be an integer, a sequence of integers, or one such sequence per row, got {values!r}"
+        ) from None
+
+
+def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
+    rows = values.tolist() if isinstance(values, Tensor) else values
+    try:
+        found = tuple(tuple(row) for row in rows)
+    except TypeError:
+        found = ((None,),)
+    if not all(len(pair) == 2 and all(_is_index(value) for value in pair) for pair in found):
+        raise InterventionError(f"{name} must be pairs {what} of integers, got {values!r}")
+    return found  # type: ignore[return-value]
+
+
+def _features(values: Any, kind: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:
+    if values is None or _is_index(values):
+        return _flat(values, kind, "features")
+    rows = values.tolist() if isinstance(values, Tensor) else list(values) if isinstance(values, Iterable) else [None]
+    if not rows:
+        raise InterventionError(f"{kind}.features is empty; None means all features")
+    if all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
+        return _pairs(rows, f"{kind}.features", "(head, state dimension)")
+    return _flat(rows, kind, "features")
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,317 @@
+"""The operator signatures of the Mamba family, each put into the canonical layout and back.
+
+Every mixer reaches its recurrence through one of four functions, whose signatures transformers shares with mamba_ssm:
+a scan over positions and an update by one position, each in a Mamba-1 and a Mamba-2 layout. An adapter is made from the
+arguments of one call; nothing else in the package knows these layouts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_interp.scan import Terms
+
+Host = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of one operator call, canonical in layout, in the host's own dtypes.
+
+    x [b t h p], dt [b t h] (the effective step), A [h n] or [h 1], B and C [b t g n].
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+
+    def terms(self) -> Terms:
+        """The same as Terms, in float32 at least."""
+        dtype = torch.promote_types(self.x.dtype, torch.float32)
+        return Terms(*(tensor.to(dtype) for tensor in (self.x, self.dt, self.A, self.B, self.C)))
+
+
+class Operator(ABC):
+    """One call of a host's operator.
+
+    Attributes:
+        operands: what it was called with.
+        z: the gate, [b t h p], if it reaches the operator.
+        packed: whether several sequences are packed into a row, each with a recurrence of its own.
+    """
+
+    operands: Operands
+    z: Tensor | None = None
+    packed = False
+
+    def __init__(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._host, self._args, self._kwargs = host, args, kwargs
+        self.packed = any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens"))
+        self._bind(*args, **kwargs)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the host runs its PyTorch implementation, not a fused kernel; unknown counts as a kernel."""
+        return _is_reference(self._host)
+
+    def native(self) -> Any:
+        """The host's own call, as it was made."""
+        return self._host(*self._args, **self._kwargs)
+
+    @property
+    def initial_state(self) -> Tensor | None:
+        """The state it starts from, [b h p n], not yet changed by the call; None: zeros."""
+        return None
+
+    @abstractmethod
+    def _bind(self, *args: Any, **kwargs: Any) -> None: ...
+
+    @abstractmethod
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        """y = M x by the host's operator, without D-skip and gate; and the final state if the host asked for it."""
+
+    @abstractmethod
+    def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
+        """What the host expects back: y with D-skip and gate, in its layout, and the final state if it asked for it."""
+
+
+@cache
+def _is_reference(host: Host) -> bool:
+    inner = inspect.getclosurevars(host).nonlocals if inspect.isfunction(host) else {}
+    return "torch_function" in inner and inner.get("implementation") is inner["torch_function"]
+
+
+class SelectiveScan(Operator):
+    """`mamba_selective_scan`: x, dt, z [b h t]; A [h n]; B, C [b n t]; final state [b h n]."""
+
+    def _bind(
+        self,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **options: Any,
+    ) -> None:
+        self._D, self._wants_state, self._options = D, return_last_state, options
+        step = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
+        step = F.softplus(step) if delta_softplus else step
+        self.operands = Operands(
+            x=hidden_states.transpose(1, 2)[..., None],
+            dt=step.transpose(1, 2),
+            A=A,
+            B=B.transpose(1, 2)[:, :, None],
+            C=C.transpose(1, 2)[:, :, None],
+        )
+        self.z = None if z is None else z.transpose(1, 2)[..., None]
+
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        found = self._host(
+            operands.x[..., 0].transpose(1, 2),
+            operands.dt.transpose(1, 2),
+            operands.A,
+            operands.B[:, :, 0].transpose(1, 2),
+            operands.C[:, :, 0].transpose(1, 2),
+            return_last_state=self._wants_state,
+            **self._options,
+        )
+        y, state = found if self._wants_state else (found, None)
+        return y.transpose(1, 2)[..., None], None if state is None else state[:, :, None]
+
+    def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
+        output = y[..., 0].transpose(1, 2)
+        if self._D is not None:
+            output = output + x[..., 0].transpose(1, 2) * self._D[None, :, None]
+        if z is not None:
+            output = output * F.silu(z[..., 0].transpose(1, 2))
+        if not self._wants_state:
+            return output
+        return output, None if state is None else state[:, :, 0]
+
+
+class SelectiveUpdate(Operator):
+    """`mamba_selective_state_update`: state [b h n], changed in place; x, dt, z [b h]; A [h n]; B, C [b n]."""
+
+    def _bind(
+        self,
+        state: Tensor,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        z: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        self._state, self._D, self._options = state, D, options
+        step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+        step = F.softplus(step) if dt_softplus else step
+        self.operands = Operands(
+            x=hidden_states[:, None, :, None], dt=step[:, None], A=A, B=B[:, None, None], C=C[:, None, None]
+        )
+        self.z = None if z is None else z[:, None, :, None]
+
+    @property
+    def initial_state(self) -> Tensor:
+        return self._state[:, :, None].clone()
+
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        y = self._host(
+            self._state,
+            operands.x[:, 0, :, 0],
+            operands.dt[:, 0],
+            operands.A,
+            operands.B[:, 0, 0],
+            operands.C[:, 0, 0],
+            **self._options,
+        )
+        return y[:, None, :, None], self._state[:, :, None]
+
+    def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
+        output = y[:, 0, :, 0]
+        if self._D is not None:
+            output = output + x[:, 0, :, 0] * self._D
+        if z is not None:
+            output = output * F.silu(z[:, 0, :, 0])
+        _put(self._state, None if state is None else state[:, :, 0])
+        return output.to(x.dtype)
+
+
+class ChunkScan(Operator):
+    """`mamba2_chunk_scan`: x [b t h p]; dt [b t h]; A [h]; B, C [b t g n]; states [b h p n]."""
+
+    def _bind(
+        self,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **options: Any,
+    ) -> None:
+        self._D, self._wants_state, self._initial_state = D, return_final_states, initial_states
+        self._options = options | {"chunk_size": chunk_size}
+        step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+        step = F.softplus(step) if dt_softplus else step
+        step = torch.clamp(step, min=dt_limit[0], max=dt_limit[1])
+        self.operands = Operands(x=hidden_states, dt=step, A=A[:, None], B=B, C=C)
+        self.z = z
+
+    @property
+    def initial_state(self) -> Tensor | None:
+        return self._initial_state
+
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        found = self._host(
+            operands.x,
+            operands.dt,
+            operands.A[:, 0],
+            operands.B,
+            operands.C,
+            initial_states=self._initial_state,
+            return_final_states=self._wants_state,
+            **self._options,
+        )
+        return found if self._wants_state else (found, None)
+
+    def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
+        output = y
+        if self._D is not None:
+            output = output + (self._D[..., None] if self._D.ndim == 1 else self._D) * x.to(y.dtype)
+        if z is not None:
+            output = output * F.silu(z)
+        return (output, state) if self._wants_state else output
+
+
+class HeadUpdate(Operator):
+    """`mamba2_selective_state_update`: state [b h p n], changed in place; x, dt, z [b h p]; A [h p n]; B, C [b g n]."""
+
+    def _bind(
+        self,
+        state: Tensor,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        z: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        self._state, self._D, self._options, self._gate = state, D, options, z
+        step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+        step = F.softplus(step) if dt_softplus else step
+        self._p, self._n = hidden_states.shape[-1], B.shape[-1]
+        self.operands = Operands(
+            x=hidden_states[:, None], dt=step[:, None, :, 0], A=A[:, 0, :1], B=B[:, None], C=C[:, None]
+        )
+
+    @property
+    def initial_state(self) -> Tensor:
+        return self._state.clone()
+
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        y = self._host(
+            self._state,
+            operands.x[:, 0],
+            operands.dt[:, 0, :, None].expand(-1, -1, self._p),
+            operands.A[:, :, None].expand(-1, self._p, self._n),
+            operands.B[:, 0],
+            operands.C[:, 0],
+            **self._options,
+        )
+        return y[:, None], self._state
+
+    def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
+        output = y[:, 0]
+        if self._D is not None:
+            output = (output + x[:, 0] * self._D).to(output.dtype)
+        if self._gate is not None:
+            output = output * F.silu(self._gate)
+        _put(self._state, state)
+        return output.to(x.dtype)
+
+
+def _put(place: Tensor, state: Tensor | None) -> None:
+    """Copy an edited state to where the host keeps it (a no-op when the host has already changed it there)."""
+    if state is not None and state.data_ptr() != place.data_ptr():
+        place.copy_(state)
+
+
+OPERATORS: dict[str, type[Operator]] = {
+    "mamba_selective_scan": SelectiveScan,
+    "mamba_selective_state_update": SelectiveUpdate,
+    "mamba2_chunk_scan": ChunkScan,
+    "mamba2_selective_state_update": HeadUpdate,
+}
+GATED_FAMILY = {"mamba_selective_scan", "mamba_selective_state_update"}
+FUSED_SHORTCUTS = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")

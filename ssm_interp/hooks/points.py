@@ -1,0 +1,178 @@
+"""Hook points: the modules through which the tensors of an SSM mixer can be read and edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ssm_interp.hooks.errors import HookError
+
+HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
+Direction = Literal["fwd", "bwd", "both"]
+
+ALWAYS = ("x", "dt", "B", "C", "y", "z")
+ON_REQUEST = ("write", "state", "attn")
+FIRING_ORDER = ("x", "dt", "B", "C", "write", "state", "attn", "y", "z")
+HEAD_AXIS = {"x": 2, "dt": 2, "B": 2, "C": 2, "write": 2, "state": 2, "attn": 1, "y": 2, "z": 2}
+
+
+@dataclass(frozen=True)
+class _Added:
+    handle: RemovableHandle
+    direction: Direction
+    permanent: bool
+    level: int | None
+
+
+class HookPoint(nn.Module):
+    """An identity through which one tensor of the mixer passes; a hook on it reads the tensor or replaces it.
+
+    Takes plain PyTorch hooks (`register_forward_hook` and the rest) and, as TransformerLens' hook points do,
+    `add_hook(fn)` with `fn(tensor, hook)` returning None or a replacement.
+
+    Attributes:
+        name: what passes: x, dt, B, C, write, state, attn, y or z.
+        exposed: whether it was asked to fire though nothing is hooked to it. x, dt, B, C, y and z fire anyway (where the
+            host runs a fused kernel, y and z do not: the kernel keeps them to itself); write, state and attn cost
+            memory, so they fire when exposed or hooked.
+
+    Example:
+        >>> ssm.layers[3].hook_attn.register_forward_hook(lambda module, args, attn: attn.tril(-1))
+        >>> ssm.layers[3].hook_dt.add_hook(lambda dt, hook: dt * 2)
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.exposed = False
+        self._added: list[_Added] = []
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody wants what passes here: it is exposed or hooked."""
+        return self.exposed or self.has_hooks()
+
+    def has_hooks(self) -> bool:
+        """Whether any hook, PyTorch's own or one of `add_hook`, is attached."""
+        return bool(
+            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        )
+
+    def add_hook(
+        self,
+        hook: HookFunction,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> RemovableHandle:
+        """Attach `hook(tensor, hook_point)`; a tensor that it returns replaces the one that passed.
+
+        Args:
+            hook: the function. With `dir="bwd"` it gets the gradient.
+            dir: "fwd" or "bwd".
+            is_permanent: `remove_hooks` leaves it unless told otherwise.
+            level: a number by which `remove_hooks` can select it.
+            prepend: run before the hooks that are there.
+
+        Raises:
+            HookError: an unknown direction.
+        """
+        if dir == "fwd":
+            handle = self.register_forward_hook(lambda _module, _args, output: hook(output, self), prepend=prepend)
+        elif dir == "bwd":
+            handle = self.register_full_backward_hook(
+                lambda _module, _grad_input, grad_output: _as_tuple(hook(grad_output[0], self)), prepend=prepend
+            )
+        else:
+            raise HookError(f"add_hook on hook_{self.name}: dir must be 'fwd' or 'bwd', got {dir!r}")
+        self._added.append(_Added(handle, dir, is_permanent, level))
+        return handle
+
+    def remove_hooks(self, dir: Direction = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
+        """Remove what `add_hook` attached in this direction (and at this level, if one is given)."""
+        kept = []
+        for added in self._added:
+            selected = dir in ("both", added.direction) and level in (None, added.level)
+            if selected and (including_permanent or not added.permanent):
+                added.handle.remove()
+            else:
+                kept.append(added)
+        self._added = kept
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {'fires' if self.name in ALWAYS or self.requested else 'fires when exposed or hooked'}"
+
+
+def _as_tuple(gradient: Tensor | None) -> tuple[Tensor] | None:
+    return None if gradient is None else (gradient,)
+
+
+@dataclass
+class EditMemory:
+    """Under which edits a training forward ran, for gradient checkpointing, which runs it again in the backward pass."""
+
+    edits: set[Any] = field(default_factory=set)
+    recomputed: bool = False
+
+
+class HookPoints(nn.Module):
+    """The hook points of one SSM mixer, a child module of it by the name `ssm`.
+
+    Letters: b batch, t target position, s source position, h head, p head_dim, g group, n state.
+
+    In firing order: `hook_x` [b t h p], `hook_dt` [b t h] (the effective step), `hook_B` and `hook_C` [b t g n],
+    `hook_write` [b t h p n] (dt B x), `hook_state` [b t h p n], `hook_attn` [b h t s] (dt folded in: y = attn @ x),
+    `hook_y` [b t h p] (M x, before D-skip and gate), and in the Mamba-1 family `hook_z` [b t h p] (the gate, before its
+    SiLU; elsewhere it never reaches the operator). Edits of x, dt, B, C and write act on the recurrence; an edit of
+    state at t acts from t on; an edit of attn adds (attn' - attn) x; an edit of y comes last.
+
+    Attributes:
+        layer: index of the layer in the model.
+        own_operator: whether the library's own recurrence always runs in the place of the host's.
+        heads: how many heads (in the Mamba-1 family: channels) the mixer has.
+        state_size: how many state dimensions a head has.
+    """
+
+    def __init__(self, layer: int, heads: int, state_size: int, gated: bool, own_operator: bool) -> None:
+        super().__init__()
+        self.layer, self.heads, self.state_size = layer, heads, state_size
+        for name in FIRING_ORDER:
+            if name != "z" or gated:
+                self.add_module(f"hook_{name}", HookPoint(name))
+        self.own_operator = own_operator
+        self.memory = EditMemory()
+
+    def point(self, name: str) -> HookPoint:
+        """The hook point of a name, with or without its `hook_`.
+
+        Raises:
+            HookError: no such point in this mixer.
+        """
+        key = name if name.startswith("hook_") else f"hook_{name}"
+        if (point := self._modules.get(key)) is not None:
+            return point  # type: ignore[return-value]
+        if key == "hook_z":
+            raise HookError(
+                f"layer {self.layer} has no hook_z: in the Mamba-2 family the gate never reaches the operator; "
+                "hook the module that applies it (the mixer's `norm`)"
+            )
+        known = [point.name for point in self.points()]
+        near = get_close_matches(name.removeprefix("hook_"), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise HookError(f"no hook point {name!r}{hint} There are {', '.join(known)}")
+
+    def points(self) -> Iterator[HookPoint]:
+        """All hook points, in firing order."""
+        yield from self._modules.values()  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        return f"layer {self.layer}, {self.heads} heads, state size {self.state_size}"

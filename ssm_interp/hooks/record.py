@@ -1,0 +1,66 @@
+"""What must be remembered between the calls on one cache, kept with the cache itself.
+
+transformers' cache knows the recurrent state, not how many positions made it, nor the part of it that knocked-out
+sources wrote. Both are kept on the cache's own layer object; the states as further entries of its `recurrent_states`, so
+that whatever reorders, moves or copies the cache does the same to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+_NAME = "ssm_interp_record"
+
+
+@dataclass
+class Record:
+    """The history of one cache layer.
+
+    Attributes:
+        seen: positions read so far.
+        prompt: positions of the first call.
+        known: the interventions that were active at the first call.
+        slots: where the states that belong to an intervention are kept.
+    """
+
+    seen: int = 0
+    prompt: int = 0
+    known: set[Hashable] = field(default_factory=set)
+    slots: dict[Hashable, int] = field(default_factory=dict)
+
+
+def record_of(cache: Any, layer: int) -> Record | None:
+    """The record of a cache layer; None if others filled it before."""
+    place = cache.layers[layer]
+    filled = place.has_previous_state[0]
+    if not filled:
+        setattr(place, _NAME, Record())
+    return getattr(place, _NAME, None)
+
+
+def remembered(cache: Any, layer: int, key: Hashable) -> Tensor | None:
+    """The state kept under a key, [b h p n]."""
+    slot = getattr(cache.layers[layer], _NAME).slots.get(key)
+    return None if slot is None else cache.layers[layer].recurrent_states[slot]
+
+
+def remember(cache: Any, layer: int, key: Hashable, state: Tensor) -> None:
+    """Keep a state under a key."""
+    place = cache.layers[layer]
+    record: Record = getattr(place, _NAME)
+    if key not in record.slots:
+        slot = record.slots[key] = place.number_of_states
+        place.number_of_states += 1
+        for entries, value in (
+            (place.conv_states, None),
+            (place.is_conv_states_initialized, False),
+            (place.conv_kernel_size, None),
+            (place.has_previous_state, True),
+            (place.is_recurrent_states_initialized, True),
+        ):
+            entries[slot] = value
+    place.recurrent_states[record.slots[key]] = state

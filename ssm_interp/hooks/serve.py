@@ -1,0 +1,152 @@
+"""One operator call of a hooked mixer: fire the hook points, apply the edits, give the host what it expects.
+
+What several edits at one layer mean, whatever their order: edits of x, dt, B, C and write act on the recurrence; edits of
+the state act from their position on; an edge mask multiplies M; an edit of attn adds (M' - M) x; features are scaled in
+what is then read; an edit of y comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_interp.hooks.edits import LayerEdits
+from ssm_interp.hooks.errors import HookError
+from ssm_interp.hooks.operators import Operands, Operator
+from ssm_interp.hooks.points import ON_REQUEST, HookPoint
+from ssm_interp.hooks.site import Site
+from ssm_interp.scan import attention, read, write
+from ssm_interp.scan.terms import Terms
+
+
+def serve(operator: Operator, site: Site) -> Any:
+    """Do one operator call of the mixer that `site` is a forward of; its result is what the host's operator returns."""
+    heads = site.next_heads(operator.operands.x.shape[2])
+    points = site.points
+    edits = LayerEdits(site, heads, operator.operands)
+    given = operator.operands
+    operands = replace(given, dt=edits.set_delta(given.dt)) if edits else given
+    operands = replace(
+        operands,
+        x=_pass(points.hook_x, operands.x),
+        dt=_pass(points.hook_dt, operands.dt),
+        B=_pass(points.hook_B, operands.B),
+        C=_pass(points.hook_C, operands.C),
+    )
+    exposed = any(points.point(name).requested for name in ON_REQUEST)
+    if not (edits or exposed or points.own_operator):
+        if not (operator.is_reference or points.hook_y.requested or _asked_for_z(points)) and _same(operands, given):
+            return operator.native()
+        y, state = operator.run(operands)
+    else:
+        y, state = _edited(operator, operands, site, edits)
+    y = _pass(points.hook_y, y)
+    z = None if operator.z is None else _pass(points.hook_z, operator.z)
+    return operator.finish(y, state, operands.x, z)
+
+
+def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdits) -> tuple[Tensor, Tensor | None]:
+    """y and the final state of a call with something to edit or to show."""
+    if operator.packed:
+        raise HookError(
+            f"layer {site.layer} got packed sequences (seq_idx or cu_seqlens), in which positions mean something else in "
+            "each sequence; give one sequence per row, padded, with an attention_mask"
+        )
+    points, initial = site.points, _initial_state(operator, site, edits.heads)
+    terms = edits.scale_reads(operands.terms())
+    initial = None if initial is None else initial.to(terms.x.dtype)
+    if points.own_operator or edits.needs_own_scan:
+        y, state = edits.scan(terms, initial)
+    else:
+        y, state = operator.run(operands)
+    injected = _injected(points, terms, initial, edits)
+    if injected is not None:
+        given = edits.accumulate(terms, injected.writes + injected.state)
+        y = y + read(given, terms.C).to(y.dtype)
+        state = None if state is None else state + given[:, -1].to(state.dtype)
+    if points.hook_attn.requested:
+        shift = _shift(points.hook_attn, lambda: attention(terms))
+        if shift is not None:
+            y = y + torch.einsum("bhts,bshp->bthp", shift, terms.x).to(y.dtype)
+    y = y + edits.edit_attention(terms).to(y.dtype)
+    y = y - edits.knocked_out(terms, None if injected is None else injected.writes).to(y.dtype)
+    return edits.scale_heads(y), state
+
+
+class _Injected:
+    """What edits of write and state add to the recurrence, each [b t h p n]."""
+
+    def __init__(self, writes: Tensor, state: Tensor) -> None:
+        self.writes, self.state = writes, state
+
+
+def _injected(points: Any, terms: Terms, initial: Tensor | None, edits: LayerEdits) -> _Injected | None:
+    writes = _shift(points.hook_write, lambda: write(terms)) if points.hook_write.requested else None
+
+    def all_states() -> Tensor:
+        found = edits.states(terms, initial)
+        return found if writes is None else found + edits.accumulate(terms, writes)
+
+    state = _shift(points.hook_state, all_states) if points.hook_state.requested else None
+    if writes is None and state is None:
+        return None
+    none = torch.zeros_like(writes if writes is not None else state)  # type: ignore[arg-type]
+    return _Injected(none if writes is None else writes, none if state is None else state)
+
+
+def _pass(point: HookPoint, tensor: Tensor) -> Tensor:
+    """Through a hook point, which may replace the tensor by one of the same shape and dtype."""
+    found = point(tensor)
+    if found is tensor:
+        return found
+    if not isinstance(found, Tensor) or found.shape != tensor.shape:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise HookError(f"a hook on hook_{point.name} returned {got}; it must return a tensor {list(tensor.shape)}")
+    return found.to(tensor)
+
+
+def _shift(point: HookPoint, compute: Callable[[], Tensor]) -> Tensor | None:
+    """How a hook moved a tensor that is made for it alone; None if nobody touched it.
+
+    With autograd the difference is returned though it is zero: through it the gradient reaches what the hook saw, while
+    what it is subtracted from keeps the gradient upstream from being counted twice.
+    """
+    tensor = compute()
+    untracked = tensor.is_inference()
+    before = tensor.clone() if untracked else tensor
+    version = None if untracked else tensor._version
+    shown = tensor.view_as(tensor)
+    found = _pass(point, shown)
+    if not untracked and tensor._version != version:
+        before = compute()
+    elif found is shown and not untracked and not found.requires_grad:
+        return None
+    return found - before
+
+
+def _initial_state(operator: Operator, site: Site, heads: slice) -> Tensor | None:
+    """The state before this call, [b h p n]."""
+    state = operator.initial_state
+    if state is not None or not site.continues:
+        return state
+    if not site.points.own_operator:
+        raise HookError(
+            f"layer {site.layer}: several tokens at once on a filled cache, which the Mamba-1 operator of transformers "
+            "starts from a zero state; feed one token at a time, or attach with own_operator=True, which goes on from "
+            "the cached state"
+        )
+    cached: Tensor = site.cache.get_recurrent_state(site.layer)
+    return cached.flatten(1, -2)[:, heads, None]
+
+
+def _asked_for_z(points: Any) -> bool:
+    return "hook_z" in points._modules and points.hook_z.requested
+
+
+def _same(operands: Operands, given: Operands) -> bool:
+    pairs = zip(vars(operands).values(), vars(given).values(), strict=True)
+    return all(new is old and not (old.is_inference() or old._version) for new, old in pairs)

@@ -1,0 +1,171 @@
+"""One forward of one hooked mixer: which edits apply, and where in the sequence it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.hooks.interventions import FlatPositions, Intervention, RowPositions
+from ssm_interp.hooks.points import HookPoints
+from ssm_interp.hooks.record import Record, record_of
+
+
+@dataclass(frozen=True)
+class ActiveEdit:
+    """An intervention at work on some mixers."""
+
+    intervention: Intervention
+    points: frozenset[int]
+
+
+_active: ContextVar[tuple[ActiveEdit, ...]] = ContextVar("ssm_interp_edits", default=())
+
+
+@contextmanager
+def editing(edits: tuple[ActiveEdit, ...]) -> Iterator[None]:
+    """Put edits to work in this thread (or task), beside those that already are."""
+    token = _active.set((*_active.get(), *edits))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def is_edited(points: HookPoints) -> bool:
+    """Whether an edit is at work on a mixer, in this thread."""
+    return any(id(points) in edit.points for edit in _active.get())
+
+
+class Site:
+    """One forward of one mixer.
+
+    Attributes:
+        points: the mixer's hook points.
+        edits: the interventions at work here.
+        start: how many positions of the sequence came before this call.
+        length: positions of this call.
+        record: the history of the cache, if there is one.
+    """
+
+    def __init__(self, mixer: Any, cache: Any, mask: Tensor | None, length: int) -> None:
+        self.points: HookPoints = mixer.ssm
+        self.cache, self.mask, self.length = cache, mask, length
+        self.layer: int = mixer.layer_idx
+        if length == 0:
+            raise HookError("the prompt is empty: an SSM layer needs at least one position")
+        self.record = None if cache is None else record_of(cache, self.layer)
+        self.continues = cache is not None and bool(cache.layers[self.layer].has_previous_state[0])
+        self.edits = self._edits(mixer.training)
+        self.heads_done = 0
+        self._check_history()
+
+    @property
+    def prompt(self) -> int:
+        """Positions of the prompt: of the first call on the cache, or of this call if it is the first."""
+        return self.record.prompt if self.continues and self.record is not None else self.length
+
+    def next_heads(self, count: int) -> slice:
+        """Which of the mixer's heads the next operator call computes (Zamba calls once for each of its Mamba heads)."""
+        self.heads_done += count
+        return slice(self.heads_done - count, self.heads_done)
+
+    def positions(self, positions: FlatPositions | RowPositions | None, batch: int, what: str) -> Tensor:
+        """The named positions as a mask over the prompt, `[b, t]`.
+
+        Raises:
+            InterventionError: a position outside the prompt or inside padding, or another number of rows.
+        """
+        chosen = torch.zeros(batch, self.prompt, dtype=torch.bool)
+        rows = _rows(positions, batch, self.prompt, what)
+        for row, named in enumerate(rows):
+            for position in named:
+                if not -self.prompt <= position < self.prompt:
+                    raise InterventionError(
+                        f"{what} names position {position}, but the prompt has {self.prompt} positions "
+                        f"(0 to {self.prompt - 1}, or -{self.prompt} to -1)"
+                    )
+                if self.mask is not None and not self.continues and not self.mask[row, position]:
+                    raise InterventionError(
+                        f"{what} names position {position} of row {row}, which is padding; "
+                        "positions are columns of input_ids"
+                    )
+                chosen[row, position] = True
+        return chosen
+
+    def close(self) -> None:
+        """After the forward: remember where the sequence stands; complain of an operator that was never called."""
+        if self.heads_done != self.points.heads:
+            raise HookError(
+                f"layer {self.layer} computed {self.heads_done} of its {self.points.heads} heads through the operator; "
+                "this configuration of the host takes a path that ssm_interp cannot follow"
+            )
+        if self.record is not None:
+            if not self.continues:
+                self.record.prompt = self.length
+                self.record.known = set(self.edits)
+            self.record.seen += self.length
+
+    def _edits(self, training: bool) -> tuple[Intervention, ...]:
+        found = tuple(
+            edit.intervention
+            for edit in _active.get()
+            if id(self.points) in edit.points and (edit.intervention.layers is None or self.layer in edit.intervention.layers)
+        )
+        return self._as_in_forward(found) if training else found
+
+    def _as_in_forward(self, found: tuple[Intervention, ...]) -> tuple[Intervention, ...]:
+        """Gradient checkpointing runs the forward again in the backward pass, perhaps in another thread or after the
+        `with` has ended: then the edits are those of the first run."""
+        memory = self.points.memory
+        if not _in_backward():
+            if memory.recomputed:
+                memory.edits, memory.recomputed = set(), False
+            memory.edits.add(found)
+            return found
+        if len(memory.edits) != 1:
+            raise HookError(
+                f"layer {self.layer} is recomputed for gradient checkpointing, but it ran under {len(memory.edits)} "
+                "different sets of edits since the last backward pass; call backward after each edited forward"
+            )
+        memory.recomputed = True
+        return next(iter(memory.edits))
+
+    def _check_history(self) -> None:
+        if not self.continues or not self.edits:
+            return
+        late = [edit for edit in self.edits if self.record is None or edit not in self.record.known]
+        if late := [edit for edit in late if _looks_back(edit)]:
+            raise InterventionError(
+                f"layer {self.layer}: {late[0].kind} names positions of a prompt that this cache read without it; "
+                "run the prompt and what follows inside the same `edit`"
+            )
+
+
+def _looks_back(edit: Intervention) -> bool:
+    named = [getattr(edit, name, None) for name in ("sources", "targets", "edges", "position", "positions")]
+    return edit.kind == "Knockout" or any(value is not None for value in named)
+
+
+def _rows(positions: Any, batch: int, length: int, what: str) -> Any:
+    if positions is None:
+        return [range(length)] * batch if length else []
+    if positions and isinstance(positions[0], tuple):
+        if len(positions) != batch:
+            raise InterventionError(
+                f"{what} names the positions of {len(positions)} rows, but the batch has {batch}; "
+                "give one sequence per row, or one flat sequence for all"
+            )
+        return positions
+    return [positions] * batch
+
+
+def _in_backward() -> bool:
+    # The only sign that torch gives of a backward pass; torch.utils.checkpoint reads the same.
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]

@@ -1,0 +1,5 @@
+"""Loading models by name, and the tiny trained ones that ship with the package."""
+
+from ssm_interp.models.load import EMBEDDED, LoadError, load
+
+__all__ = ["EMBEDDED", "LoadError", "load"]

@@ -1,0 +1,52 @@
+"""Load a causal language model and its tokenizer by embedded name, local path or hub id."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = ("tiny-mamba1", "tiny-mamba2")
+
+
+class LoadError(ValueError):
+    """A name under which no model can be loaded."""
+
+
+def load(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", revision: str = "main"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in eval mode, and its tokenizer.
+
+    Args:
+        name: an embedded model (`tiny-mamba1`, `tiny-mamba2`), a local folder in transformers' layout, or a hub id.
+        dtype: of the parameters; the embedded models are stored in float16 and computed in this.
+        device: where the model goes.
+        revision: of a hub id.
+
+    Raises:
+        LoadError: nothing of that name, or no causal language model in it.
+
+    Example:
+        >>> model, tokenizer = load("tiny-mamba1")
+    """
+    if str(name) in EMBEDDED:
+        place = str(files("ssm_interp.models") / "data" / str(name))
+    else:
+        place = str(name)
+    local = Path(place).is_dir()
+    if not local and (str(name).startswith((".", "/", "~")) or Path(place).exists()):
+        raise LoadError(f"{str(name)!r} is not a folder that holds a model")
+    try:
+        options = {} if local else {"revision": revision}
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LoadError(
+            f"cannot load {str(name)!r}: it is none of the embedded models ({', '.join(EMBEDDED)}), and as a "
+            f"{'local folder' if local else 'hub id'} it gives: {reason}"
+        ) from error
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,236 @@
+"""Which tokens of a prompt play which role (subject, relation, last, ...), and batches of tokenized prompts.
+
+The roles are those of Endy et al. 2025 (arXiv 2505.24244), found by character offsets:
+
+    first                [0], whatever it is: a subject token, or a BOS token that the tokenizer adds
+    last                 [L - 1], where the model answers
+    subject              every token whose characters overlap the subject's
+    relation             every other token; the last one included, and the first unless it is the subject's
+    context              the tokens before the subject
+    all                  every token
+    relation_minus_last  relation without the last token
+    subject_first        the subject's first token
+    subject_last         the subject's last token
+
+Special tokens in front of the text (BOS) are tokens like any other: `first`, and in relation, context and all. A role
+may be empty: a subject at the very beginning has no context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ssm_interp.prompts.prompt import Prompt, PromptError
+
+ROLES = (
+    "first",
+    "last",
+    "subject",
+    "relation",
+    "context",
+    "all",
+    "relation_minus_last",
+    "subject_first",
+    "subject_last",
+)
+
+
+def check_role(role: str) -> None:
+    """Raise PromptError, with the nearest valid name, if there is no such role."""
+    if role not in ROLES:
+        near = get_close_matches(role, ROLES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PromptError(f"there is no role {role!r}: {hint}the roles are {', '.join(ROLES)}")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The tokens of a text.
+
+    Attributes:
+        ids: token ids.
+        tokens: readable tokens: the characters of the text that each one stands for, with the space before them (the
+            bytes of one character show that character each); a special token by its name.
+        spans: first and one-past-last character; equal where a token stands for no character.
+    """
+
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
+    """Tokenize a text with character offsets, and with the special tokens that the tokenizer adds by itself.
+
+    Raises:
+        PromptError: the tokenizer is a slow one (it knows no offsets), or the text is empty, or yields no token.
+
+    Example:
+        >>> encode("The capital of France is", tokenizer).tokens      # doctest: +SKIP
+        ('The', ' capital', ' of', ' Fr', 'ance', ' is')
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise PromptError(
+            f"{type(tokenizer).__name__} is a slow tokenizer and gives no character offsets; "
+            "load the fast one (AutoTokenizer.from_pretrained(..., use_fast=True))"
+        )
+    rows = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids = tuple(rows["input_ids"])
+    if not text.strip() or not ids:
+        raise PromptError(f"the text {text!r} has no tokens: it is empty")
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    covered, tokens, spans = 0, [], []
+    for name, (start, end), special in zip(names, rows["offset_mapping"], rows["special_tokens_mask"], strict=True):
+        spaced = covered < start and text[start - 1] == " "
+        if start == end and spaced and not special:  # some tokenizers trim a token that is only a space to nothing
+            start -= 1
+            spaced = False
+        tokens.append(name if special else text[start - spaced : end])
+        spans.append((start, end))
+        covered = max(covered, end)
+    return Encoding(ids, tuple(tokens), tuple(spans))
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt in the tokens of one tokenizer.
+
+    Attributes:
+        prompt: what was tokenized.
+        ids: token ids, special tokens of the tokenizer included.
+        tokens: readable tokens, see `Encoding`.
+        roles: positions of each role of `ROLES`, ascending.
+        target_id: the first token of the target, its leading space included.
+    """
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    roles: Mapping[str, tuple[int, ...]]
+    target_id: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def positions(self, role: str) -> tuple[int, ...]:
+        """Positions of a role; PromptError, with the nearest valid name, if there is no such role."""
+        check_role(role)
+        return self.roles[role]
+
+
+def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompt:
+    """Tokens, roles and target of a prompt.
+
+    Raises:
+        PromptError: a slow tokenizer; no token covers the subject; the target does not start with a token of its own
+            after the text (the tokenizer merges it with the text, splits its space off, or does not know it).
+
+    Example:
+        >>> tokenized = tokenize(Prompt("The capital of France is", "France", "Paris"), tokenizer)  # doctest: +SKIP
+        >>> tokenized.positions("subject"), tokenized.positions("relation")                         # doctest: +SKIP
+        ((3, 4), (0, 1, 2, 5))
+    """
+    encoding = encode(prompt.text, tokenizer)
+    roles = _roles(prompt, encoding)
+    return TokenizedPrompt(prompt, encoding.ids, encoding.tokens, roles, _target_id(prompt, encoding, tokenizer))
+
+
+def _roles(prompt: Prompt, encoding: Encoding) -> dict[str, tuple[int, ...]]:
+    start, end = prompt.subject_span
+    everything = tuple(range(len(encoding.ids)))
+    subject = tuple(i for i in everything if max(start, encoding.spans[i][0]) < min(end, encoding.spans[i][1]))
+    if not subject:
+        raise PromptError(
+            f"no token of {prompt.text!r} covers its subject {prompt.subject!r} (characters {start} to {end}; token "
+            f"spans {list(encoding.spans)}): the tokenizer drops it or gives no offsets"
+        )
+    relation = tuple(i for i in everything if i not in subject)
+    return {
+        "first": everything[:1],
+        "last": everything[-1:],
+        "subject": subject,
+        "relation": relation,
+        "context": everything[: subject[0]],
+        "all": everything,
+        "relation_minus_last": tuple(i for i in relation if i != everything[-1]),
+        "subject_first": subject[:1],
+        "subject_last": subject[-1:],
+    }
+
+
+def _target_id(prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -> int:
+    length, start = len(encoding.ids), len(prompt.text) + 1
+    whole = encode(f"{prompt.text} {prompt.target}", tokenizer)
+    problem = f"the target {prompt.target!r} does not start with a token of its own after {prompt.text!r}: "
+    if len(whole.ids) <= length or whole.ids[:length] != encoding.ids:
+        raise PromptError(
+            f"{problem}with the target the text's tokens become {list(whole.tokens)}, without it they are "
+            f"{list(encoding.tokens)}; the tokenizer merges the two or adds a token at the end"
+        )
+    target_id, (first, end) = whole.ids[length], whole.spans[length]
+    if target_id == tokenizer.unk_token_id:
+        raise PromptError(f"{problem}the tokenizer does not know it (it becomes {tokenizer.unk_token!r})")
+    if not first <= start < end:
+        raise PromptError(
+            f"{problem}the next token is {whole.tokens[length]!r} (characters {first} to {end}, the target starts at "
+            f"{start}); use a tokenizer that keeps the space with the word"
+        )
+    return target_id
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts side by side, padded on the left, so that the last column is the last token of every row.
+
+    Attributes:
+        prompts: one per row.
+        input_ids: `[b, t]`.
+        attention_mask: `[b, t]`, 0 at padding.
+        target_ids: `[b]`.
+    """
+
+    prompts: tuple[TokenizedPrompt, ...]
+    input_ids: Int[Tensor, "b t"]
+    attention_mask: Int[Tensor, "b t"]
+    target_ids: Int[Tensor, " b"]
+
+    def positions(self, role: str) -> list[list[int]]:
+        """Columns of `input_ids` that play a role, one list per row (empty where the role is)."""
+        width = self.input_ids.shape[1]
+        return [[width - len(row) + i for i in row.positions(role)] for row in self.prompts]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on a device."""
+        tensors = (self.input_ids, self.attention_mask, self.target_ids)
+        return Batch(self.prompts, *(tensor.to(device) for tensor in tensors))
+
+
+def pad(prompts: Sequence[TokenizedPrompt], *, pad_id: int = 0) -> Batch:
+    """Pad prompts on the left to a common length.
+
+    Args:
+        prompts: at least one.
+        pad_id: what stands at padding; the attention mask hides it, so any id of the vocabulary will do.
+
+    Raises:
+        PromptError: no prompts.
+
+    Example:
+        >>> pad([short, long]).attention_mask           # doctest: +SKIP
+        tensor([[0, 0, 1, 1, 1],
+                [1, 1, 1, 1, 1]])
+    """
+    if not prompts:
+        raise PromptError("a batch needs at least one prompt, got none")
+    width = max(len(row) for row in prompts)
+    ids = [[pad_id] * (width - len(row)) + list(row.ids) for row in prompts]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
+    targets = [row.target_id for row in prompts]
+    return Batch(tuple(prompts), torch.tensor(ids), torch.tensor(mask), torch.tensor(targets))

@@ -1,0 +1,109 @@
+"""Prompts, and the files that hold them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssm_interp.prompts import Fact, Prompt, PromptError, load_prompts, save_prompts
+
+FRANCE = Prompt("The capital of France is", "France", "Paris", "capital", "capital/France")
+
+
+def test_subject_span_is_where_the_subject_stands() -> None:
+    start, end = FRANCE.subject_span
+    assert FRANCE.text[start:end] == "France"
+    assert Prompt("France has as capital", "France", "Paris").subject_span == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "target", "message"),
+    [
+        ("", "France", "Paris", "empty text"),
+        ("The capital of France is", " ", "Paris", "empty subject"),
+        ("The capital of France is", "France", "", "empty target"),
+        ("The capital of France is ", "France", "Paris", "ends in white space"),
+        ("The capital of France is", "France", " Paris", "target ' Paris' .* white space"),
+        ("The capital of France is", "Spain", "Madrid", "'Spain' occurs 0 times"),
+        ("France, the capital of France is", "France", "Paris", "'France' occurs 2 times"),
+        ("anana is", "ana", "fruit", "'ana' occurs 2 times"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(text: str, subject: str, target: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        Prompt(text, subject, target)
+
+
+def test_template_begins_with_a_capital_and_leaves_the_subject_alone() -> None:
+    fact = Fact("maker", "iPhone", "Apple")
+    assert Prompt.from_template("the maker of the {} is", fact).text == "The maker of the iPhone is"
+    assert Prompt.from_template("{} is made by", fact).text == "iPhone is made by"
+    with pytest.raises(PromptError, match="has no {}"):
+        Prompt.from_template("the maker is", fact)
+
+
+def test_embedded_prompts_cover_at_least_600_facts_in_several_templates() -> None:
+    prompts = load_prompts("geo")
+    facts = {(p.relation, p.subject, p.target) for p in prompts}
+    assert len(facts) >= 600
+    assert {p.relation for p in prompts} == {"capital", "continent", "country", "currency"}
+    assert len(prompts) == 3 * len(facts) == len({p.id for p in prompts})
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda before, target, relation: Prompt(f"{before}Xanadu is", "Xanadu", target, relation),
+            st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "Xanadu" not in text),
+            st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda t: t == t.strip()),
+            st.text(st.characters(exclude_categories=["Cs"])),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, prompts: list[Prompt]) -> None:
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    save_prompts(prompts, path)
+    assert load_prompts(path) == prompts
+
+
+def test_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    save_prompts([FRANCE], path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\r\n")
+    assert load_prompts(str(path)) == [FRANCE]
+
+
+GOOD = json.dumps({"text": "The capital of France is", "subject": "France", "target": "Paris"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 2: not JSON"),
+        ('["a"]', "line 2: a prompt is a JSON object"),
+        ('{"text": "x"}', "line 2: a prompt is a JSON object with text, subject and target"),
+        (GOOD.replace("}", ', "answer": "x"}'), r"line 2: unknown keys \['answer'\]"),
+        (GOOD.replace('"Paris"', "7"), r"line 2: \['target'\] must be text"),
+        (GOOD.replace('"France"', '"Spain"'), "line 2: the subject 'Spain' occurs 0 times"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n", encoding="utf-8")
+    with pytest.raises(PromptError, match=message):
+        load_prompts(path)
+
+
+def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="there is no prompt file .* 'geo' for the embedded one"):
+        load_prompts(tmp_path / "missing.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(PromptError, match="holds no prompt"):
+        load_prompts(tmp_path / "empty.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes("São".encode("latin-1"))
+    with pytest.raises(PromptError, match="is not UTF-8"):
+        load_prompts(tmp_path / "latin.jsonl")

@@ -1,0 +1,226 @@
+"""The sweep, against knockouts made by hand on single prompts without padding."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_flow import LAYERS, World, tiny_model, word_tokenizer, world
+
+import ssm_interp as si
+from ssm_interp.flow import CLEAN, FlowError, FlowResult, FlowRun, Variant, default_size, sweep, windows
+from ssm_interp.flow.result import COLUMNS
+from ssm_interp.prompts import Batch, Prompt, PromptError, tokenize
+
+FAMILIES = ("mamba1", "mamba2")
+ROLES = {"sources": ("subject", "relation", "first", "last", "context"), "targets": ("last", "subject")}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def scene(request: pytest.FixtureRequest) -> World:
+    return world(request.param)
+
+
+def swept(scene: World, **options: object) -> FlowResult:
+    with si.attach(scene.model) as ssm:
+        return sweep(ssm, scene.tokenizer, scene.prompts + scene.wrong, **options)
+
+
+@torch.no_grad()
+def by_hand(scene: World, align: str, size: int) -> Iterator[dict[str, object]]:
+    """One prompt, one window at a time; probabilities by numpy."""
+    with si.attach(scene.model) as ssm:
+        for window in windows(range(LAYERS), size, align):
+            for prompt in scene.prompts:
+                words = tokenize(prompt, scene.tokenizer)
+                ids = torch.tensor([words.ids])
+                base = softmax(scene.model(ids).logits[0, -1])
+                for target in ROLES["targets"]:
+                    for source in ROLES["sources"]:
+                        edges = [(t, s) for t in words.roles[target] for s in words.roles[source] if s <= t]
+                        p = base
+                        if edges:
+                            with ssm.edit(si.Knockout(edges=edges, layers=window.layers)):
+                                p = softmax(scene.model(ids).logits[0, -1])
+                        yield {
+                            "prompt_id": prompt.id,
+                            "source": source,
+                            "target": target,
+                            "layer": window.at,
+                            "n_edges": len(edges),
+                            "p_base": base[words.target_id],
+                            "p": p[words.target_id],
+                            "relative_change": 100 * (p[words.target_id] - base[words.target_id]) / base[words.target_id],
+                            "logprob_difference": np.log(p[words.target_id]) - np.log(base[words.target_id]),
+                            "hit": p.argmax() == words.target_id,
+                        }
+
+
+def softmax(logits: torch.Tensor) -> np.ndarray:
+    shifted = np.exp((logits - logits.max()).double().numpy())
+    return shifted / shifted.sum()
+
+
+@pytest.mark.parametrize(("align", "size"), [("left", 2), ("centre", 3)])
+def test_every_number_is_that_of_a_single_prompt_by_hand(scene: World, align: str, size: int) -> None:
+    keys = ["prompt_id", "source", "target", "layer"]
+    result = swept(scene, **ROLES, window=size, align=align, batch_size=3)
+    expected = pd.DataFrame(by_hand(scene, align, size)).set_index(keys)
+    found = result.frame.set_index(keys).loc[expected.index]
+    assert len(result.frame) == len(expected)
+    for column in ("p_base", "p"):
+        np.testing.assert_allclose(found[column], expected[column], rtol=1e-5)
+    np.testing.assert_allclose(found["relative_change"], expected["relative_change"], rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(found["logprob_difference"], expected["logprob_difference"], rtol=1e-5, atol=1e-5)
+    assert found["n_edges"].tolist() == expected["n_edges"].tolist()
+    assert found["hit"].tolist() == expected["hit"].tolist()
+    moved = expected.query("source == 'subject' and target == 'last'")["relative_change"]
+    assert moved.abs().max() > 10  # the knockouts of this model do something
+
+
+def test_batches_and_padding_change_nothing(scene: World) -> None:
+    one, three, all_at_once = (swept(scene, **ROLES, window=2, batch_size=size).frame for size in (1, 3, 64))
+    for frame in (three, all_at_once):
+        numbers = ["p_base", "p", "relative_change", "logprob_difference"]
+        pd.testing.assert_frame_equal(frame.drop(columns=numbers), one.drop(columns=numbers))
+        np.testing.assert_allclose(frame[["p_base", "p"]], one[["p_base", "p"]], rtol=1e-5)
+
+
+def test_only_prompts_answered_correctly_are_kept_and_counted(scene: World) -> None:
+    result = swept(scene)
+    assert result.runs == (FlowRun(type(scene.model).__name__, tuple(range(LAYERS)), 1, "left", 9, 7),)
+    assert result.frame["prompt_id"].unique().tolist() == [prompt.id for prompt in scene.prompts]
+    assert list(result.frame.columns) == COLUMNS
+    assert set(result.summary()["n"]) == {7}
+
+
+def test_an_empty_role_changes_nothing_and_is_counted(scene: World) -> None:
+    result = swept(scene, sources=("context",), window=1)
+    at_start = [prompt.id for prompt in scene.prompts if prompt.subject_span[0] == 0]
+    assert 0 < len(at_start) < len(scene.prompts)
+    without = result.frame[result.frame["n_edges"] == 0]
+    assert sorted(without["prompt_id"].unique()) == sorted(at_start)
+    np.testing.assert_allclose(without["p"], without["p_base"], rtol=1e-6)
+    assert set(result.summary()["n_empty"]) == {len(at_start)}
+
+
+def test_the_default_window_is_a_third_and_the_roles_are_the_papers(scene: World) -> None:
+    frame = swept(scene).frame
+    assert set(frame["window_size"]) == {default_size(range(LAYERS))}
+    assert frame["source"].unique().tolist() == ["subject", "relation", "first", "last"]
+    assert frame["target"].unique().tolist() == ["last"]
+
+
+def test_another_engine_can_take_over(scene: World) -> None:
+    calls: list[Variant] = []
+
+    def engine(ssm: si.Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[torch.Tensor]:
+        for variant in variants:
+            calls.append(variant)
+            logits = torch.zeros(len(batch.prompts), 40)
+            height = 2.0 if variant is CLEAN else 1.0
+            yield logits.scatter(1, batch.target_ids[:, None], height)
+
+    result = swept(scene, sources=("subject",), window=4, engine=engine, batch_size=64)
+    e = np.e
+    expected = 100 * ((e / (e + 39)) / (e**2 / (e**2 + 39)) - 1)
+    np.testing.assert_allclose(result.frame["relative_change"], expected, rtol=1e-6)
+    assert result.runs[0].kept == result.runs[0].asked == 9
+    assert [variant.window.layers for variant in calls] == [(), (), (0, 1, 2, 3)]
+
+
+def test_progress_counts_every_forward_pass(scene: World) -> None:
+    seen: list[tuple[int, int]] = []
+    swept(scene, sources=("subject", "last"), window=2, batch_size=2, progress=lambda *counts: seen.append(counts))
+    done = [now for now, _ in seen]
+    assert done == sorted(done)
+    assert seen[-1] == (9 + 7 * (1 + 2 * 3), 9 + 7 * (1 + 2 * 3))
+
+
+def test_the_model_is_left_as_it_was(scene: World) -> None:
+    ids = torch.tensor([tokenize(scene.prompts[0], scene.tokenizer).ids])
+    before = scene.model(ids).logits
+    swept(scene, window=2)
+    after = scene.model(ids).logits
+    assert torch.equal(before, after)
+    assert after.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_results_are_saved_joined_and_loaded(scene: World, tmp_path: Path) -> None:
+    one, two = swept(scene, name="one", window=2), swept(scene, name="two", window=3, align="centre")
+    both = FlowResult.join([one, two])
+    both.save(tmp_path / "flow.parquet")
+    loaded = FlowResult.load(tmp_path / "flow.parquet")
+    pd.testing.assert_frame_equal(loaded.frame, both.frame)
+    assert loaded.runs == (*one.runs, *two.runs)
+    assert pd.read_parquet(tmp_path / "flow.parquet").equals(both.frame)
+    with pytest.raises(FlowError, match="same model name, 'one'"):
+        FlowResult.join([one, one])
+    with pytest.raises(FlowError, match="no results"):
+        FlowResult.join([])
+    with pytest.raises(FlowError, match=r"these are missing: \['p_base'\]"):
+        FlowResult(one.frame.drop(columns="p_base"), one.runs)
+
+
+def test_files_that_are_no_results_are_refused(scene: World, tmp_path: Path) -> None:
+    with pytest.raises(FlowError, match="there is no file"):
+        FlowResult.load(tmp_path / "missing.parquet")
+    (tmp_path / "text.parquet").write_text("hello")
+    with pytest.raises(FlowError, match="is not a Parquet file"):
+        FlowResult.load(tmp_path / "text.parquet")
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(FlowError, match=r"not one that FlowResult\.save wrote"):
+        FlowResult.load(tmp_path / "other.parquet")
+
+
+def test_largest_drops_are_the_lowest_means(scene: World) -> None:
+    result = swept(scene, window=2)
+    summary = result.summary()
+    drops = result.largest_drops()
+    assert drops["source"].tolist() == ["subject", "relation", "first", "last"]
+    for _, row in drops.iterrows():
+        assert row["mean"] == summary.loc[summary["source"] == row["source"], "mean"].min()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"window": 5}, FlowError, "a window of 5 layers does not fit: this model has 4 SSM layers; give 1 to 4"),
+        ({"window": 0}, FlowError, "give 1 to 4"),
+        ({"align": "right"}, Exception, "align"),
+        ({"sources": ("subjct",)}, PromptError, "did you mean 'subject'"),
+        ({"targets": ("lst",)}, PromptError, "did you mean 'last'"),
+        ({"sources": ()}, FlowError, "sources must be a sequence of at least one role"),
+        ({"targets": "last"}, FlowError, r"targets must be a sequence of at least one role, such as \('last',\)"),
+        ({"batch_size": 0}, FlowError, "batch size must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
+    model, tokenizer = tiny_model("mamba2"), word_tokenizer()
+    with si.attach(model) as ssm, pytest.raises(error, match=message):
+        sweep(ssm, tokenizer, [Prompt("ban dus", "dus", "kit")], **options)
+
+
+def test_bad_prompts_and_models_are_refused(scene: World) -> None:
+    with si.attach(scene.model) as ssm:
+        with pytest.raises(FlowError, match="at least one prompt"):
+            sweep(ssm, scene.tokenizer, [])
+        with pytest.raises(FlowError, match="these occur more than once: p0"):
+            sweep(ssm, scene.tokenizer, scene.prompts[:1] * 2)
+        with pytest.raises(FlowError, match="none of the 2 prompts correctly"):
+            sweep(ssm, scene.tokenizer, scene.wrong)
+        scene.model.train()
+        with pytest.raises(FlowError, match=r"is in training mode; call \.eval\(\)"):
+            sweep(ssm, scene.tokenizer, scene.prompts)
+        scene.model.eval()
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    scene = world("mamba2", count=2)
+    with torch.no_grad():
+        scene.model.backbone.layers[1].mixer.out_proj.weight.fill_(torch.nan)
+    with pytest.raises(FlowError, match="logits are not numbers as it is for the prompt"):
+        swept(scene)
