@@ -42,18 +42,21 @@ $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "make: ssm-interp needs Python >= 3.11, and $(PYTHON) is" \
 	    "$$($(PYTHON) --version 2>&1 || true); say which one to use, as in: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.created constraints.txt
 	@echo "installing torch (the largest part)"
-	$(PIP) torch hatchling editables
+	@$(PIP) torch hatchling editables
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(PIP) --no-build-isolation --editable .
+	@echo "installing ssm-interp"
+	@$(PIP) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable '.[test]'
+	@echo "installing the test tools"
+	@$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@

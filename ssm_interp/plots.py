@@ -56,18 +56,20 @@ def flow_figure(summary: pd.DataFrame, *, x_labels: Mapping[str, str] | None = N
     sources = list(summary["source"].unique())
     size = (0.9 + 4.1 * len(models), 0.9 + 3.1 * len(targets))
     figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
-    grid = figure.subplots(len(targets), len(models), sharey=True, squeeze=False)
+    grid = figure.subplots(len(targets), len(models), sharey="row", squeeze=False)
     for row, target in enumerate(targets):
         for column, model in enumerate(models):
             rows = summary[(summary["model"] == model) & (summary["target"] == target)]
             axes = grid[row, column]
             _flow_panel(axes, rows)
-            prompts = "prompt" if (n := int(rows["n"].max())) == 1 else "prompts"
-            axes.set_title(f"{model}   ({n} {prompts})", fontsize=10, color=INK, parse_math=False)
+            if row == 0:
+                prompts = "prompt" if (n := int(rows["n"].max())) == 1 else "prompts"
+                axes.set_title(f"{model}   ({n} {prompts})", fontsize=10, color=INK, parse_math=False)
             if row == len(targets) - 1:
-                axes.set_xlabel((x_labels or {}).get(model, "Layer of the window"), parse_math=False)
+                axes.set_xlabel((x_labels or {}).get(model, "Layer of the window"), fontsize=9, parse_math=False)
             if column == 0:
-                axes.set_ylabel(f"Change of the target's probability (%)\nwithout  source $\\to$ {target.replace('_', ' ')}")
+                cut = f"source \N{RIGHTWARDS ARROW} {_readable(target)}"
+                axes.set_ylabel(f"Change of the answer's probability (%)\nwith {cut} knocked out", fontsize=9)
     handles = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     labels = [_readable(source) for source in sources]
     figure.legend(
@@ -76,7 +78,7 @@ def flow_figure(summary: pd.DataFrame, *, x_labels: Mapping[str, str] | None = N
         loc="outside lower center",
         ncols=min(len(labels), 2 + 3 * len(models)),
         frameon=False,
-        title="source role, no longer read by the target (line: mean, band: 95 % interval)",
+        title="Source (line: mean over prompts, band: its 95 % interval)",
         title_fontsize=8,
         fontsize=9,
         handlelength=3,
@@ -104,12 +106,16 @@ def _flow_panel(axes: Axes, rows: pd.DataFrame) -> None:
             zorder=3,
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}".replace("-", "\N{MINUS SIGN}") if value else "0"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_signed))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, colors=INK)
     axes.margins(x=0.03)
+
+
+def _signed(value: float, _: object) -> str:
+    return f"{value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
 
 
 def _readable(role: str) -> str:
@@ -122,7 +128,8 @@ def attention_figure(
     """Heat map of an attention matrix: a row per target position, a column per source position.
 
     A matrix with negative entries gets a diverging colour map centred on 0, another one a sequential map from 0. What
-    lies above the diagonal (a target before its source) is left blank.
+    lies above the diagonal (a target before its source) is left blank. On a long text every second, third, ... token is
+    labelled.
 
     Args:
         attention: a lower-triangular matrix, `[t, s]`; a head's, or a reduction over heads.
@@ -146,14 +153,14 @@ def attention_figure(
         raise ValueError("the attention matrix has entries that are not finite numbers")
     values = np.ma.masked_array(values, mask=np.triu(np.ones(shape, dtype=bool), k=1))
     signed, largest = bool((values < 0).any()), float(abs(values).max()) or 1.0
-    side = min(max(2.6, 0.27 * len(tokens)), 24.0)
+    side = min(max(2.6, 0.27 * len(tokens)), 11.0)
     figure = Figure(figsize=(side + 2.0, side + 1.4), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
     image = axes.imshow(
-        values, cmap="RdBu_r" if signed else "viridis_r", vmin=-largest if signed else 0.0, vmax=largest, aspect="equal"
+        values, cmap="RdBu_r" if signed else "Blues", vmin=-largest if signed else 0.0, vmax=largest, aspect="equal"
     )
     _token_axes(axes, tokens)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=8 * side**0.5, pad=0.02)
     bar.set_label(label, fontsize=9, parse_math=False)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -162,7 +169,7 @@ def attention_figure(
 
 
 def _token_axes(axes: Axes, tokens: Sequence[str]) -> None:
-    every = max(1, -(-len(tokens) // 90))  # on a long text only every second, third ... token can be read
+    every = -(-len(tokens) // 64)  # more labels than 64 could not be read
     places = np.arange(0, len(tokens), every)
     labels = [token_label(tokens[place]) for place in places]
     style: dict[str, Any] = {"fontsize": 8, "family": "DejaVu Sans Mono", "parse_math": False}

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from random_terms import LENGTHS, SHAPES, error, parts, random_terms, with_grad
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from random_terms import LENGTHS, SHAPES, error, parts, random_terms, with_grad
 from ssm_interp.scan import Terms, TermsError, attention, attention_rows, reduced_attention, scan
 from ssm_interp.scan.naive import naive_attention
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from random_terms import LENGTHS, SHAPES, error, parts, random_terms, with_grad
+
 from ssm_interp.scan import TermsError, read, scan, states, write
 from ssm_interp.scan.naive import naive_attention, naive_scan
 from ssm_interp.scan.recurrence import accumulate

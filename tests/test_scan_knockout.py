@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_terms import SHAPES, as_users_run_it, error, parts, random_terms, with_grad
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from random_terms import SHAPES, as_users_run_it, error, parts, random_terms, with_grad
 from ssm_interp.scan import Terms, TermsError, knockout, removed, scan
 from ssm_interp.scan.knockout import edge_mask, scan_values
 from ssm_interp.scan.naive import naive_attention, naive_scan
@@ -34,25 +34,36 @@ def knocked_out_matrix(terms, mask, features):
     return matrix
 
 
-@st.composite
-def cases(draw):
-    terms = random_terms(
-        draw(st.sampled_from(sorted(SHAPES))),
-        draw(st.sampled_from([1, 2, 5, 17])),
-        batch=draw(st.integers(1, 3)),
-        seed=draw(st.integers(0, 2**20)),
-    )
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    density = draw(st.sampled_from([0.05, 0.5, 0.95]))
+CASES = st.fixed_dictionaries(
+    {
+        "shape": st.sampled_from(sorted(SHAPES)),
+        "length": st.sampled_from([1, 2, 5, 17]),
+        "batch": st.integers(1, 3),
+        "rows": st.sampled_from(["shared", "one", "each"]),
+        "edges": st.sampled_from(["mask", "pair", "mixed pair"]),
+        "features": st.sampled_from([None, "heads", "pairs"]),
+        "density": st.sampled_from([0.05, 0.5, 0.95]),
+        "seed": st.integers(0, 2**20),
+    }
+)
+
+
+def build(case):
+    """Terms, mask and features of a drawn case."""
+    terms = random_terms(case["shape"], case["length"], batch=case["batch"], seed=case["seed"])
+    random = torch.Generator().manual_seed(case["seed"])
+    b, t, h, n = terms.batch, terms.length, terms.heads, terms.state_size
+    rows = {"shared": (), "one": (1,), "each": (b,)}[case["rows"]]
 
     def flags(*shape):
-        return torch.rand(*shape, generator=random) < density
+        return torch.rand(*shape, generator=random) < case["density"]
 
-    b, t, h, n = terms.batch, terms.length, terms.heads, terms.state_size
-    rows = draw(st.sampled_from([(), (1,), (b,)]))
-    mask = draw(st.sampled_from([flags(*rows, t, t), (flags(*rows, t), flags(*rows, t)), (flags(t), flags(b, t))]))
-    features = draw(st.sampled_from([None, flags(h), flags(h, n)]))
-    return terms, mask, features
+    mask = {
+        "mask": flags(*rows, t, t),
+        "pair": (flags(*rows, t), flags(*rows, t)),
+        "mixed pair": (flags(t), flags(b, t)),
+    }[case["edges"]]
+    return terms, mask, {None: None, "heads": flags(h), "pairs": flags(h, n)}[case["features"]]
 
 
 def written_out(terms, mask, features):
@@ -66,9 +77,9 @@ def written_out(terms, mask, features):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(cases())
+@given(CASES)
 def test_knockout_is_zeroing_those_entries_of_the_matrix(case):
-    terms, mask, features = case
+    terms, mask, features = build(case)
     edges, pairs = written_out(terms, mask, features)
     expected = torch.einsum("bhts,bshp->bthp", knocked_out_matrix(terms, edges, pairs), terms.x)
     whole = naive_scan(terms)[0]
@@ -78,9 +89,9 @@ def test_knockout_is_zeroing_those_entries_of_the_matrix(case):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(cases())
+@given(CASES)
 def test_positions_that_read_no_knocked_out_source_are_unchanged(case):
-    terms, mask, features = case
+    terms, mask, features = build(case)
     touched = written_out(terms, mask, features)[0].tril().any(-1)  # b t
     assert not removed(terms, mask, features)[~touched].any()
     assert torch.equal(knockout(terms, mask, features)[~touched], scan(terms)[0][~touched])

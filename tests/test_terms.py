@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from random_terms import as_users_run_it, parts, random_terms
+
 from ssm_interp.scan import (
     Terms,
     TermsError,

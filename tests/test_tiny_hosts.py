@@ -23,7 +23,7 @@ def operator_of(model: PreTrainedModel) -> tuple[Any, str]:
 def replace_operator(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, zeroed: Callable[[int], bool]
 ) -> list[dict[str, Any]]:
-    """Let the model's i-th operator call run with B = 0 (so M = 0) where `zeroed(i)`; returns the calls as they come."""
+    """Let the model's i-th operator call run with B = 0 (so M = 0) where `zeroed(i)`; returns the calls it saw."""
     module, name = operator_of(model)
     native, calls = getattr(module, name), []
 

@@ -294,9 +294,9 @@ def _hook(mixer: nn.Module, own_operator: bool) -> None:
     _rebind_old_forward(mixer)
 
 
-def _restore(mixer: HookedMixer) -> None:
+def _restore(mixer: nn.Module) -> None:
     del mixer._modules["ssm"]
-    mixer.__class__ = mixer.host_class
+    mixer.__class__ = mixer.host_class  # type: ignore[assignment]
     _rebind_old_forward(mixer)
 
 

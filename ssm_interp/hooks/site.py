@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -82,8 +82,10 @@ class Site:
         Raises:
             InterventionError: a position outside the prompt or inside padding, or another number of rows.
         """
+        if positions is None:
+            return torch.ones(batch, self.prompt, dtype=torch.bool)
         chosen = torch.zeros(batch, self.prompt, dtype=torch.bool)
-        rows = _rows(positions, batch, self.prompt, what)
+        rows = _rows(positions, batch, what)
         for row, named in enumerate(rows):
             for position in named:
                 if not -self.prompt <= position < self.prompt:
@@ -153,17 +155,15 @@ def _looks_back(edit: Intervention) -> bool:
     return edit.kind == "Knockout" or any(value is not None for value in named)
 
 
-def _rows(positions: Any, batch: int, length: int, what: str) -> Any:
-    if positions is None:
-        return [range(length)] * batch if length else []
+def _rows(positions: FlatPositions | RowPositions, batch: int, what: str) -> Sequence[FlatPositions]:
     if positions and isinstance(positions[0], tuple):
         if len(positions) != batch:
             raise InterventionError(
                 f"{what} names the positions of {len(positions)} rows, but the batch has {batch}; "
                 "give one sequence per row, or one flat sequence for all"
             )
-        return positions
-    return [positions] * batch
+        return positions  # type: ignore[return-value]
+    return [positions] * batch  # type: ignore[list-item]
 
 
 def _in_backward() -> bool:

@@ -165,7 +165,7 @@ class _Blocks(NamedTuple):
 
 def _rows(
     log_decay: Float[Tensor, "b h t n"],
-    reads: Float[Tensor, "b #h t n"],
+    reads: Float[Tensor, "b #h t n"],  # noqa: UP037 - jaxtyping, no comment
     writes: Float[Tensor, "b h t n"],
     block: int,
 ) -> Iterator[Float[Tensor, "b h q s"]]:

@@ -52,7 +52,7 @@ class Terms:
 
     x: Float[Tensor, "b t h p"]
     dt: Float[Tensor, "b t h"]
-    A: Float[Tensor, "h #n"]
+    A: Float[Tensor, "h #n"]  # noqa: UP037 - jaxtyping, no comment
     B: Float[Tensor, "b t g n"]
     C: Float[Tensor, "b t g n"]
 

@@ -1,0 +1,147 @@
+"""Interventions on a cache: what was said of the prompt keeps its meaning token by token and in generate."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support import cache_name, cache_of, decode, edited, logits, relative_error
+from tiny_hosts import NAMES, build, inputs, padded
+
+import ssm_interp as si
+
+PROMPT, LENGTH = 5, 9
+
+
+def whole(ssm: si.Attachment, *edits: si.Intervention) -> torch.Tensor:
+    """All positions in one call, without a cache."""
+    return edited(ssm, inputs(2, LENGTH) | {"use_cache": False}, *edits)
+
+
+def stepwise(ssm: si.Attachment, *edits: si.Intervention) -> torch.Tensor:
+    with ssm.edit(*edits):
+        return decode(ssm.model, inputs(2, LENGTH)["input_ids"], PROMPT, cache_name(ssm.model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edits_of_the_prompt_in_decode_steps(name: str) -> None:
+    """Positions in the prompt, counted from its end where negative, mean the same in one call over everything."""
+    with si.attach(build(name)) as ssm:
+        cases = [
+            ([si.Knockout(sources=[1, 2], targets=-1)], [si.Knockout(sources=[1, 2], targets=4)]),
+            ([si.Knockout(sources=[1, 2], targets=None)],) * 2,
+            ([si.Knockout(sources=[-2], features=[0, 1])], [si.Knockout(sources=[3], features=[0, 1])]),
+            ([si.Knockout(sources=[1], features=[(0, 1), (5, 2)])],) * 2,
+            ([si.Knockout(), si.Knockout(sources=[1, 2])], [si.Knockout()]),
+            ([si.PatchState(position=-1, state=0.0)], [si.PatchState(position=4, state=0.0)]),
+            ([si.PatchState(position=2, state=0.0), si.Knockout(sources=[0, 3])],) * 2,
+            ([si.SetDelta(value=0.3, positions=[-1])], [si.SetDelta(value=0.3, positions=[4])]),
+            ([si.SetDelta(value=0.3, features=[0, 1])],) * 2,
+            ([si.ScaleFeatures(factor=0.5, features=[(0, 1), (3, 0)])],) * 2,
+            ([si.ScaleFeatures(factor=0.5, positions=-1)], [si.ScaleFeatures(factor=0.5, positions=4)]),
+            ([si.EditAttention(edges=[(-1, 0)], value=0.5)], [si.EditAttention(edges=[(4, 0)], value=0.5)]),
+        ]
+        native = whole(ssm)
+        for in_steps, at_once in cases:
+            known = whole(ssm, *at_once)
+            assert relative_error(stepwise(ssm, *in_steps), known) <= 1e-4, in_steps
+            assert relative_error(known, native) > 1e-4, in_steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_under_an_edit(name: str) -> None:
+    """Greedy tokens under a lasting knockout equal those of full forwards without a cache."""
+    model = build(name)
+    with si.attach(model) as ssm, ssm.edit(si.Knockout(sources=[0, 1, 2])):
+        ids = inputs(2, PROMPT)["input_ids"]
+        found = model.generate(ids, max_new_tokens=5, do_sample=False)
+        for _ in range(5):
+            ids = torch.cat([ids, logits(model, {"input_ids": ids, "use_cache": False})[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(found, ids)
+
+
+def test_generate_with_left_padding_and_rows() -> None:
+    for name in ("mamba", "mamba2", "bamba"):
+        model = build(name)
+        case = padded([6, 4])
+        with si.attach(model) as ssm:
+            with ssm.edit(si.Knockout(sources=[[0, 1], [2, 3]])):
+                found = model.generate(**case, max_new_tokens=4, do_sample=False)
+            for row, ids in enumerate((case["input_ids"][:1], case["input_ids"][1:, 2:])):
+                with ssm.edit(si.Knockout(sources=[0, 1])):
+                    alone = model.generate(ids, max_new_tokens=4, do_sample=False)
+                assert torch.equal(found[row, -4:], alone[0, -4:])
+
+
+def test_beam_search_takes_the_removed_state_along() -> None:
+    model = build("mamba2")
+    ids = inputs(1, PROMPT)["input_ids"]
+    with si.attach(model) as ssm, ssm.edit(si.Knockout(sources=[0, 1, 2])):
+        beams = model.generate(
+            ids, max_new_tokens=4, num_beams=3, do_sample=False, num_return_sequences=3, output_scores=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        for row, score in zip(beams.sequences, beams.sequences_scores, strict=True):
+            known = logits(model, {"input_ids": row[None], "use_cache": False}).log_softmax(-1)[0, PROMPT - 1 : -1]
+            assert abs(float(known.gather(1, row[PROMPT:, None]).sum() / 4 - score)) <= 1e-4
+
+
+def test_a_copied_cache_goes_its_own_way() -> None:
+    model = build("mamba")
+    ids = inputs(2, LENGTH)["input_ids"]
+    with si.attach(model) as ssm, ssm.edit(si.Knockout(sources=[1, 2])), torch.no_grad():
+        first = model(input_ids=ids[:, :PROMPT], use_cache=True)
+        twin = copy.deepcopy(cache_of(first))
+        once = model(input_ids=ids[:, PROMPT : PROMPT + 1], cache_params=cache_of(first), use_cache=True).logits
+        model(input_ids=ids[:, PROMPT + 1 : PROMPT + 2], cache_params=cache_of(first), use_cache=True)
+        assert torch.equal(model(input_ids=ids[:, PROMPT : PROMPT + 1], cache_params=twin).logits, once)
+
+
+def test_several_tokens_on_a_filled_cache() -> None:
+    """transformers' Mamba-2 goes on from the cached state, and so does the library's own operator in both families."""
+    for name, own in (("mamba2", False), ("mamba2", True), ("mamba", True)):
+        model = build(name)
+        ids = inputs(2, LENGTH)["input_ids"]
+        with si.attach(model, own_operator=own) as ssm:
+            for edits in ([], [si.Knockout(sources=[1, 2])], [si.SetDelta(value=0.2)]):
+                with ssm.edit(*edits), torch.no_grad():
+                    first = model(input_ids=ids[:, :PROMPT], use_cache=True)
+                    rest = model(input_ids=ids[:, PROMPT:], cache_params=cache_of(first), use_cache=True).logits
+                known = whole(ssm, *edits)[:, PROMPT:]
+                assert relative_error(rest, known) <= 1e-5
+
+
+def test_hooks_in_decode_steps_see_this_calls_positions() -> None:
+    for name in ("mamba", "mamba2"):
+        model = build(name)
+        shapes = []
+        with si.attach(model) as ssm:
+            ssm.layers[0].hook_attn.add_hook(lambda attn, hook: shapes.append(tuple(attn.shape[2:])))
+            decode(model, inputs(1, 4)["input_ids"], 3, cache_name(model))
+        assert shapes == [(3, 3), (1, 1)]
+
+
+def test_what_cannot_be_known_on_a_cache_is_refused() -> None:
+    model = build("mamba")
+    ids = inputs(2, LENGTH)["input_ids"]
+    step = ids[:, PROMPT : PROMPT + 1]
+    with si.attach(model) as ssm, torch.no_grad():
+        first = model(input_ids=ids[:, :PROMPT], use_cache=True)
+        with pytest.raises(si.InterventionError, match="a prompt that this cache read without it"):
+            with ssm.edit(si.Knockout(sources=[1])):
+                model(input_ids=step, cache_params=cache_of(first))
+        with ssm.edit(si.Knockout(sources=[1]), si.Knockout(sources=[2])):
+            first = model(input_ids=ids[:, :PROMPT], use_cache=True)
+        with pytest.raises(si.InterventionError, match="not those under which this cache read its prompt"):
+            with ssm.edit(si.Knockout(sources=[1])):
+                model(input_ids=step, cache_params=cache_of(first))
+        with pytest.raises(si.HookError, match="feed one token at a time, or attach with own_operator=True"):
+            with ssm.edit(si.SetDelta(value=0.1)):
+                model(input_ids=ids[:, PROMPT:], cache_params=cache_of(first))
+    first = model(input_ids=ids[:, :PROMPT], use_cache=True)
+    with si.attach(model) as ssm, pytest.raises(si.InterventionError, match="read without it"):
+        with ssm.edit(si.Knockout(sources=[1])):
+            model(input_ids=step, cache_params=cache_of(first))
+
+
