@@ -57,10 +57,11 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, add_completion=False, rich_markup_mode="rich")
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"ssm-interp {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

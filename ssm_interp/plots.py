@@ -64,7 +64,7 @@ def flow_figure(summary: pd.DataFrame, *, x_labels: Mapping[str, str] | None = N
             _flow_panel(axes, rows)
             if row == 0:
                 prompts = "prompt" if (n := int(rows["n"].max())) == 1 else "prompts"
-                axes.set_title(f"{model}   ({n} {prompts})", fontsize=10, color=INK, parse_math=False)
+                axes.set_title(f"{_short(str(model))}   ({n} {prompts})", fontsize=10, color=INK, parse_math=False)
             if row == len(targets) - 1:
                 axes.set_xlabel((x_labels or {}).get(model, "Layer of the window"), fontsize=9, parse_math=False)
             if column == 0:
@@ -112,6 +112,10 @@ def _flow_panel(axes: Axes, rows: pd.DataFrame) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, colors=INK)
     axes.margins(x=0.03)
+
+
+def _short(name: str, most: int = 36) -> str:
+    return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
 
 def _signed(value: float, _: object) -> str:

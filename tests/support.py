@@ -46,8 +46,11 @@ def decode(model: PreTrainedModel, ids: Tensor, prompt: int, cache_name: str) ->
     """Logits of every position: the prompt in one call, the rest token by token on its cache."""
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
-        output = model(input_ids=ids[:, :prompt], position_ids=positions[:, :prompt], use_cache=True) \
-            if cache_name == "past_key_values" else model(input_ids=ids[:, :prompt], use_cache=True)
+        output = (
+            model(input_ids=ids[:, :prompt], position_ids=positions[:, :prompt], use_cache=True)
+            if cache_name == "past_key_values"
+            else model(input_ids=ids[:, :prompt], use_cache=True)
+        )
         found = [output.logits]
         for step in range(prompt, ids.shape[1]):
             options: dict[str, Any] = {cache_name: cache_of(output)}

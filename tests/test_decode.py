@@ -115,9 +115,9 @@ def test_several_tokens_on_a_filled_cache() -> None:
 def test_hooks_in_decode_steps_see_this_calls_positions() -> None:
     for name in ("mamba", "mamba2"):
         model = build(name)
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
         with si.attach(model) as ssm:
-            ssm.layers[0].hook_attn.add_hook(lambda attn, hook: shapes.append(tuple(attn.shape[2:])))
+            ssm.layers[0].hook_attn.add_hook(lambda attn, hook, shapes=shapes: shapes.append(tuple(attn.shape[2:])))
             decode(model, inputs(1, 4)["input_ids"], 3, cache_name(model))
         assert shapes == [(3, 3), (1, 1)]
 
@@ -128,20 +128,18 @@ def test_what_cannot_be_known_on_a_cache_is_refused() -> None:
     step = ids[:, PROMPT : PROMPT + 1]
     with si.attach(model) as ssm, torch.no_grad():
         first = model(input_ids=ids[:, :PROMPT], use_cache=True)
-        with pytest.raises(si.InterventionError, match="a prompt that this cache read without it"):
-            with ssm.edit(si.Knockout(sources=[1])):
-                model(input_ids=step, cache_params=cache_of(first))
+        late = pytest.raises(si.InterventionError, match="a prompt that this cache read without it")
+        with late, ssm.edit(si.Knockout(sources=[1])):
+            model(input_ids=step, cache_params=cache_of(first))
         with ssm.edit(si.Knockout(sources=[1]), si.Knockout(sources=[2])):
             first = model(input_ids=ids[:, :PROMPT], use_cache=True)
-        with pytest.raises(si.InterventionError, match="not those under which this cache read its prompt"):
-            with ssm.edit(si.Knockout(sources=[1])):
-                model(input_ids=step, cache_params=cache_of(first))
-        with pytest.raises(si.HookError, match="feed one token at a time, or attach with own_operator=True"):
-            with ssm.edit(si.SetDelta(value=0.1)):
-                model(input_ids=ids[:, PROMPT:], cache_params=cache_of(first))
-    first = model(input_ids=ids[:, :PROMPT], use_cache=True)
-    with si.attach(model) as ssm, pytest.raises(si.InterventionError, match="read without it"):
-        with ssm.edit(si.Knockout(sources=[1])):
+        other = pytest.raises(si.InterventionError, match="not those under which this cache read its prompt")
+        with other, ssm.edit(si.Knockout(sources=[1])):
             model(input_ids=step, cache_params=cache_of(first))
-
-
+        refused = pytest.raises(si.HookError, match="feed one token at a time, or attach with own_operator=True")
+        with refused, ssm.edit(si.SetDelta(value=0.1)):
+            model(input_ids=ids[:, PROMPT:], cache_params=cache_of(first))
+    first = model(input_ids=ids[:, :PROMPT], use_cache=True)
+    late = pytest.raises(si.InterventionError, match="read without it")
+    with si.attach(model) as ssm, late, ssm.edit(si.Knockout(sources=[1])):
+        model(input_ids=step, cache_params=cache_of(first))

@@ -83,7 +83,9 @@ def test_pairs_partition_a_head() -> None:
         options = {"sources": [1, 2], "targets": [5, 6], "layers": 1}
         whole = edited(ssm, case, si.Knockout(features=3, **options))
         at_once = edited(ssm, case, si.Knockout(features=pairs, **options))
-        halves = edited(ssm, case, si.Knockout(features=pairs[::2], **options), si.Knockout(features=pairs[1::2], **options))
+        halves = edited(
+            ssm, case, si.Knockout(features=pairs[::2], **options), si.Knockout(features=pairs[1::2], **options)
+        )
         assert relative_error(at_once, whole) <= EXACT
         assert relative_error(halves, whole) <= EXACT
         assert relative_error(edited(ssm, case, si.Knockout(features=pairs[::2], **options)), whole) > 1e-6

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 from support import logits, relative_error
 from tiny_hosts import FAMILY, NAMES, build, inputs
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import ssm_interp as si
@@ -84,7 +84,9 @@ def test_gradients_at_the_points_are_those_of_the_definition(name: str) -> None:
     model = build(name, dtype=torch.float64)
     with si.attach(model, own_operator=True) as ssm:
         layer = min(ssm.layers)
-        passed: dict[str, list[Tensor]] = {point: [] for point in READS}  # in pieces: Zamba computes its heads in two calls
+        passed: dict[str, list[Tensor]] = {
+            point: [] for point in READS
+        }  # in pieces: Zamba computes its heads in two calls
         for point in READS:
             ssm.layers[layer].point(point).register_forward_hook(lambda _m, _a, out, p=point: passed[p].append(out))
         metric = model(**inputs(2, 5), use_cache=False).logits[:, -1].logsumexp(-1).sum()
@@ -157,7 +159,9 @@ def test_a_hook_of_another_shape_is_refused() -> None:
     model = build("mamba2")
     with si.attach(model) as ssm:
         ssm.layers[0].hook_attn.register_forward_hook(lambda _m, _a, attn: attn[:, :1])
-        with pytest.raises(si.HookError, match=r"hook_attn returned \[2, 1, 9, 9\]; it must return a tensor \[2, 8, 9, 9\]"):
+        with pytest.raises(
+            si.HookError, match=r"hook_attn returned \[2, 1, 9, 9\]; it must return a tensor \[2, 8, 9, 9\]"
+        ):
             logits(model, inputs())
 
 

@@ -5,11 +5,11 @@ from functools import cache
 
 import pytest
 import torch
+from tiny_flow import word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from ssm_interp.prompts import ROLES, Prompt, PromptError, check_role, encode, load_prompts, pad, tokenize
-from tiny_flow import word_tokenizer
 
 FRANCE = Prompt("The capital of France is", "France", "Paris")
 

@@ -16,11 +16,13 @@ from ssm_interp.prompts import Batch, Prompt, PromptError, tokenize
 
 FAMILIES = ("mamba1", "mamba2")
 ROLES = {"sources": ("subject", "relation", "first", "last", "context"), "targets": ("last", "subject")}
+FEW = {"sources": ("subject", "last"), "targets": ("last",)}
+KEPT, WRONG = 5, 2
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def scene(request: pytest.FixtureRequest) -> World:
-    return world(request.param)
+    return world(request.param, count=KEPT)
 
 
 def swept(scene: World, **options: object) -> FlowResult:
@@ -29,7 +31,7 @@ def swept(scene: World, **options: object) -> FlowResult:
 
 
 @torch.no_grad()
-def by_hand(scene: World, align: str, size: int) -> Iterator[dict[str, object]]:
+def by_hand(scene: World, align: str, size: int, roles: dict[str, Sequence[str]]) -> Iterator[dict[str, object]]:
     """One prompt, one window at a time; probabilities by numpy."""
     with si.attach(scene.model) as ssm:
         for window in windows(range(LAYERS), size, align):
@@ -37,8 +39,8 @@ def by_hand(scene: World, align: str, size: int) -> Iterator[dict[str, object]]:
                 words = tokenize(prompt, scene.tokenizer)
                 ids = torch.tensor([words.ids])
                 base = softmax(scene.model(ids).logits[0, -1])
-                for target in ROLES["targets"]:
-                    for source in ROLES["sources"]:
+                for target in roles["targets"]:
+                    for source in roles["sources"]:
                         edges = [(t, s) for t in words.roles[target] for s in words.roles[source] if s <= t]
                         p = base
                         if edges:
@@ -63,11 +65,13 @@ def softmax(logits: torch.Tensor) -> np.ndarray:
     return shifted / shifted.sum()
 
 
-@pytest.mark.parametrize(("align", "size"), [("left", 2), ("centre", 3)])
-def test_every_number_is_that_of_a_single_prompt_by_hand(scene: World, align: str, size: int) -> None:
+@pytest.mark.parametrize(("align", "size", "roles"), [("left", 2, ROLES), ("centre", 3, FEW)])
+def test_every_number_is_that_of_a_single_prompt_by_hand(
+    scene: World, align: str, size: int, roles: dict[str, Sequence[str]]
+) -> None:
     keys = ["prompt_id", "source", "target", "layer"]
-    result = swept(scene, **ROLES, window=size, align=align, batch_size=3)
-    expected = pd.DataFrame(by_hand(scene, align, size)).set_index(keys)
+    result = swept(scene, **roles, window=size, align=align, batch_size=3)
+    expected = pd.DataFrame(by_hand(scene, align, size, roles)).set_index(keys)
     found = result.frame.set_index(keys).loc[expected.index]
     assert len(result.frame) == len(expected)
     for column in ("p_base", "p"):
@@ -81,7 +85,7 @@ def test_every_number_is_that_of_a_single_prompt_by_hand(scene: World, align: st
 
 
 def test_batches_and_padding_change_nothing(scene: World) -> None:
-    one, three, all_at_once = (swept(scene, **ROLES, window=2, batch_size=size).frame for size in (1, 3, 64))
+    one, three, all_at_once = (swept(scene, **FEW, window=2, batch_size=size).frame for size in (1, 3, 64))
     for frame in (three, all_at_once):
         numbers = ["p_base", "p", "relative_change", "logprob_difference"]
         pd.testing.assert_frame_equal(frame.drop(columns=numbers), one.drop(columns=numbers))
@@ -90,10 +94,10 @@ def test_batches_and_padding_change_nothing(scene: World) -> None:
 
 def test_only_prompts_answered_correctly_are_kept_and_counted(scene: World) -> None:
     result = swept(scene)
-    assert result.runs == (FlowRun(type(scene.model).__name__, tuple(range(LAYERS)), 1, "left", 9, 7),)
+    assert result.runs == (FlowRun(type(scene.model).__name__, tuple(range(LAYERS)), 1, "left", KEPT + WRONG, KEPT),)
     assert result.frame["prompt_id"].unique().tolist() == [prompt.id for prompt in scene.prompts]
     assert list(result.frame.columns) == COLUMNS
-    assert set(result.summary()["n"]) == {7}
+    assert set(result.summary()["n"]) == {KEPT}
 
 
 def test_an_empty_role_changes_nothing_and_is_counted(scene: World) -> None:
@@ -127,7 +131,7 @@ def test_another_engine_can_take_over(scene: World) -> None:
     e = np.e
     expected = 100 * ((e / (e + 39)) / (e**2 / (e**2 + 39)) - 1)
     np.testing.assert_allclose(result.frame["relative_change"], expected, rtol=1e-6)
-    assert result.runs[0].kept == result.runs[0].asked == 9
+    assert result.runs[0].kept == result.runs[0].asked == KEPT + WRONG
     assert [variant.window.layers for variant in calls] == [(), (), (0, 1, 2, 3)]
 
 
@@ -136,7 +140,8 @@ def test_progress_counts_every_forward_pass(scene: World) -> None:
     swept(scene, sources=("subject", "last"), window=2, batch_size=2, progress=lambda *counts: seen.append(counts))
     done = [now for now, _ in seen]
     assert done == sorted(done)
-    assert seen[-1] == (9 + 7 * (1 + 2 * 3), 9 + 7 * (1 + 2 * 3))
+    passes = KEPT + WRONG + KEPT * (1 + 2 * 3)
+    assert seen[-1] == (passes, passes)
 
 
 def test_the_model_is_left_as_it_was(scene: World) -> None:

@@ -64,7 +64,7 @@ class Attachment:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
-        self.layers: dict[int, HookPoints] = {index: mixer.ssm for index, mixer in self.mixers.items()}
+        self.layers = {index: mixer.ssm for index, mixer in self.mixers.items()}
 
     def __enter__(self) -> Attachment:
         return self
@@ -113,7 +113,8 @@ class Attachment:
             options: passed on to the model.
 
         Returns:
-            The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Zamba's heads, computed
+            The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Zamba's heads,
+            computed
             in several operator calls, are put together.
 
         Raises:
@@ -133,7 +134,9 @@ class Attachment:
                 caught[key] = []
                 stack.callback(point.register_forward_hook(_catch(caught[key])).remove)
             output = self.model(**given, **options)
-        reads = {key: found[0] if len(found) == 1 else torch.cat(found, HEAD_AXIS[key[0]]) for key, found in caught.items()}
+        reads = {
+            key: found[0] if len(found) == 1 else torch.cat(found, HEAD_AXIS[key[0]]) for key, found in caught.items()
+        }
         return Run(output, reads)
 
     def expose(self, *names: str, layers: int | Iterable[int] | None = None) -> Exposure:
@@ -177,12 +180,12 @@ class Attachment:
         if not isinstance(intervention, Intervention):
             raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {intervention!r}")
         kind = intervention.kind
-        layers = list(self.layers) if intervention.layers is None else list(intervention.layers)  # type: ignore[arg-type]
+        layers = list(self.layers) if intervention.layers is None else list(intervention.layers)
         if missing := [layer for layer in layers if layer not in self.layers]:
             raise InterventionError(f"{kind}: no SSM layer {missing}; this model has {list(self.layers)}")
         for layer in layers:
             points = self.layers[layer]
-            for feature in intervention.features or ():  # type: ignore[union-attr]
+            for feature in intervention.features or ():
                 head, dimension = feature if isinstance(feature, tuple) else (feature, 0)
                 if not (0 <= head < points.heads and 0 <= dimension < points.state_size):
                     raise InterventionError(
@@ -218,13 +221,15 @@ def attach(model: nn.Module, *, own_operator: bool = False) -> Attachment:
     """Put hook points into every SSM mixer of a model.
 
     The model stays what it is: same parameters, same state_dict keys, and as long as nothing is edited and nothing
-    exposed it calls its own operator and gives bit-identical logits. Hook points sit in a child module `ssm` of each mixer.
+    exposed it calls its own operator and gives bit-identical logits. Hook points sit in a child module `ssm` of each
+    mixer.
 
     Args:
         model: a transformers model (>= 5.15) of the families mamba, falcon_mamba, jamba, zamba, mamba2, bamba,
             falcon_h1, granitemoehybrid, nemotron_h, zamba2, or a module that contains such mixers. In hybrids the
             attention layers are left alone.
-        own_operator: always run the library's recurrence in place of the host's operator. It keeps float64, differentiates
+        own_operator: always run the library's recurrence in place of the host's operator. It keeps float64,
+        differentiates
             fast on CPU, and goes on from a cache with several tokens; elsewhere the host's operator is faster.
 
     Raises:
@@ -266,31 +271,34 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
         unknown = sorted({f"{type(m).__module__}.{type(m).__name__}" for m in model.modules() if hasattr(m, "A_log")})
         if unknown:
             raise UnsupportedModelError(
-                f"the mixers of {name} ({', '.join(unknown)}) call no operator that ssm_interp knows; it works with the "
-                f"Mamba classes of transformers >= 5.15, this is transformers {transformers_version()}"
+                f"the mixers of {name} ({', '.join(unknown)}) call no operator that ssm_interp knows; it works with "
+                f"the Mamba classes of transformers >= 5.15, this is transformers {transformers_version()}"
             )
         raise UnsupportedModelError(f"{name} has no SSM layers: none of its modules is a Mamba-1 or Mamba-2 mixer")
     for mixer in mixers:
         where = f"{type(mixer).__name__} of layer {mixer.layer_idx}"
         if "__nnsight__" in mixer.__dict__:
-            raise HookError(f"{where} is wrapped by nnsight, which would not see the hook points; attach first, then wrap")
+            raise HookError(
+                f"{where} is wrapped by nnsight, which would not see the hook points; attach first, then wrap"
+            )
         if hasattr(mixer, "ssm"):
             raise HookError(f"{where} already has an attribute `ssm`, where the hook points would go")
         if mixer.A_log.dtype not in FLOATS:
-            raise UnsupportedModelError(f"{where} is in {mixer.A_log.dtype}; supported are {', '.join(map(str, FLOATS))}")
+            raise UnsupportedModelError(
+                f"{where} is in {mixer.A_log.dtype}; supported are {', '.join(map(str, FLOATS))}"
+            )
         inner = mixer.__dict__.get("_old_forward", mixer.forward)
         if getattr(inner, "__func__", None) is not type(mixer).forward:
             raise HookError(f"the forward of {where} was replaced on the instance; undo that before attaching")
 
 
-def _hook(mixer: nn.Module, own_operator: bool) -> None:
+def _hook(mixer: Any, own_operator: bool) -> None:
     gated = bool(GATED_FAMILY.intersection(operators_of(type(mixer))))
-    A_log: Tensor = mixer.A_log  # type: ignore[assignment]
+    A_log: Tensor = mixer.A_log
     heads = A_log.shape[:-1].numel() if gated else A_log.shape[0]
-    state_size: Any = A_log.shape[-1] if gated else mixer.ssm_state_size
-    layer: Any = mixer.layer_idx
-    mixer.__class__ = hooked_class(type(mixer))
-    mixer.add_module("ssm", HookPoints(layer, heads, state_size, gated, own_operator).train(mixer.training))
+    state_size = A_log.shape[-1] if gated else mixer.ssm_state_size
+    mixer.__class__ = hooked_class(type(mixer))  # type: ignore[arg-type]
+    mixer.add_module("ssm", HookPoints(mixer.layer_idx, heads, state_size, gated, own_operator).train(mixer.training))
     _rebind_old_forward(mixer)
 
 

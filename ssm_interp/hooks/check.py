@@ -30,7 +30,8 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
     """Attach to a model, try it on a tiny random input, detach; the model is left as it was.
 
     Checked are: logits attached and idle (bit-identical), and with every hook point exposed, against the native ones;
-    M x against the operator's y, and y with D-skip and gate against what the host goes on with (through the logits); that
+    M x against the operator's y, and y with D-skip and gate against what the host goes on with (through the logits);
+    that
     every hook point of every layer fires; that a knockout in all layers changes the target and nothing before it; that
     detaching restores the logits.
 
@@ -89,7 +90,9 @@ def _attached(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
 
 
 def _exact(name: str, found: Tensor, expected: Tensor) -> Row:
-    return Row(name, _relative(found, expected), torch.equal(found, expected), "relative error of the logits; must be 0")
+    return Row(
+        name, _relative(found, expected), torch.equal(found, expected), "relative error of the logits; must be 0"
+    )
 
 
 def _close(name: str, found: Tensor, expected: Tensor) -> Row:

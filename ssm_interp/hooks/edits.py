@@ -140,7 +140,8 @@ class LayerEdits:
         return carried
 
     def _carried_on(self, terms: Terms, piece: Piece, key: Hashable, extra_writes: Tensor | None) -> Tensor:
-        """Keep the part of the state that open-ended knockouts' sources wrote with the cache, for the next call; and give
+        """Keep the part of the state that open-ended knockouts' sources wrote with the cache, for the next call; and
+        give
         what it carries to this one, if that goes on from an earlier one, `[b t h p]`, else 0."""
         site = self.site
         before = remembered(site.cache, site.layer, key)
@@ -207,7 +208,7 @@ class LayerEdits:
                 yield Cut(position, where[:, position], self._features(edit), state)
 
     def _patch(self, edit: PatchState, operands: Operands) -> Tensor:
-        state = edit.state.to(self.device)
+        state: Tensor = edit.state.to(self.device)
         if state.ndim == 0:
             return state
         points, head_dim = self.site.points, operands.x.shape[3]
@@ -232,7 +233,8 @@ class LayerEdits:
         return Piece(edges.tril().to(self.device), self._features(edit))
 
     def _source_piece(self, edit: Knockout) -> Piece:
-        """The sources of a knockout in the prompt, `[b t]`, and in one column more, whether generated positions are too."""
+        """The sources of a knockout in the prompt, `[b t]`, and in one column more, whether generated positions are
+        too."""
         prompt = self.site.positions(edit.sources, self.batch, "Knockout.sources")
         generated = torch.full((self.batch, 1), edit.sources is None)
         return Piece(torch.cat([prompt, generated], dim=1).to(self.device), self._features(edit))

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, SupportsIndex
+from typing import Any, ClassVar, Literal, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ssm_interp.hooks.errors import InterventionError
 
-Positions = int | Iterable[int] | Iterable[Iterable[int]] | None
-Layers = int | Iterable[int] | None
-Features = int | Iterable[int] | Iterable[tuple[int, int]] | None
+FlatPositions: TypeAlias = tuple[int, ...]
+RowPositions: TypeAlias = tuple[FlatPositions, ...]
 
-FlatPositions = tuple[int, ...]
-RowPositions = tuple[FlatPositions, ...]
+# What may be given is wider than what is kept: every field is checked and turned into tuples when it is set.
+Positions: TypeAlias = Any
+"""An int, a sequence of ints, a sequence of such sequences (one per row), or None; kept as FlatPositions, RowPositions
+or
+None."""
+Indices: TypeAlias = Any
+"""An int, a sequence of ints, or None; kept as a tuple or None."""
+Features: TypeAlias = Any
+"""Heads or (head, state dimension) pairs, one or a sequence, or None; kept as a tuple or None."""
+Pairs: TypeAlias = Any
+"""A sequence of (target, source) pairs; kept as a tuple of tuples."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,7 +32,8 @@ class Intervention:
     """One edit of the SSM layers, as data.
 
     Positions are columns of `input_ids`; negative ones count from the end of the prompt, which is the first call on a
-    cache. One integer or a sequence names the same positions in every row of the batch, a sequence of sequences those of
+    cache. One integer or a sequence names the same positions in every row of the batch, a sequence of sequences those
+    of
     each row (an empty one: none). None means every position, generated ones included.
 
     A feature is a head (in Mamba-1 a channel), given by its index, or a (head, state dimension) pair.
@@ -34,7 +43,7 @@ class Intervention:
         features: heads or (head, state dimension) pairs; None: all.
     """
 
-    layers: Layers = None
+    layers: Indices = None
     features: Features = None
     kind: ClassVar[str] = "Intervention"
 
@@ -103,7 +112,7 @@ class Knockout(Intervention):
 
     sources: Positions = None
     targets: Positions = None
-    edges: Sequence[tuple[int, int]] | None = None
+    edges: Pairs = None
     kind: ClassVar[str] = "Knockout"
 
     def __post_init__(self) -> None:
@@ -134,8 +143,8 @@ class PatchState(Intervention):
         >>> PatchState(position=-1, state=donor, layers=[3])
     """
 
-    position: int | Sequence[int]
-    state: float | Tensor | Sequence[Any]
+    position: Indices
+    state: Any
     kind: ClassVar[str] = "PatchState"
 
     def __post_init__(self) -> None:
@@ -158,7 +167,8 @@ class SetDelta(Intervention):
         positions: where; None: everywhere.
 
     Raises:
-        InterventionError: a negative or non-finite step; features that are (head, state) pairs (a step belongs to a head).
+        InterventionError: a negative or non-finite step; features that are (head, state) pairs (a step belongs to a
+        head).
 
     Example:
         >>> SetDelta(value=0.0, positions=[2, 3])
@@ -221,7 +231,7 @@ class EditAttention(Intervention):
         >>> EditAttention(edges=[(7, 3)], value=0.0)            # the same as Knockout(edges=[(7, 3)])
     """
 
-    edges: Sequence[tuple[int, int]]
+    edges: Pairs
     value: float
     mode: Literal["set", "add", "scale"] = "set"
     kind: ClassVar[str] = "EditAttention"
@@ -235,7 +245,7 @@ class EditAttention(Intervention):
 
 
 def _only_heads(intervention: Intervention) -> None:
-    if intervention.features and isinstance(intervention.features[0], tuple):  # type: ignore[index]
+    if intervention.features and isinstance(intervention.features[0], tuple):
         raise InterventionError(f"{intervention.kind} acts on heads; it takes no (head, state) pairs as features")
 
 
@@ -279,7 +289,7 @@ def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
         found = ((None,),)
     if not all(len(pair) == 2 and all(_is_index(value) for value in pair) for pair in found):
         raise InterventionError(f"{name} must be pairs {what} of integers, got {values!r}")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _features(values: Any, kind: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:

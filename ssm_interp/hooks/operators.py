@@ -291,7 +291,7 @@ class HeadUpdate(Operator):
         )
         return y[:, None], self._state
 
-    def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
+    def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:  # noqa: ARG002
         output = y[:, 0]
         if self._D is not None:
             output = (output + x[:, 0] * self._D).to(output.dtype)

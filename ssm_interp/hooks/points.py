@@ -37,7 +37,8 @@ class HookPoint(nn.Module):
 
     Attributes:
         name: what passes: x, dt, B, C, write, state, attn, y or z.
-        exposed: whether it was asked to fire though nothing is hooked to it. x, dt, B, C, y and z fire anyway (where the
+        exposed: whether it was asked to fire though nothing is hooked to it. x, dt, B, C, y and z fire anyway (where
+        the
             host runs a fused kernel, y and z do not: the kernel keeps them to itself); write, state and attn cost
             memory, so they fire when exposed or hooked.
 
@@ -62,9 +63,7 @@ class HookPoint(nn.Module):
 
     def has_hooks(self) -> bool:
         """Whether any hook, PyTorch's own or one of `add_hook`, is attached."""
-        return bool(
-            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        )
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
     def add_hook(
         self,
@@ -90,7 +89,7 @@ class HookPoint(nn.Module):
             handle = self.register_forward_hook(lambda _module, _args, output: hook(output, self), prepend=prepend)
         elif dir == "bwd":
             handle = self.register_full_backward_hook(
-                lambda _module, _grad_input, grad_output: _as_tuple(hook(grad_output[0], self)), prepend=prepend
+                lambda _module, _grad_input, grad_output: _as_tuple(hook(_only(grad_output), self)), prepend=prepend
             )
         else:
             raise HookError(f"add_hook on hook_{self.name}: dir must be 'fwd' or 'bwd', got {dir!r}")
@@ -112,13 +111,19 @@ class HookPoint(nn.Module):
         return f"{self.name}, {'fires' if self.name in ALWAYS or self.requested else 'fires when exposed or hooked'}"
 
 
+def _only(gradients: Any) -> Tensor:
+    (gradient,) = gradients
+    return gradient  # type: ignore[no-any-return]
+
+
 def _as_tuple(gradient: Tensor | None) -> tuple[Tensor] | None:
     return None if gradient is None else (gradient,)
 
 
 @dataclass
 class EditMemory:
-    """Under which edits a training forward ran, for gradient checkpointing, which runs it again in the backward pass."""
+    """Under which edits a training forward ran, for gradient checkpointing, which runs it again in the backward
+    pass."""
 
     edits: set[Any] = field(default_factory=set)
     recomputed: bool = False
@@ -141,6 +146,16 @@ class HookPoints(nn.Module):
         heads: how many heads (in the Mamba-1 family: channels) the mixer has.
         state_size: how many state dimensions a head has.
     """
+
+    hook_x: HookPoint
+    hook_dt: HookPoint
+    hook_B: HookPoint
+    hook_C: HookPoint
+    hook_write: HookPoint
+    hook_state: HookPoint
+    hook_attn: HookPoint
+    hook_y: HookPoint
+    hook_z: HookPoint
 
     def __init__(self, layer: int, heads: int, state_size: int, gated: bool, own_operator: bool) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """What must be remembered between the calls on one cache, kept with the cache itself.
 
 transformers' cache knows the recurrent state, not how many positions made it, nor the part of it that knocked-out
-sources wrote. Both are kept on the cache's own layer object; the states as further entries of its `recurrent_states`, so
+sources wrote. Both are kept on the cache's own layer object; the states as further entries of its `recurrent_states`,
+so
 that whatever reorders, moves or copies the cache does the same to them.
 """
 

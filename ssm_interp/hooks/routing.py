@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssm_interp.hooks.errors import UnsupportedModelError
 from ssm_interp.hooks.operators import FUSED_SHORTCUTS, OPERATORS, Operator
+from ssm_interp.hooks.points import HookPoints
 from ssm_interp.hooks.serve import serve
 from ssm_interp.hooks.site import Site
 
@@ -25,13 +26,21 @@ _site: ContextVar[Site] = ContextVar("ssm_interp_site")
 
 
 class HookedMixer(nn.Module):
-    """Marks the classes that `hooked_class` makes. `host_class` is the class that they stand in for."""
+    """Marks the classes that `hooked_class` makes.
+
+    Attributes:
+        host_class: the class that it stands in for.
+        layer_idx: index of the layer in the model, as transformers keeps it.
+        ssm: the hook points.
+    """
 
     host_class: type[nn.Module]
+    layer_idx: int
+    ssm: HookPoints
 
 
 @cache
-def hooked_class(host_class: type[nn.Module]) -> type[HookedMixer]:
+def hooked_class(host_class: Any) -> type[HookedMixer]:
     """The subclass of a mixer class whose operator calls go through the mixer's hook points.
 
     Raises:
@@ -42,7 +51,8 @@ def hooked_class(host_class: type[nn.Module]) -> type[HookedMixer]:
     if not names:
         raise UnsupportedModelError(
             f"{host_class.__module__}.{host_class.__name__} does not call any operator that ssm_interp knows "
-            f"({', '.join(OPERATORS)}); it works with transformers >= 5.15, this is transformers {transformers_version()}"
+            f"({', '.join(OPERATORS)}); it works with transformers >= 5.15, "
+            f"this is transformers {transformers_version()}"
         )
     replacements: dict[str, Any] = {name: _route(OPERATORS[name], body.__globals__[name]) for name in names}
     replacements |= {name: _no_shortcut for name in FUSED_SHORTCUTS if name in body.__globals__}

@@ -1,6 +1,7 @@
 """One operator call of a hooked mixer: fire the hook points, apply the edits, give the host what it expects.
 
-What several edits at one layer mean, whatever their order: edits of x, dt, B, C and write act on the recurrence; edits of
+What several edits at one layer mean, whatever their order: edits of x, dt, B, C and write act on the recurrence; edits
+of
 the state act from their position on; an edge mask multiplies M; an edit of attn adds (M' - M) x; features are scaled in
 what is then read; an edit of y comes last.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from ssm_interp.hooks.edits import LayerEdits
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
-from ssm_interp.hooks.points import ON_REQUEST, HookPoint
+from ssm_interp.hooks.points import ON_REQUEST, HookPoint, HookPoints
 from ssm_interp.hooks.site import Site
 from ssm_interp.scan import attention, read, write
 from ssm_interp.scan.terms import Terms
@@ -53,14 +54,16 @@ def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdit
     """y and the final state of a call with something to edit or to show."""
     if operator.packed:
         raise HookError(
-            f"layer {site.layer} got packed sequences (seq_idx or cu_seqlens), in which positions mean something else in "
-            "each sequence; give one sequence per row, padded, with an attention_mask"
+            f"layer {site.layer} got packed sequences (seq_idx or cu_seqlens), in which positions mean something else "
+            "in each sequence; give one sequence per row, padded, with an attention_mask"
         )
-    points, initial = site.points, _initial_state(operator, site, edits.heads)
+    points = site.points
+    initial = _initial_state(operator, site, edits.heads)
     terms = edits.scale_reads(operands.terms())
     initial = None if initial is None else initial.to(terms.x.dtype)
     if points.own_operator or edits.needs_own_scan:
-        y, state = edits.scan(terms, initial)
+        y, final = edits.scan(terms, initial)
+        state: Tensor | None = final
     else:
         y, state = operator.run(operands)
     injected = _injected(points, terms, initial, edits)
@@ -84,7 +87,7 @@ class _Injected:
         self.writes, self.state = writes, state
 
 
-def _injected(points: Any, terms: Terms, initial: Tensor | None, edits: LayerEdits) -> _Injected | None:
+def _injected(points: HookPoints, terms: Terms, initial: Tensor | None, edits: LayerEdits) -> _Injected | None:
     writes = _shift(points.hook_write, lambda: write(terms)) if points.hook_write.requested else None
 
     def all_states() -> Tensor:
@@ -143,7 +146,7 @@ def _initial_state(operator: Operator, site: Site, heads: slice) -> Tensor | Non
     return cached.flatten(1, -2)[:, heads, None]
 
 
-def _asked_for_z(points: Any) -> bool:
+def _asked_for_z(points: HookPoints) -> bool:
     return "hook_z" in points._modules and points.hook_z.requested
 
 

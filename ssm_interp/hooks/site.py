@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import FlatPositions, Intervention, RowPositions
 from ssm_interp.hooks.points import HookPoints
-from ssm_interp.hooks.record import Record, record_of
+from ssm_interp.hooks.record import record_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Site:
         found = tuple(
             edit.intervention
             for edit in _active.get()
-            if id(self.points) in edit.points and (edit.intervention.layers is None or self.layer in edit.intervention.layers)
+            if id(self.points) in edit.points
+            and (edit.intervention.layers is None or self.layer in edit.intervention.layers)
         )
         return self._as_in_forward(found) if training else found
 
@@ -162,10 +163,10 @@ def _rows(positions: FlatPositions | RowPositions, batch: int, what: str) -> Seq
                 f"{what} names the positions of {len(positions)} rows, but the batch has {batch}; "
                 "give one sequence per row, or one flat sequence for all"
             )
-        return positions  # type: ignore[return-value]
-    return [positions] * batch  # type: ignore[list-item]
+        return cast(Sequence[FlatPositions], positions)
+    return [cast(FlatPositions, positions)] * batch
 
 
 def _in_backward() -> bool:
     # The only sign that torch gives of a backward pass; torch.utils.checkpoint reads the same.
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+    return torch._C._current_graph_task_id() != -1

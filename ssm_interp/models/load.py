@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,16 +33,14 @@ def load(
     Example:
         >>> model, tokenizer = load("tiny-mamba1")
     """
-    if str(name) in EMBEDDED:
-        place = str(files("ssm_interp.models") / "data" / str(name))
-    else:
-        place = str(name)
+    embedded = str(name) in EMBEDDED
+    place = str(files("ssm_interp.models") / "data" / str(name)) if embedded else str(name)
     local = Path(place).is_dir()
     if not local and (str(name).startswith((".", "/", "~")) or Path(place).exists()):
         raise LoadError(f"{str(name)!r} is not a folder that holds a model")
     try:
         options = {} if local else {"revision": revision}
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -1,0 +1,258 @@
+"""The command line, run in this process; the model is a small random one in a folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tiny_flow import World, world
+from typer.testing import CliRunner, Result
+
+import ssm_interp as si
+from ssm_interp import cli
+from ssm_interp.flow import FlowResult
+from ssm_interp.hooks.check import Row
+from ssm_interp.prompts import save_prompts
+
+
+@pytest.fixture(scope="module")
+def scene() -> World:
+    return world("mamba2", count=6)
+
+
+@pytest.fixture(scope="module")
+def model(scene: World, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    scene.model.save_pretrained(folder)
+    scene.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(scene: World, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    save_prompts(scene.prompts + scene.wrong, path)
+    return str(path)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def refused(result: Result, message: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_flow_writes_a_picture_and_every_number(model: str, prompts: str, tmp_path: Path) -> None:
+    result = run("flow", "--model", model, "--prompts", prompts, "--window", 2, "--out", tmp_path / "new" / "map")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""  # quiet when it is no terminal
+    assert "6 of 8 prompts answered correctly and kept; windows of 2 of its 4 SSM layers" in result.stdout
+    assert (tmp_path / "new" / "map" / "flow.png").read_bytes().startswith(b"\x89PNG")
+    found = FlowResult.load(tmp_path / "new" / "map" / "flow.parquet")
+    assert len(found.frame) == 6 * 4 * 3
+    assert found.runs[0].model == model
+    drop = found.largest_drops().iloc[0]
+    (line,) = [line for line in result.stdout.splitlines() if "subject →" in line]
+    assert f"{drop['mean']:+z.1f}" in line
+    assert f"{drop['window_start']} to {drop['window_start'] + 1}" in line
+    assert f"{drop['low']:+z.1f} to {drop['high']:+z.1f}" in line
+
+
+def test_flow_takes_several_models_roles_and_a_seeded_draw(
+    model: str, prompts: str, scene: World, tmp_path: Path
+) -> None:
+    second = tmp_path / "second"
+    scene.model.save_pretrained(second)
+    scene.tokenizer.save_pretrained(second)
+    shared = ["flow", "--model", model, "--model", second, "--prompts", prompts, "--source", "context", "--source", "all"]
+    options = ["--target", "last", "--target", "subject", "--align", "centre", "--window", 3, "--limit", 5]
+    frames = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        result = run(*shared, *options, "--seed", seed, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        frames.append(pd.read_parquet(tmp_path / name / "flow.parquet"))
+    assert frames[0].equals(frames[1])
+    assert set(frames[0]["prompt_id"]) != set(frames[2]["prompt_id"])
+    assert set(frames[0]["model"]) == {model, str(second)}
+    assert set(frames[0]["source"]) == {"context", "all"}
+    assert set(frames[0]["target"]) == {"last", "subject"}
+    assert sorted(set(frames[0]["layer"])) == [0, 1, 2, 3]
+    assert "of 5 prompts answered" in result.stdout
+    assert "prompts without the source" in result.stdout  # subjects that begin the prompt have no context
+
+
+def test_flow_asks_the_embedded_models_by_default(tmp_path: Path) -> None:
+    result = run("flow", "--limit", 12, "--source", "subject", "--window", 5, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert set(pd.read_parquet(tmp_path / "flow.parquet")["model"]) == {"tiny-mamba1", "tiny-mamba2"}
+
+
+def test_attention_draws_what_the_hooks_read(
+    model: str, scene: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    draw = cli.plots.attention_figure
+    monkeypatch.setattr(cli.plots, "attention_figure", lambda shown, *a, **k: (drawn.append(shown), draw(shown, *a, **k))[1])
+    text = scene.prompts[0].text
+    for words in (["--head", 3], ["--reduce", "mean"], ["--reduce", "mean_abs"], ["--reduce", "norm"], []):
+        out = tmp_path / "pictures" / "map.png"
+        result = run("attention", text, "--model", model, "--layer", 1, *words, "--out", out)
+        assert result.exit_code == 0, result.output
+        assert "layer 1" in result.stdout
+        assert out.read_bytes().startswith(b"\x89PNG")
+    loaded, tokenizer = si.load(model)
+    with si.attach(loaded) as ssm:
+        attn = ssm.run(tokenizer(text, return_tensors="pt")["input_ids"], read=["attn"], layers=[1])["attn", 1][0]
+    expected = [attn[3], attn.mean(0), attn.abs().mean(0), attn.square().sum(0).sqrt(), attn.mean(0)]
+    for found, right in zip(drawn, expected, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+def test_attention_takes_the_middle_layer_by_default(model: str, tmp_path: Path) -> None:
+    result = run("attention", "ban dus", "--model", model, "--out", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert "layer 2" in result.stdout
+
+
+def test_check_prints_a_table_and_fails_with_1(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("check", model)
+    assert result.exit_code == 0, result.output
+    assert "passed" in result.stdout
+    assert "FAILED" not in result.stdout
+    rows = [Row("good", 0.0, True, "fine"), Row("bad", 0.5, False, "must be 0")]
+    monkeypatch.setattr(cli, "check_model", lambda model: rows)
+    result = run("check", model)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stdout.splitlines() if "bad" in line]
+    assert "FAILED" in line
+    assert "0.5" in line
+
+
+@pytest.mark.parametrize("command", ["flow", "check", "attention"])
+def test_help_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"ssm-interp {command}" in result.stdout.split("Example:")[1]
+
+
+def test_help_and_version() -> None:
+    for words in ([], ["--help"]):
+        result = run(*words)
+        assert result.exit_code == 0
+        assert "attention" in result.stdout
+    assert run("--version").stdout.strip() == f"ssm-interp {si.__version__}"
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ssm_interp", "check"], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().lower() == "error: missing argument 'model'."
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "missing.jsonl"], "there is no prompt file 'missing.jsonl'"),
+        (["--source", "subjct"], "there is no role 'subjct': did you mean 'subject'?"),
+        (["--target", "lst"], "did you mean 'last'?"),
+        (["--window", 5], "a window of 5 layers does not fit: this model has 4 SSM layers; give 1 to 4"),
+        (["--window", 0], "give 1 to 4"),
+        (["--batch-size", 0], "Invalid value for '--batch-size'"),
+        (["--limit", -1], "Invalid value for '--limit'"),
+        (["--align", "right"], "'right' is not one of 'left', 'centre'"),
+        (["--colour", "red"], "No such option: --colour"),
+    ],
+)
+def test_flow_refuses_bad_options(model: str, prompts: str, tmp_path: Path, options: list[str], message: str) -> None:
+    refused(run("flow", "--model", model, "--prompts", prompts, "--out", tmp_path, *options), message)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"text": "ban dus", "subject": "kit", "target": "lox"}', "line 2: the subject 'kit' occurs 0 times"),
+        ('{"text": "dus dus", "subject": "dus", "target": "lox"}', "line 2: the subject 'dus' occurs 2 times"),
+        ('{"text": "", "subject": "dus", "target": "lox"}', "line 2: the prompt '' has an empty text"),
+        ('{"text": "ban kit", "subject": "kit", "target": "Paris"}', "the tokenizer does not know it"),
+        ('{"text": "ban dus", "subject": "dus", "target": "lox"}', "these occur more than once: ban dus"),
+    ],
+)
+def test_flow_refuses_bad_prompts(model: str, tmp_path: Path, line: str, message: str) -> None:
+    good = json.dumps({"text": "ban dus", "subject": "dus", "target": "lox"})
+    (tmp_path / "p.jsonl").write_text(f"{good}\n{line}\n")
+    refused(run("flow", "--model", model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path), message)
+
+
+def test_flow_refuses_prompts_the_model_cannot_answer(model: str, scene: World, tmp_path: Path) -> None:
+    save_prompts(scene.wrong, tmp_path / "p.jsonl")
+    message = "answers none of the 2 prompts correctly"
+    refused(run("flow", "--model", model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path), message)
+
+
+def test_models_that_cannot_be_loaded_are_refused(model: str, prompts: str, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    for words in (["check", missing], ["flow", "--model", missing, "--out", tmp_path], ["attention", "x", "--model", missing]):
+        refused(run(*words), f"{str(missing)!r} is not a folder that holds a model")
+    refused(run("flow", "--model", model, "--model", model, "--prompts", prompts, "--out", tmp_path), "each --model once")
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(model: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(run("flow", "--model", model, "--out", tmp_path / "file"), "File exists")
+    refused(run("attention", "ban", "--model", model, "--out", tmp_path / "file" / "a.png"), "Not a directory")
+    refused(run("attention", "ban", "--model", model, "--out", tmp_path / "a.nonsense"), "Format 'nonsense' is not supported")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layer", 4], "no SSM layer 4; the SSM layers of this model are [0, 1, 2, 3]"),
+        (["--head", 4], "there is no head 4: this layer has 4, numbered 0 to 3"),
+        (["--head", -1], "there is no head -1"),
+        (["--head", 1, "--reduce", "mean"], "give --head or --reduce, not both"),
+        (["--reduce", "max"], "'max' is not one of 'mean', 'mean_abs', 'norm'"),
+    ],
+)
+def test_attention_refuses_bad_options(model: str, tmp_path: Path, options: list[str], message: str) -> None:
+    refused(run("attention", "ban dus", "--model", model, "--out", tmp_path / "a.png", *options), message)
+
+
+def test_attention_refuses_an_empty_text(model: str) -> None:
+    refused(run("attention", "  ", "--model", model), "has no tokens: it is empty")
+
+
+@pytest.mark.parametrize("words", [["--debug", "flow"], ["flow", "--debug"]])
+def test_debug_shows_the_traceback(words: list[str]) -> None:
+    result = run(*words, "--prompts", "missing.jsonl")
+    assert isinstance(result.exception, si.PromptError)
+    assert result.exit_code == 1
+
+
+def test_a_fault_of_our_own_is_not_dressed_up(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "check_model", broken)
+    assert isinstance(run("check", model).exception, ZeroDivisionError)
+
+
+def test_control_c_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(model: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "check_model", interrupt)
+    result = run("check", model)
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted"
