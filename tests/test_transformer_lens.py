@@ -61,5 +61,7 @@ def test_importing_the_package_imports_no_host() -> None:
     import subprocess
     import sys
 
-    code = "import sys, ssm_interp; print([m for m in ('nnsight', 'transformer_lens', 'circuitsvis') if m in sys.modules])"
+    code = (
+        "import sys, ssm_interp; print([m for m in ('nnsight', 'transformer_lens', 'circuitsvis') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, SupportsIndex, TypeAlias
+from typing import Any, ClassVar, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -152,7 +152,10 @@ class PatchState(Intervention):
         object.__setattr__(self, "position", _positions(self.position, self.kind, "position"))
         if self.position is None or (self.position and isinstance(self.position[0], tuple)):
             raise InterventionError("PatchState.position must be one integer, or one integer per row of the batch")
-        state = self.state if isinstance(self.state, Tensor) else torch.as_tensor(self.state, dtype=torch.float64)
+        try:
+            state = self.state if isinstance(self.state, Tensor) else torch.as_tensor(self.state, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise InterventionError(f"PatchState.state must be a number or a tensor, got {self.state!r}") from None
         if state.ndim not in (0, 3, 4):
             raise InterventionError(f"PatchState.state must be a number, [h p n] or [b h p n], got {list(state.shape)}")
         object.__setattr__(self, "state", state)
@@ -233,7 +236,7 @@ class EditAttention(Intervention):
 
     edges: Pairs
     value: float
-    mode: Literal["set", "add", "scale"] = "set"
+    mode: str = "set"
     kind: ClassVar[str] = "EditAttention"
 
     def __post_init__(self) -> None:
@@ -250,7 +253,7 @@ def _only_heads(intervention: Intervention) -> None:
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool) and tuple(getattr(value, "shape", ())) == ()
 
 
 def _flat(values: Any, kind: str, name: str) -> FlatPositions | None:
@@ -259,7 +262,7 @@ def _flat(values: Any, kind: str, name: str) -> FlatPositions | None:
     if _is_index(values):
         return (int(values),)
     try:
-        found = tuple(values.tolist() if isinstance(values, Tensor) else values)
+        found = tuple(values.tolist() if hasattr(values, "tolist") else values)
     except TypeError:
         found = (None,)
     if not all(_is_index(value) for value in found):
@@ -270,7 +273,7 @@ def _flat(values: Any, kind: str, name: str) -> FlatPositions | None:
 def _positions(values: Any, kind: str, name: str) -> FlatPositions | RowPositions | None:
     if values is None or _is_index(values):
         return _flat(values, kind, name)
-    rows = values.tolist() if isinstance(values, Tensor) else list(values) if isinstance(values, Iterable) else [None]
+    rows = values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Iterable) else [None]
     if rows and all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
         return tuple(_flat(row, kind, name) or () for row in rows)
     try:
@@ -282,7 +285,7 @@ def _positions(values: Any, kind: str, name: str) -> FlatPositions | RowPosition
 
 
 def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
-    rows = values.tolist() if isinstance(values, Tensor) else values
+    rows = values.tolist() if hasattr(values, "tolist") else values
     try:
         found = tuple(tuple(row) for row in rows)
     except TypeError:
@@ -295,7 +298,7 @@ def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
 def _features(values: Any, kind: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:
     if values is None or _is_index(values):
         return _flat(values, kind, "features")
-    rows = values.tolist() if isinstance(values, Tensor) else list(values) if isinstance(values, Iterable) else [None]
+    rows = values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Iterable) else [None]
     if not rows:
         raise InterventionError(f"{kind}.features is empty; None means all features")
     if all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):

@@ -28,8 +28,9 @@ def serve(operator: Operator, site: Site) -> Any:
     """Do one operator call of the mixer that `site` is a forward of; its result is what the host's operator returns."""
     heads = site.next_heads(operator.operands.x.shape[2])
     points = site.points
-    edits = LayerEdits(site, heads, operator.operands)
     given = operator.operands
+    edits = LayerEdits(site, heads, given)
+    versions = _versions(given)
     operands = replace(given, dt=edits.set_delta(given.dt)) if edits else given
     operands = replace(
         operands,
@@ -39,12 +40,12 @@ def serve(operator: Operator, site: Site) -> Any:
         C=_pass(points.hook_C, operands.C),
     )
     exposed = any(points.point(name).requested for name in ON_REQUEST)
-    if not (edits or exposed or points.own_operator):
-        if not (operator.is_reference or points.hook_y.requested or _asked_for_z(points)) and _same(operands, given):
-            return operator.native()
-        y, state = operator.run(operands)
-    else:
+    if edits or exposed or points.own_operator:
         y, state = _edited(operator, operands, site, edits)
+    elif _keeps_to_itself(operator, points) and _untouched(operands, given) and _versions(given) == versions:
+        return operator.native()
+    else:
+        y, state = operator.run(operands)
     y = _pass(points.hook_y, y)
     z = None if operator.z is None else _pass(points.hook_z, operator.z)
     return operator.finish(y, state, operands.x, z)
@@ -146,10 +147,16 @@ def _initial_state(operator: Operator, site: Site, heads: slice) -> Tensor | Non
     return cached.flatten(1, -2)[:, heads, None]
 
 
-def _asked_for_z(points: HookPoints) -> bool:
-    return "hook_z" in points._modules and points.hook_z.requested
+def _keeps_to_itself(operator: Operator, points: HookPoints) -> bool:
+    """Whether the operator is a fused kernel, D-skip and gate inside, and nobody asked to see what lies between."""
+    wanted = points.hook_y.requested or ("hook_z" in points._modules and points.hook_z.requested)
+    return not (operator.is_reference or wanted)
 
 
-def _same(operands: Operands, given: Operands) -> bool:
-    pairs = zip(vars(operands).values(), vars(given).values(), strict=True)
-    return all(new is old and not (old.is_inference() or old._version) for new, old in pairs)
+def _untouched(operands: Operands, given: Operands) -> bool:
+    return all(new is old for new, old in zip(vars(operands).values(), vars(given).values(), strict=True))
+
+
+def _versions(operands: Operands) -> list[int | None]:
+    """How often each operand was changed in place; inference tensors do not count that."""
+    return [None if tensor.is_inference() else tensor._version for tensor in vars(operands).values()]

@@ -135,7 +135,7 @@ def _products(terms: Terms, mask: Edges) -> Iterator[tuple[Bool[Tensor, "#b t"],
         open_targets = open_targets & ~targets
 
 
-def _expand(terms: Terms, name: str, mask: Tensor, positions: int) -> Bool[Tensor, "rows *positions"]:
+def _expand(terms: Terms, name: str, mask: Tensor, positions: int) -> Bool[Tensor, "b ..."]:
     """A bool tensor over positions (once or twice) with a batch dimension, checked."""
     _check_bool(name, mask)
     shape = (terms.length,) * positions
