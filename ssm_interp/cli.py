@@ -22,10 +22,10 @@ from ssm_interp import __version__, plots
 from ssm_interp.flow import Align, FlowError, FlowResult, sweep
 from ssm_interp.hooks import HookError, attach
 from ssm_interp.hooks.check import check as check_model
-from ssm_interp.models import load
+from ssm_interp.models import EMBEDDED, load
 from ssm_interp.prompts import Prompt, check_role, encode, load_prompts
 
-EMBEDDED_MODELS = ["tiny-mamba1", "tiny-mamba2"]
+SOURCES = ("subject", "relation", "first", "last")
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
 INTERRUPTED = 130
 
@@ -43,10 +43,12 @@ class _Commands(TyperGroup):
         except typer.Abort:
             code = INTERRUPTED
         except Exception as error:
-            misused = hasattr(error, "format_message")  # the command line itself is wrong; typer exports no such class
-            if "--debug" in given or not (misused or isinstance(error, EXPECTED)):
+            explain = getattr(
+                error, "format_message", None
+            )  # misuse of the command line; typer exports no class for it
+            if "--debug" in given or not (explain or isinstance(error, EXPECTED)):
                 raise
-            message = error.format_message() if misused else str(error)
+            message = explain() if explain else str(error)
             typer.echo(f"error: {' '.join(message.split()) or type(error).__name__}", err=True)
             code = 2
         if code == INTERRUPTED:
@@ -66,14 +68,14 @@ def _print_version(wanted: bool) -> bool:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[
+    _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Mechanistic interpretability of Mamba-1 and Mamba-2 language models."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @app.command()
@@ -106,7 +108,7 @@ def flow(
 
     Example:  [bold]ssm-interp flow --model tiny-mamba2 --source subject --source last --window 3 --out map[/bold]
     """
-    names, sources, targets = model or EMBEDDED_MODELS, source or ["subject", "relation", "first", "last"], target or ["last"]
+    names, sources, targets = model or list(EMBEDDED), source or list(SOURCES), target or ["last"]
     for role in sources + targets:
         check_role(role)
     if len(set(names)) < len(names):
@@ -204,7 +206,8 @@ def check(model: Annotated[str, typer.Argument(help="Embedded name, local folder
     for name in ("check", "measured", "", "detail"):
         table.add_column(name)
     for row in rows:
-        table.add_row(row.name, f"{row.value:.3g}", "passed" if row.passed else "[bold red]FAILED[/bold red]", row.detail)
+        verdict = "passed" if row.passed else "[bold red]FAILED[/bold red]"
+        table.add_row(row.name, f"{row.value:.3g}", verdict, row.detail)
     _console().print(table)
     if not all(row.passed for row in rows):
         raise typer.Exit(1)

@@ -70,7 +70,10 @@ def flow_figure(summary: pd.DataFrame, *, x_labels: Mapping[str, str] | None = N
             if column == 0:
                 cut = f"source \N{RIGHTWARDS ARROW} {_readable(target)}"
                 axes.set_ylabel(f"Change of the answer's probability (%)\nwith {cut} knocked out", fontsize=9)
-    handles = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        lines, names = axes.get_legend_handles_labels()
+        handles |= dict(zip(names, lines, strict=True))
     labels = [_readable(source) for source in sources]
     figure.legend(
         [handles[label] for label in labels],
@@ -88,9 +91,8 @@ def flow_figure(summary: pd.DataFrame, *, x_labels: Mapping[str, str] | None = N
 
 def _flow_panel(axes: Axes, rows: pd.DataFrame) -> None:
     axes.axhline(0, color=INK, linewidth=0.8, zorder=1)
-    for source, line in rows.groupby("source", sort=False):
+    for source, line in rows.sort_values("layer").groupby("source", sort=False):
         colour, marker, dash = STYLES.get(str(source), OTHER)
-        line = line.sort_values("layer")
         axes.fill_between(line["layer"], line["low"], line["high"], color=colour, alpha=0.16, linewidth=0)
         axes.plot(
             line["layer"],
@@ -167,14 +169,14 @@ def attention_figure(
     bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=8 * side**0.5, pad=0.02)
     bar.set_label(label, fontsize=9, parse_math=False)
     bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     axes.set_title(title, fontsize=10, color=INK, parse_math=False)
     return figure
 
 
 def _token_axes(axes: Axes, tokens: Sequence[str]) -> None:
     every = -(-len(tokens) // 64)  # more labels than 64 could not be read
-    places = np.arange(0, len(tokens), every)
+    places = range(0, len(tokens), every)
     labels = [token_label(tokens[place]) for place in places]
     style: dict[str, Any] = {"fontsize": 8, "family": "DejaVu Sans Mono", "parse_math": False}
     axes.set_xticks(places, labels, rotation=90, **style)
@@ -183,8 +185,8 @@ def _token_axes(axes: Axes, tokens: Sequence[str]) -> None:
     axes.set_ylabel("target (read at)", fontsize=9)
     axes.tick_params(length=2, colors=INK)
     axes.spines[:].set_visible(False)
-    for edge in range(len(tokens)):  # the staircase that bounds the causal half
-        axes.plot([edge - 0.5, edge + 0.5, edge + 0.5], [edge - 0.5, edge - 0.5, edge + 0.5], color=FAINT, linewidth=0.6)
+    corners = np.arange(len(tokens) + 1) - 0.5  # of the staircase that bounds the causal half
+    axes.plot(corners.repeat(2)[1:], corners.repeat(2)[:-1], color=FAINT, linewidth=0.6)
 
 
 def token_label(token: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny_flow import World, world
 from typer.testing import CliRunner, Result
 
@@ -73,8 +74,9 @@ def test_flow_takes_several_models_roles_and_a_seeded_draw(
     second = tmp_path / "second"
     scene.model.save_pretrained(second)
     scene.tokenizer.save_pretrained(second)
-    shared = ["flow", "--model", model, "--model", second, "--prompts", prompts, "--source", "context", "--source", "all"]
-    options = ["--target", "last", "--target", "subject", "--align", "centre", "--window", 3, "--limit", 5]
+    shared = ["flow", "--model", model, "--model", second, "--prompts", prompts, "--limit", 5]
+    options = ["--source", "context", "--source", "all", "--target", "last", "--target", "subject"]
+    options += ["--align", "centre", "--window", "3"]
     frames = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         result = run(*shared, *options, "--seed", seed, "--out", tmp_path / name)
@@ -101,7 +103,12 @@ def test_attention_draws_what_the_hooks_read(
 ) -> None:
     drawn: list[torch.Tensor] = []
     draw = cli.plots.attention_figure
-    monkeypatch.setattr(cli.plots, "attention_figure", lambda shown, *a, **k: (drawn.append(shown), draw(shown, *a, **k))[1])
+
+    def spy(shown: torch.Tensor, *args: object, **options: object) -> Figure:
+        drawn.append(shown)
+        return draw(shown, *args, **options)
+
+    monkeypatch.setattr(cli.plots, "attention_figure", spy)
     text = scene.prompts[0].text
     for words in (["--head", 3], ["--reduce", "mean"], ["--reduce", "mean_abs"], ["--reduce", "norm"], []):
         out = tmp_path / "pictures" / "map.png"
@@ -203,16 +210,21 @@ def test_flow_refuses_prompts_the_model_cannot_answer(model: str, scene: World, 
 
 def test_models_that_cannot_be_loaded_are_refused(model: str, prompts: str, tmp_path: Path) -> None:
     missing = tmp_path / "missing"
-    for words in (["check", missing], ["flow", "--model", missing, "--out", tmp_path], ["attention", "x", "--model", missing]):
-        refused(run(*words), f"{str(missing)!r} is not a folder that holds a model")
-    refused(run("flow", "--model", model, "--model", model, "--prompts", prompts, "--out", tmp_path), "each --model once")
+    message = f"{str(missing)!r} is not a folder that holds a model"
+    refused(run("check", missing), message)
+    refused(run("flow", "--model", missing, "--out", tmp_path), message)
+    refused(run("attention", "x", "--model", missing), message)
+    twice = run("flow", "--model", model, "--model", model, "--prompts", prompts, "--out", tmp_path)
+    refused(twice, "each --model once")
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(model: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(run("flow", "--model", model, "--out", tmp_path / "file"), "File exists")
-    refused(run("attention", "ban", "--model", model, "--out", tmp_path / "file" / "a.png"), "Not a directory")
-    refused(run("attention", "ban", "--model", model, "--out", tmp_path / "a.nonsense"), "Format 'nonsense' is not supported")
+    attention = ["attention", "ban", "--model", model, "--out"]
+    refused(run(*attention, tmp_path / "file" / "a.png"), "File exists")
+    refused(run(*attention, tmp_path / "file" / "deep" / "a.png"), "Not a directory")
+    refused(run(*attention, tmp_path / "a.nonsense"), "Format 'nonsense' is not supported")
 
 
 @pytest.mark.parametrize(

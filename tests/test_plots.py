@@ -112,7 +112,7 @@ def test_tokens_the_font_cannot_show_are_escaped() -> None:
     tokens = [" is", "\n", "日", "$x$", "\u202e", "a" * 40]
     labels = [token_label(token) for token in tokens]
     assert labels == ["·is", r"\n", r"\u65e5", "$x$", r"\u202e", "a" * 17 + "…"]
-    png(attention_figure(torch.eye(6), tokens))  # a missing glyph or stray mathematics would warn, and warnings are errors
+    png(attention_figure(torch.eye(6), tokens))  # a missing glyph would warn, and warnings are errors
 
 
 def test_attention_that_cannot_be_drawn_is_refused() -> None:

@@ -46,16 +46,17 @@ def by_hand(scene: World, align: str, size: int, roles: dict[str, Sequence[str]]
                         if edges:
                             with ssm.edit(si.Knockout(edges=edges, layers=window.layers)):
                                 p = softmax(scene.model(ids).logits[0, -1])
+                        before, after = base[words.target_id], p[words.target_id]
                         yield {
                             "prompt_id": prompt.id,
                             "source": source,
                             "target": target,
                             "layer": window.at,
                             "n_edges": len(edges),
-                            "p_base": base[words.target_id],
-                            "p": p[words.target_id],
-                            "relative_change": 100 * (p[words.target_id] - base[words.target_id]) / base[words.target_id],
-                            "logprob_difference": np.log(p[words.target_id]) - np.log(base[words.target_id]),
+                            "p_base": before,
+                            "p": after,
+                            "relative_change": 100 * (after - before) / before,
+                            "logprob_difference": np.log(after) - np.log(before),
                             "hit": p.argmax() == words.target_id,
                         }
 

@@ -1,4 +1,4 @@
-"""A random model that answers some prompts correctly: its tokenizer knows whole words, and its answers are the targets."""
+"""A random model that answers some prompts correctly: its tokenizer knows whole words, its answers are the targets."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class FlowResult:
         return FlowResult(frame, tuple(run for result in results for run in result.runs))
 
     def summary(self) -> pd.DataFrame:
-        """Means over prompts with 95 % intervals, and medians, per model, source, target and window; see `summarise`."""
+        """Means over prompts with 95 % intervals, and medians, per model, source, target, window; see `summarise`."""
         return summarise(self.frame)
 
     def largest_drops(self) -> pd.DataFrame:

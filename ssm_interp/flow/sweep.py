@@ -105,7 +105,7 @@ def sweep(
     size = default_size(layers) if window is None else window
     places = windows(layers, size, align)
     _check(ssm.model, sources, targets, batch_size)
-    variants = [Variant(s, t, place) for t in dict.fromkeys(targets) for s in dict.fromkeys(sources) for place in places]
+    variants = [Variant(s, t, w) for t in dict.fromkeys(targets) for s in dict.fromkeys(sources) for w in places]
     asked = _tokenized(prompts, tokenizer)
     run = _Run(ssm, engine, batch_size, progress)
     kept = run.answered(asked, per_kept=1 + len(variants))

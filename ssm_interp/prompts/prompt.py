@@ -90,7 +90,7 @@ class Prompt:
 
 
 def load_prompts(source: str | Path = EMBEDDED) -> list[Prompt]:
-    """Read prompts from a JSONL file: a line is an object with `text`, `subject`, `target`; `relation`, `id` if you like.
+    """Read prompts from a JSONL file: a line is an object with `text`, `subject`, `target`, and maybe `relation`, `id`.
 
     Args:
         source: path of the file, or `"geo"` for the embedded one (geography; the held-out templates of the embedded

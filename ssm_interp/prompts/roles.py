@@ -88,12 +88,10 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
     names = tokenizer.convert_ids_to_tokens(list(ids))
     covered, tokens, spans = 0, [], []
     for name, (start, end), special in zip(names, rows["offset_mapping"], rows["special_tokens_mask"], strict=True):
-        spaced = covered < start and text[start - 1] == " "
-        if start == end and spaced and not special:  # some tokenizers trim a token that is only a space to nothing
-            start -= 1
-            spaced = False
+        spaced = int(covered < start and text[start - 1] == " ")
         tokens.append(name if special else text[start - spaced : end])
-        spans.append((start, end))
+        trimmed = start == end and not special  # some tokenizers trim a token that is only a space to nothing
+        spans.append((start - spaced if trimmed else start, end))
         covered = max(covered, end)
     return Encoding(ids, tuple(tokens), tuple(spans))
 

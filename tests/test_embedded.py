@@ -1,0 +1,66 @@
+"""The embedded models know their facts in templates that they never saw, and show where the subject crosses over."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import defaultdict
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+import ssm_interp as si
+from ssm_interp.flow import sweep
+from ssm_interp.models import EMBEDDED
+from ssm_interp.prompts import tokenize
+
+TEMPLATES = tomllib.loads((Path(__file__).parents[1] / "examples" / "geo_templates.toml").read_text(encoding="utf-8"))
+
+
+def test_the_prompts_are_in_held_out_templates() -> None:
+    trained = [
+        template.replace("~", "").lower()
+        for relation, group in TEMPLATES.items()
+        if isinstance(group, dict)
+        for template in group["train"]
+    ]
+    prompts = si.load_prompts()
+    asked = {prompt.text.replace(prompt.subject, "{}").lower() for prompt in prompts}
+    assert len(asked) == 12
+    assert not asked.intersection(trained)
+    assert len({(prompt.relation, prompt.subject) for prompt in prompts}) >= 600
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_at_least_nine_in_ten_answers_are_right(name: str) -> None:
+    model, tokenizer = si.load(name)
+    by_length = defaultdict(list)
+    for prompt in si.load_prompts():
+        row = tokenize(prompt, tokenizer)
+        by_length[len(row)].append(row)
+    right = defaultdict(list)
+    with torch.no_grad():
+        for rows in by_length.values():
+            best = model(input_ids=torch.tensor([row.ids for row in rows])).logits[:, -1].argmax(-1)
+            for row, guess in zip(rows, best.tolist(), strict=True):
+                right[row.prompt.relation].append(guess == row.target_id)
+                right["all"].append(guess == row.target_id)
+    shares = {relation: sum(found) / len(found) for relation, found in right.items()}
+    assert len(right["all"]) == len(si.load_prompts())
+    assert shares["all"] >= 0.9, shares
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_some_window_passes_the_subject_to_the_last_token(name: str) -> None:
+    model, tokenizer = si.load(name)
+    with si.attach(model) as ssm:
+        result = sweep(ssm, tokenizer, si.load_prompts()[::40], sources=["subject", "first"], window=3, name=name)
+    drops = result.largest_drops().set_index("source")["mean"]
+    assert drops["subject"] < -50
+    assert drops["first"] > -10
+
+
+def test_they_fit_into_six_megabytes() -> None:
+    data = Path(str(files("ssm_interp.models") / "data"))
+    assert 0 < sum(path.stat().st_size for path in data.rglob("*.safetensors")) <= 6_000_000

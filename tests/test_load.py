@@ -1,0 +1,47 @@
+"""Loading by embedded name, local folder and hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import logits
+from tiny_hosts import build, inputs
+from transformers import Mamba2ForCausalLM, MambaForCausalLM
+
+import ssm_interp as si
+from ssm_interp.models import EMBEDDED
+
+
+def test_embedded_models_are_ordinary_ones() -> None:
+    for name, cls in zip(EMBEDDED, (MambaForCausalLM, Mamba2ForCausalLM), strict=True):
+        model, tokenizer = si.load(name)
+        assert type(model) is cls
+        assert not model.training
+        assert model.dtype == torch.float32
+        assert model.config.num_hidden_layers >= 8
+        assert len(tokenizer(" Ouagadougou")["input_ids"]) > 1
+        assert si.load(name, dtype=torch.float64)[0].dtype == torch.float64
+
+
+def test_a_local_folder(tmp_path: Path) -> None:
+    model = build("mamba2")
+    model.save_pretrained(tmp_path)
+    si.load("tiny-mamba2")[1].save_pretrained(tmp_path)
+    loaded, tokenizer = si.load(tmp_path)
+    assert torch.equal(logits(loaded, inputs()), logits(model, inputs()))
+    assert tokenizer.decode(tokenizer("Bern")["input_ids"]) == "Bern"
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(si.LoadError, match="cannot load 'tiny-mamba3': it is none of the embedded models"):
+        si.load("tiny-mamba3")
+    with pytest.raises(si.LoadError, match="is not a folder that holds a model"):
+        si.load(tmp_path / "missing")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(si.LoadError, match="is not a folder that holds a model"):
+        si.load(tmp_path / "file")
+    with pytest.raises(si.LoadError, match="as a local folder it gives"):
+        si.load(tmp_path)
