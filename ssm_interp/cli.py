@@ -95,7 +95,7 @@ def flow(
         list[str] | None, typer.Option(help="Role that no longer reads it; repeatable.", show_default="last")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Layers per window.", show_default="a third of the model's SSM layers")
+        int | None, typer.Option(help="Layers per window.", show_default="three in eight of the model's SSM layers")
     ] = None,
     align: Annotated[Align, typer.Option(help="left: never truncated. centre: truncated at both ends.")] = "left",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 32,
@@ -183,9 +183,9 @@ def _print_flow(result: FlowResult) -> None:
             first = run.layers.index(row["window_start"])
             last = run.layers[first + row["window_size"] - 1]
             cells = [
-                f"{row['mean']:+z.1f}",
-                f"{row['low']:+z.1f} to {row['high']:+z.1f}" if row["n"] > 1 else "(one prompt)",
-                f"{row['median']:+z.1f}",
+                _signed(row["mean"]),
+                f"{_signed(row['low'])} to {_signed(row['high'])}" if row["n"] > 1 else "(one prompt)",
+                _signed(row["median"]),
                 f"{100 * row['accuracy']:.0f}",
                 f"{row['window_start']} to {last}" if row["window_size"] > 1 else str(last),
             ]
@@ -193,6 +193,11 @@ def _print_flow(result: FlowResult) -> None:
                 cells.append(f"{row['n_empty']} of {row['n']}")
             table.add_row(f"{row['source']} \N{RIGHTWARDS ARROW} {row['target']}", *cells)
         _console().print(table)
+
+
+def _signed(percent: float) -> str:
+    text = f"{percent:+.1f}"
+    return text if float(text) else "0.0"
 
 
 @app.command()

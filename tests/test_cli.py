@@ -63,9 +63,9 @@ def test_flow_writes_a_picture_and_every_number(model: str, prompts: str, tmp_pa
     assert found.runs[0].model == model
     drop = found.largest_drops().iloc[0]
     (line,) = [line for line in result.stdout.splitlines() if "subject →" in line]
-    assert f"{drop['mean']:+z.1f}" in line
+    assert f"{drop['mean']:+.1f}" in line
     assert f"{drop['window_start']} to {drop['window_start'] + 1}" in line
-    assert f"{drop['low']:+z.1f} to {drop['high']:+z.1f}" in line
+    assert f"{drop['low']:+.1f} to {drop['high']:+.1f}" in line
 
 
 def test_flow_takes_several_models_roles_and_a_seeded_draw(

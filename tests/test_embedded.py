@@ -55,7 +55,7 @@ def test_at_least_nine_in_ten_answers_are_right(name: str) -> None:
 def test_some_window_passes_the_subject_to_the_last_token(name: str) -> None:
     model, tokenizer = si.load(name)
     with si.attach(model) as ssm:
-        result = sweep(ssm, tokenizer, si.load_prompts()[::40], sources=["subject", "first"], window=3, name=name)
+        result = sweep(ssm, tokenizer, si.load_prompts()[::40], sources=["subject", "first"], name=name)
     drops = result.largest_drops().set_index("source")["mean"]
     assert drops["subject"] < -50
     assert drops["first"] > -10

@@ -111,7 +111,7 @@ def test_an_empty_role_changes_nothing_and_is_counted(scene: World) -> None:
     assert set(result.summary()["n_empty"]) == {len(at_start)}
 
 
-def test_the_default_window_is_a_third_and_the_roles_are_the_papers(scene: World) -> None:
+def test_the_default_window_and_roles_are_the_papers(scene: World) -> None:
     frame = swept(scene).frame
     assert set(frame["window_size"]) == {default_size(range(LAYERS))}
     assert frame["source"].unique().tolist() == ["subject", "relation", "first", "last"]

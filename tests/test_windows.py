@@ -32,8 +32,8 @@ def test_a_hybrid_has_windows_over_its_ssm_layers_only() -> None:
     assert [window.layers for window in windows([1, 2, 4, 7], 3, "centre")] == [(1, 2), (1, 2, 4), (2, 4, 7), (4, 7)]
 
 
-def test_the_default_is_a_third_of_the_layers() -> None:
-    assert [default_size(range(n)) for n in (1, 2, 4, 10, 24, 48, 64)] == [1, 1, 1, 3, 8, 16, 21]
+def test_the_default_is_the_papers_share_of_the_layers() -> None:
+    assert [default_size(range(n)) for n in (1, 2, 4, 10, 24, 48, 64)] == [1, 1, 2, 4, 9, 18, 24]
 
 
 @pytest.mark.parametrize("size", [-1, 0, 11])

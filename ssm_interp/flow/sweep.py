@@ -80,7 +80,7 @@ def sweep(
         prompts: with distinct ids (or texts).
         sources: roles whose writings are no longer read, see `ssm_interp.prompts.ROLES`.
         targets: roles that no longer read them.
-        window: layers per window; None: a third of the SSM layers, rounded.
+        window: layers per window; None: three in eight of the SSM layers, as `default_size` gives.
         align: `"left"` (never truncated, drawn at its first layer) or `"centre"` (truncated, drawn at its centre).
         batch_size: prompts per forward pass; batches are padded on the left, prompts of similar length together.
         progress: called with (done, total), counted in prompts x forward passes.

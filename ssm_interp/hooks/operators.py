@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -212,7 +212,7 @@ class ChunkScan(Operator):
         dt_bias: Tensor | None = None,
         initial_states: Tensor | None = None,
         dt_softplus: bool = False,
-        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        dt_limit: Sequence[float] = (0.0, float("inf")),
         return_final_states: bool = False,
         **options: Any,
     ) -> None:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ssm_interp.scan.recurrence import scan
 from ssm_interp.scan.terms import Terms, TermsError
@@ -62,7 +63,7 @@ def removed(
     Raises:
         TermsError: a mask or features of another shape, or not bool.
 
-    Cost: one operator call, O(L H P N), for a pair and for every set of sources that differs (sets that agree up to
+    Cost: one operator call from the first source to the last target, O(L H P N), for a pair and for every set of sources that differs (sets that agree up to
         their targets are one); a batch takes as many calls as its row with the most. For (head, state) pairs B and C
         are written out per head.
     Source: linearity of the operator in x with dt, A, B, C held fixed.
@@ -75,8 +76,11 @@ def removed(
     restricted = _restrict(terms, features)
     carried = terms.precise().x.new_zeros(terms.x.shape)
     for targets, sources in _products(terms, mask):
-        x = torch.where(sources[:, :, None, None], restricted.x, 0)
-        carried = torch.where(targets[:, :, None, None], operator(restricted.with_x(x)), carried)
+        span = slice(int(sources.any(0).nonzero()[0, 0]), int(targets.any(0).nonzero()[-1, 0]) + 1)
+        part = restricted.at(span)
+        y = operator(part.with_x(torch.where(sources[:, span, None, None], part.x, 0)))
+        y = torch.where(targets[:, span, None, None], y, 0)
+        carried = carried + pad(y, (0, 0, 0, 0, span.start, terms.length - span.stop))
     return carried
 
 
