@@ -25,7 +25,6 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 from transformers.utils import logging
 
 import ssm_interp as si
-
 from benchmarks.memory import CASES
 
 WINDOW = range(8, 17)  # 9 of 24 layers
@@ -83,7 +82,7 @@ def speed(name: str, length: int, repeats: int) -> list[tuple[str, float, float,
 
 def main(
     length: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats of each pair.")] = 7,
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats of each pair.")] = 15,
 ) -> None:
     """Print the ratios."""
     logging.set_verbosity_error()

@@ -3,10 +3,10 @@ the result in MB. Run in a process of its own: `python -m benchmarks.memory CASE
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,7 +35,11 @@ def terms_of(length: int) -> Terms:
 
 
 def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak resident memory of this program alone (Linux; getrusage would count the parent's before exec)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
 
 
 def main(case: str) -> None:

@@ -73,7 +73,9 @@ def _attached(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
             handle.remove()
     yield _close("every hook point exposed == native", exposed, native)
     total = sum(len(list(points.points())) for points in ssm.layers.values())
-    yield Row("hook points that fired", float(len(fired)), len(fired) == total, f"of {total} in {len(ssm.layers)} SSM layers")
+    yield Row(
+        "hook points that fired", float(len(fired)), len(fired) == total, f"of {total} in {len(ssm.layers)} SSM layers"
+    )
     worst, where = 0.0, None
     for layer in ssm.layers:
         run = ssm.run(ids, read=["x", "attn", "y"], layers=layer)

@@ -63,9 +63,9 @@ def removed(
     Raises:
         TermsError: a mask or features of another shape, or not bool.
 
-    Cost: one operator call from the first source to the last target, O(L H P N), for a pair and for every set of sources that differs (sets that agree up to
-        their targets are one); a batch takes as many calls as its row with the most. For (head, state) pairs B and C
-        are written out per head.
+    Cost: one operator call from the first source to the last target, O(L H P N), for a pair and for every set of
+        sources that differs (sets that agree up to their targets are one); a batch takes as many calls as its row
+        with the most. For (head, state) pairs B and C are written out per head.
     Source: linearity of the operator in x with dt, A, B, C held fixed.
 
     Example:

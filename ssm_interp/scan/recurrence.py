@@ -8,7 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ssm_interp.scan.chunks import scan_by_chunks
 from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
+
+FEW = 4  # positions up to which single steps are faster than matrix products
 
 
 @in_full_precision
@@ -27,7 +30,8 @@ def scan(
     Raises:
         TermsError: an initial state of another shape.
 
-    Cost: O(L H P N) time, O(H P N) memory beside the result (with autograd O(L H P N)).
+    Cost: O(L H P N) time, O(H P N) memory beside the result (with autograd O(L H P N)); with one decay per head in
+        matrix products over chunks of positions.
     Source: Mamba (arXiv 2312.00752) eq. 2; B is discretised as dt B (Euler), as both reference implementations do.
 
     Example:
@@ -35,6 +39,8 @@ def scan(
         >>> y_more, _ = scan(next_terms, state)          # the recurrence goes on where it stopped
     """
     state = _initial(terms, initial_state)
+    if terms.scalar_decay and terms.length > FEW:
+        return scan_by_chunks(terms, state)
     by_group = (terms.batch, terms.groups, -1, terms.state_size)
     reads: list[Tensor] = []
     steps = _run(terms, _writes(terms), state)
