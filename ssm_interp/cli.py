@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from huggingface_hub.utils import logging as hub_logging
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -74,6 +76,7 @@ def _options(
     ] = False,
 ) -> None:
     """Mechanistic interpretability of Mamba-1 and Mamba-2 language models."""
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -114,7 +117,7 @@ def flow(
     if len(set(names)) < len(names):
         raise FlowError(f"give each --model once, got {', '.join(names)}")
     asked = _draw(load_prompts(prompts), limit, seed)
-    out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out)
     results = []
     with _progress() as progress:
         for name in names:
@@ -140,10 +143,20 @@ def flow(
                     )
                 )
     result = FlowResult.join(results)
+    out.mkdir(parents=True, exist_ok=True)
     result.save(out / "flow.parquet")
     result.plot().savefig(out / "flow.png", dpi=200)
     _print_flow(result)
     typer.echo(f"\nwrote {out / 'flow.png'} and {out / 'flow.parquet'} ({len(result.frame)} rows)")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise OSError, before the work, if files cannot be written to a folder that may not exist yet."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"cannot write to {folder}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"cannot write to {folder}: no permission to write in {nearest}")
 
 
 def _draw(prompts: list[Prompt], limit: int, seed: int) -> list[Prompt]:
@@ -173,10 +186,10 @@ def _print_flow(result: FlowResult) -> None:
             f"\n{run.model}: {run.kept} of {run.asked} prompts answered correctly and kept; "
             f"windows of {run.window} of its {len(run.layers)} SSM layers"
         )
-        headers = ["largest drop %", "95 % interval", "median %", "still right %", "in layers"]
+        headers = ["largest\ndrop %", "95 %\ninterval", "\nmedian %", "still\nright %", "in\nlayers"]
         if some_empty := bool(rows["n_empty"].any()):
-            headers.append("prompts without the source")
-        table = Table("source \N{RIGHTWARDS ARROW} target")
+            headers.append("without\nsource")
+        table = Table("\nsource \N{RIGHTWARDS ARROW} target", padding=(0, 0, 0, 1))
         for header in headers:
             table.add_column(header, justify="right", no_wrap=True)
         for _, row in rows.iterrows():
@@ -235,6 +248,7 @@ def attention(
     """
     if head is not None and reduce is not None:
         raise HookError("give --head or --reduce, not both: one head needs no reduction over heads")
+    _check_folder(out.parent)
     loaded, tokenizer = load(model)
     encoding = encode(text, tokenizer)
     with attach(loaded) as ssm:

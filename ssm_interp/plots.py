@@ -69,7 +69,7 @@ def flow_figure(summary: pd.DataFrame, *, x_labels: Mapping[str, str] | None = N
                 axes.set_xlabel((x_labels or {}).get(model, "Layer of the window"), fontsize=9, parse_math=False)
             if column == 0:
                 cut = f"source \N{RIGHTWARDS ARROW} {_readable(target)}"
-                axes.set_ylabel(f"Change of the answer's probability (%)\nwith {cut} knocked out", fontsize=9)
+                axes.set_ylabel(f"Relative change of the answer's probability (%)\nwith {cut} knocked out", fontsize=9)
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         lines, names = axes.get_legend_handles_labels()

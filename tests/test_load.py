@@ -35,7 +35,7 @@ def test_a_local_folder(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(si.LoadError, match="cannot load 'tiny-mamba3': it is none of the embedded models"):
         si.load("tiny-mamba3")
     with pytest.raises(si.LoadError, match="is not a folder that holds a model"):

@@ -95,7 +95,11 @@ def test_batches_and_padding_change_nothing(scene: World) -> None:
 
 def test_only_prompts_answered_correctly_are_kept_and_counted(scene: World) -> None:
     result = swept(scene)
-    assert result.runs == (FlowRun(type(scene.model).__name__, tuple(range(LAYERS)), 1, "left", KEPT + WRONG, KEPT),)
+    assert result.runs == (
+        FlowRun(
+            type(scene.model).__name__, tuple(range(LAYERS)), default_size(range(LAYERS)), "left", KEPT + WRONG, KEPT
+        ),
+    )
     assert result.frame["prompt_id"].unique().tolist() == [prompt.id for prompt in scene.prompts]
     assert list(result.frame.columns) == COLUMNS
     assert set(result.summary()["n"]) == {KEPT}

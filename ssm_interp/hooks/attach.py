@@ -9,13 +9,14 @@ from types import MethodType, TracebackType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
 from ssm_interp.hooks.interventions import Intervention
 from ssm_interp.hooks.operators import GATED_FAMILY
 from ssm_interp.hooks.points import HEAD_AXIS, HookPoint, HookPoints
-from ssm_interp.hooks.routing import HookedMixer, hooked_class, operators_of, transformers_version
+from ssm_interp.hooks.routing import HookedMixer, hooked_class, operators_of
 from ssm_interp.hooks.site import ActiveEdit, editing, is_edited
 from ssm_interp.scan.terms import FLOATS
 
@@ -272,7 +273,7 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
         if unknown:
             raise UnsupportedModelError(
                 f"the mixers of {name} ({', '.join(unknown)}) call no operator that ssm_interp knows; it works with "
-                f"the Mamba classes of transformers >= 5.15, this is transformers {transformers_version()}"
+                f"the Mamba classes of transformers >= 5.15, this is transformers {transformers.__version__}"
             )
         raise UnsupportedModelError(f"{name} has no SSM layers: none of its modules is a Mamba-1 or Mamba-2 mixer")
     for mixer in mixers:

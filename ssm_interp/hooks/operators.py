@@ -89,7 +89,7 @@ class Operator(ABC):
 @cache
 def _is_reference(host: Host) -> bool:
     inner = inspect.getclosurevars(host).nonlocals if inspect.isfunction(host) else {}
-    return "torch_function" in inner and inner.get("implementation") is inner["torch_function"]
+    return "implementation" in inner and inner["implementation"] is inspect.unwrap(host)
 
 
 class SelectiveScan(Operator):

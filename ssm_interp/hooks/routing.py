@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssm_interp.hooks.errors import UnsupportedModelError
 from ssm_interp.hooks.operators import FUSED_SHORTCUTS, OPERATORS, Operator
 from ssm_interp.hooks.points import HookPoints
 from ssm_interp.hooks.serve import serve
@@ -41,20 +40,11 @@ class HookedMixer(nn.Module):
 
 @cache
 def hooked_class(host_class: Any) -> type[HookedMixer]:
-    """The subclass of a mixer class whose operator calls go through the mixer's hook points.
-
-    Raises:
-        UnsupportedModelError: the class's forward does not call a known operator.
-    """
-    body = inspect.unwrap(host_class.forward)
-    names = [name for name in OPERATORS if name in body.__code__.co_names and name in body.__globals__]
-    if not names:
-        raise UnsupportedModelError(
-            f"{host_class.__module__}.{host_class.__name__} does not call any operator that ssm_interp knows "
-            f"({', '.join(OPERATORS)}); it works with transformers >= 5.15, "
-            f"this is transformers {transformers_version()}"
-        )
-    replacements: dict[str, Any] = {name: _route(OPERATORS[name], body.__globals__[name]) for name in names}
+    """The subclass of a mixer class, one that `operators_of` knows, whose operator calls go through its hook points."""
+    body = _body(host_class.forward)
+    replacements: dict[str, Any] = {
+        name: _route(OPERATORS[name], body.__globals__[name]) for name in operators_of(host_class)
+    }
     replacements |= {name: _no_shortcut for name in FUSED_SHORTCUTS if name in body.__globals__}
     rebound = _rebind(host_class.forward, replacements)
 
@@ -80,7 +70,7 @@ def hooked_class(host_class: Any) -> type[HookedMixer]:
 
 def operators_of(host_class: type[nn.Module]) -> tuple[str, ...]:
     """Names of the known operators that a mixer class calls; none for a class that is no SSM mixer."""
-    body = inspect.unwrap(host_class.forward)
+    body = _body(host_class.forward)
     if not inspect.isfunction(body):
         return ()
     return tuple(name for name in OPERATORS if name in body.__code__.co_names and name in body.__globals__)
@@ -97,9 +87,25 @@ def _no_shortcut(*_args: Any, **_kwargs: Any) -> None:
     """In place of a fused operator that contains the scan: transformers goes on without it when it gives None."""
 
 
+def _inner(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that a decorator wraps: its `__wrapped__`, or (transformers 5.15 sets none) the one that it closes
+    over."""
+    closure = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    functions = [value for value in closure if inspect.isfunction(value)]
+    alone = functions[0] if len(functions) == 1 else None
+    return getattr(function, "__wrapped__", alone)
+
+
+def _body(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside all decorators."""
+    while (inner := _inner(function)) is not None:
+        function = inner
+    return function
+
+
 def _rebind(function: Callable[..., Any], replacements: dict[str, Any]) -> Callable[..., Any]:
     """A copy of a function, and of the functions that its decorators wrap, that sees other globals."""
-    inner = getattr(function, "__wrapped__", None)
+    inner = _inner(function)
     if inner is None:
         copy = FunctionType(
             function.__code__, function.__globals__ | replacements, function.__name__, function.__defaults__,
@@ -115,9 +121,3 @@ def _rebind(function: Callable[..., Any], replacements: dict[str, Any]) -> Calla
         )  # fmt: skip
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
-
-
-def transformers_version() -> str:
-    import transformers
-
-    return transformers.__version__

@@ -143,7 +143,7 @@ def _initial_state(operator: Operator, site: Site, heads: slice) -> Tensor | Non
             "starts from a zero state; feed one token at a time, or attach with own_operator=True, which goes on from "
             "the cached state"
         )
-    cached: Tensor = site.cache.get_recurrent_state(site.layer)
+    cached: Tensor = site.cache.layers[site.layer].recurrent_states[0]
     return cached.flatten(1, -2)[:, heads, None]
 
 
