@@ -189,7 +189,7 @@ def _print_flow(result: FlowResult) -> None:
         headers = ["largest\ndrop %", "95 %\ninterval", "\nmedian %", "still\nright %", "in\nlayers"]
         if some_empty := bool(rows["n_empty"].any()):
             headers.append("without\nsource")
-        table = Table("\nsource \N{RIGHTWARDS ARROW} target", padding=(0, 0, 0, 1))
+        table = Table("\nsource \N{RIGHTWARDS ARROW} target")
         for header in headers:
             table.add_column(header, justify="right", no_wrap=True)
         for _, row in rows.iterrows():

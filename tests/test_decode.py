@@ -122,6 +122,28 @@ def test_hooks_in_decode_steps_see_this_calls_positions() -> None:
         assert shapes == [(3, 3), (1, 1)]
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "zamba", "bamba"])
+def test_hooks_on_the_prompts_write_and_state_reach_the_cache(name: str) -> None:
+    def halve(tensor: torch.Tensor, hook: si.HookPoint) -> torch.Tensor:
+        if tensor.shape[1] == 1:  # a decode step
+            return tensor
+        return torch.cat([tensor[:, :2], 0.5 * tensor[:, 2:3], tensor[:, 3:]], dim=1)
+
+    with si.attach(build(name)) as ssm:
+        native = whole(ssm)
+        for edits in ([], [si.Knockout(sources=[2, 3])]):
+            for point in ("hook_write", "hook_state"):
+                if edits and point == "hook_state":
+                    continue
+                for points in ssm.layers.values():
+                    getattr(points, point).add_hook(halve)
+                known = whole(ssm, *edits)
+                assert relative_error(known, native) > 1e-4
+                assert relative_error(stepwise(ssm, *edits), known) <= 1e-4, (point, edits)
+                for points in ssm.layers.values():
+                    getattr(points, point).remove_hooks()
+
+
 def test_what_cannot_be_known_on_a_cache_is_refused() -> None:
     model = build("mamba")
     ids = inputs(2, LENGTH)["input_ids"]

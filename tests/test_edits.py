@@ -291,3 +291,29 @@ def test_bad_positions_and_features() -> None:
         with pytest.raises(si.InterventionError, match=message), ssm.edit(intervention):
             pass
     assert torch.equal(logits(model, inputs(2, LENGTH)), native)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "zamba"])
+def test_a_knockout_takes_what_an_edited_write_wrote(name: str) -> None:
+    ssm = exact_model(name)
+    case = inputs(2, LENGTH)
+    for point in ssm.layers.values():
+        point.hook_write.add_hook(_scaled_at(1, 0.0))
+    silent = logits(ssm.model, case)
+    for point in ssm.layers.values():
+        point.hook_write.remove_hooks()
+        point.hook_write.add_hook(_scaled_at(1, 3.0))
+    assert relative_error(logits(ssm.model, case), silent) > 1e-4
+    assert relative_error(edited(ssm, case, si.Knockout(sources=1)), silent) <= EXACT
+    halves = [si.Knockout(sources=1, targets=[1, 2, 3, 4]), si.Knockout(sources=1, targets=[4, 5, 6, 7])]
+    assert relative_error(edited(ssm, case, *halves), silent) <= EXACT
+
+
+def _scaled_at(position: int, factor: float):  # noqa: ANN202
+    def hook(tensor: Tensor, hook: si.HookPoint) -> Tensor:
+        scale = torch.ones(tensor.shape[1], dtype=tensor.dtype)
+        if tensor.shape[1] > position:  # not in a decode step
+            scale[position] = factor
+        return tensor * scale[:, None, None, None]
+
+    return hook
