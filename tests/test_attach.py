@@ -257,6 +257,15 @@ def test_bad_runs() -> None:
             ssm.run(inputs(), read="attn", layers=9)
         with pytest.raises(si.HookError, match="the gate never reaches the operator"):
             ssm.run(inputs(), read="z")
+        with pytest.raises(si.HookError, match="run takes input_ids or the mapping .*, got str"):
+            ssm.run("text")
+        with pytest.raises(si.HookError, match="attach takes a model, got tuple"):
+            si.attach((ssm.model, None))
+        with pytest.raises(si.HookError, match="no hook point 'A'. There are x, dt"):
+            ssm.run(inputs(), read=["A"])
+        assert (
+            repr(ssm.run(inputs(2, 5), read="y", layers=1)) == "Run(logits [2, 5, 64]; read y of layer 1: [2, 5, 8, 8])"
+        )
         with pytest.raises(si.HookError, match="input_ids is empty"):
             ssm.run(torch.zeros(1, 0, dtype=torch.long))
         with pytest.raises(KeyError, match="was not read"):

@@ -37,6 +37,10 @@ class Run:
     output: Any
     reads: dict[tuple[str, int], Tensor]
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} of layer {layer}: {list(read.shape)}" for (name, layer), read in self.reads.items())
+        return f"Run(logits {list(self.logits.shape)}; read {shapes or 'nothing'})"
+
     @property
     def logits(self) -> Tensor:
         """The model's logits, `[b t v]`."""
@@ -100,7 +104,7 @@ class Attachment:
 
     def run(
         self,
-        inputs: Tensor | Mapping[str, Any],
+        inputs: Any,
         read: str | Sequence[str] = (),
         layers: int | Iterable[int] | None = None,
         **options: Any,
@@ -108,23 +112,24 @@ class Attachment:
         """Call the model once and keep what passes the named hook points.
 
         Args:
-            inputs: `input_ids` `[b t]`, or the mapping that a tokenizer returns.
+            inputs: `input_ids` `[b t]`, or the mapping (a dict) that a tokenizer returns.
             read: hook points: x, dt, B, C, write, state, attn, y, z.
             layers: of which layers; None: of all SSM layers.
             options: passed on to the model.
 
         Returns:
             The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Zamba's heads,
-            computed
-            in several operator calls, are put together.
+            computed in several operator calls, are put together.
 
         Raises:
-            HookError: an unknown hook point or layer, empty inputs.
+            HookError: an unknown hook point or layer; inputs that are empty, or neither ids nor a mapping.
 
         Example:
             >>> ssm.run(inputs, read=["attn", "state"], layers=[3])["attn", 3].shape
         """
         self._check_attached()
+        if not isinstance(inputs, Tensor | Mapping):
+            raise HookError(f"run takes input_ids or the mapping that a tokenizer returns, got {type(inputs).__name__}")
         given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
         for name, tensor in given.items():
             if isinstance(tensor, Tensor) and tensor.numel() == 0:
@@ -218,7 +223,7 @@ class Exposure:
         self.close()
 
 
-def attach(model: nn.Module, *, own_operator: bool = False) -> Attachment:
+def attach(model: Any, *, own_operator: bool = False) -> Attachment:
     """Put hook points into every SSM mixer of a model.
 
     The model stays what it is: same parameters, same state_dict keys, and as long as nothing is edited and nothing
@@ -230,17 +235,19 @@ def attach(model: nn.Module, *, own_operator: bool = False) -> Attachment:
             falcon_h1, granitemoehybrid, nemotron_h, zamba2, or a module that contains such mixers. In hybrids the
             attention layers are left alone.
         own_operator: always run the library's recurrence in place of the host's operator. It keeps float64,
-        differentiates
-            fast on CPU, and goes on from a cache with several tokens; elsewhere the host's operator is faster.
+            differentiates fast on CPU, and goes on from a cache with several tokens.
 
     Raises:
         UnsupportedModelError: no SSM layers, or mixers whose operator is not known (too old a version, another class).
-        HookError: already attached; wrapped by nnsight (attach first, then wrap); a mixer's forward was replaced.
+        HookError: not a model; already attached; wrapped by nnsight (attach first, then wrap); a mixer's forward was
+            replaced.
 
     Example:
         >>> with attach(model) as ssm:
         ...     attn = ssm.run(inputs, read=["attn"], layers=[3])["attn", 3]
     """
+    if not isinstance(model, nn.Module):
+        raise HookError(f"attach takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
     found = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
     _check_model(model, found)
     for mixer in found:

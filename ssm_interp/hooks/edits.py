@@ -141,8 +141,7 @@ class LayerEdits:
 
     def _carried_on(self, terms: Terms, piece: Piece, key: Hashable, extra_writes: Tensor | None) -> Tensor:
         """Keep the part of the state that open-ended knockouts' sources wrote with the cache, for the next call; and
-        give
-        what it carries to this one, if that goes on from an earlier one, `[b t h p]`, else 0."""
+        give what it carries to this one, if that goes on from an earlier one, `[b t h p]`, else 0."""
         site = self.site
         before = remembered(site.cache, site.layer, key)
         if before is None and site.continues:

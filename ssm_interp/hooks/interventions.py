@@ -17,8 +17,7 @@ RowPositions: TypeAlias = tuple[FlatPositions, ...]
 # What may be given is wider than what is kept: every field is checked and turned into tuples when it is set.
 Positions: TypeAlias = Any
 """An int, a sequence of ints, a sequence of such sequences (one per row), or None; kept as FlatPositions, RowPositions
-or
-None."""
+or None."""
 Indices: TypeAlias = Any
 """An int, a sequence of ints, or None; kept as a tuple or None."""
 Features: TypeAlias = Any
@@ -33,8 +32,7 @@ class Intervention:
 
     Positions are columns of `input_ids`; negative ones count from the end of the prompt, which is the first call on a
     cache. One integer or a sequence names the same positions in every row of the batch, a sequence of sequences those
-    of
-    each row (an empty one: none). None means every position, generated ones included.
+    of each row (an empty one: none). None means every position, generated ones included.
 
     A feature is a head (in Mamba-1 a channel), given by its index, or a (head, state dimension) pair.
 

@@ -38,8 +38,7 @@ class HookPoint(nn.Module):
     Attributes:
         name: what passes: x, dt, B, C, write, state, attn, y or z.
         exposed: whether it was asked to fire though nothing is hooked to it. x, dt, B, C, y and z fire anyway (where
-        the
-            host runs a fused kernel, y and z do not: the kernel keeps them to itself); write, state and attn cost
+            the host runs a fused kernel, y and z do not: the kernel keeps them to itself); write, state and attn cost
             memory, so they fire when exposed or hooked.
 
     Example:
@@ -135,10 +134,11 @@ class HookPoints(nn.Module):
     Letters: b batch, t target position, s source position, h head, p head_dim, g group, n state.
 
     In firing order: `hook_x` [b t h p], `hook_dt` [b t h] (the effective step), `hook_B` and `hook_C` [b t g n],
-    `hook_write` [b t h p n] (dt B x), `hook_state` [b t h p n], `hook_attn` [b h t s] (dt folded in: y = attn @ x),
-    `hook_y` [b t h p] (M x, before D-skip and gate), and in the Mamba-1 family `hook_z` [b t h p] (the gate, before its
-    SiLU; elsewhere it never reaches the operator). Edits of x, dt, B, C and write act on the recurrence; an edit of
-    state at t acts from t on; an edit of attn adds (attn' - attn) x; an edit of y comes last.
+    `hook_write` [b t h p n] (dt B x), `hook_state` [b t h p n], `hook_attn` [b h t s] (dt folded in:
+    unedited, y = attn @ x; knockouts act behind it), `hook_y` [b t h p] (M x, before D-skip and gate), and in the
+    Mamba-1 family `hook_z` [b t h p] (the gate, before its SiLU; elsewhere it never reaches the operator). Edits of x,
+    dt, B, C and write act on the recurrence; an edit of state at t acts from t on; an edit of attn adds
+    (attn' - attn) x; an edit of y comes last.
 
     Attributes:
         layer: index of the layer in the model.
@@ -182,7 +182,7 @@ class HookPoints(nn.Module):
             )
         known = [point.name for point in self.points()]
         near = get_close_matches(name.removeprefix("hook_"), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise HookError(f"no hook point {name!r}{hint} There are {', '.join(known)}")
 
     def points(self) -> Iterator[HookPoint]:

@@ -2,8 +2,7 @@
 
 transformers' cache knows the recurrent state, not how many positions made it, nor the part of it that knocked-out
 sources wrote. Both are kept on the cache's own layer object; the states as further entries of its `recurrent_states`,
-so
-that whatever reorders, moves or copies the cache does the same to them.
+so that whatever reorders, moves or copies the cache does the same to them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """One operator call of a hooked mixer: fire the hook points, apply the edits, give the host what it expects.
 
 What several edits at one layer mean, whatever their order: edits of x, dt, B, C and write act on the recurrence; edits
-of
-the state act from their position on; an edge mask multiplies M; an edit of attn adds (M' - M) x; features are scaled in
-what is then read; an edit of y comes last.
+of the state act from their position on; an edge mask multiplies M; an edit of attn adds (M' - M) x; features are scaled
+in what is then read; an edit of y comes last.
 """
 
 from __future__ import annotations

@@ -83,8 +83,12 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
         )
     rows = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     ids = tuple(rows["input_ids"])
-    if not text.strip() or not ids:
+    if not text.strip():
         raise PromptError(f"the text {text!r} has no tokens: it is empty")
+    if not ids:
+        raise PromptError(
+            f"the tokenizer gives no tokens for {text!r}; was it saved with the model, vocabulary and all?"
+        )
     names = tokenizer.convert_ids_to_tokens(list(ids))
     covered, tokens, spans = 0, [], []
     for name, (start, end), special in zip(names, rows["offset_mapping"], rows["special_tokens_mask"], strict=True):
