@@ -248,6 +248,9 @@ def attention(
     """
     if head is not None and reduce is not None:
         raise HookError("give --head or --reduce, not both: one head needs no reduction over heads")
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; name a picture, such as {out / 'attention.png'}")
+    out = out if out.suffix else out.with_suffix(".png")
     _check_folder(out.parent)
     loaded, tokenizer = load(model)
     encoding = encode(text, tokenizer)

@@ -249,6 +249,63 @@ def test_bad_attaching() -> None:
         si.attach(model)
 
 
+def test_several_mixers_of_one_layer_are_refused() -> None:
+    pair = nn.ModuleList([build("mamba"), build("mamba2")])
+    with pytest.raises(si.HookError, match="several SSM mixers of layer 0, which edits could not tell apart"):
+        si.attach(pair)
+    si.attach(pair[0]).detach()
+
+
+def test_an_attachment_whose_model_was_detached_says_so() -> None:
+    model = build("mamba")
+    ssm = si.attach(model)
+    si.attached(model).detach()
+    with pytest.raises(si.HookError, match="was detached"), ssm.edit(si.Knockout(sources=0)):
+        pass
+    si.attach(model)
+    with pytest.raises(si.HookError, match="was detached"):
+        ssm.run(inputs(), read="attn")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # the run without gradients
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_after_a_reference_run_and_after_a_refusal(reentrant: bool) -> None:
+    model = build("mamba2", training=True)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with si.attach(model) as ssm:
+        with torch.no_grad():
+            model(**inputs(), use_cache=False)
+        model(**inputs(), use_cache=False).logits.mean().backward()
+        with ssm.edit(si.Knockout(sources=[1])):
+            edited_loss = model(**inputs(), use_cache=False).logits.mean()
+        clean_loss = model(**inputs(), use_cache=False).logits.mean()
+        with pytest.raises(si.HookError, match="2 different sets of edits"):
+            edited_loss.backward()
+        del clean_loss
+        model(**inputs(), use_cache=False).logits.mean().backward()
+
+
+def test_autocast() -> None:
+    for name in ("mamba", "mamba2"):
+        model = build(name)
+        edits = [si.EditAttention(edges=[(5, 3)], value=0.0), si.Knockout(edges=[(5, 3)])]
+        with si.attach(model) as ssm, torch.autocast("cpu", torch.bfloat16):
+            found = [edited(ssm, inputs(), edit) for edit in edits]
+        assert relative_error(found[0].float(), found[1].float()) <= 2e-2
+
+
+def test_exposures_count() -> None:
+    with si.attach(build("mamba")) as ssm:
+        point = ssm.layers[0].hook_attn
+        outer, inner = ssm.expose("attn"), ssm.expose("attn", layers=torch.tensor([0]))
+        outer.close()
+        assert point.exposed
+        inner.close()
+        inner.close()
+        assert not point.exposed
+
+
 def test_bad_runs() -> None:
     with si.attach(build("mamba2")) as ssm:
         with pytest.raises(si.HookError, match="no hook point 'atn'; did you mean 'attn'"):

@@ -158,6 +158,11 @@ def test_what_cannot_be_known_on_a_cache_is_refused() -> None:
         other = pytest.raises(si.InterventionError, match="not those under which this cache read its prompt")
         with other, ssm.edit(si.Knockout(sources=[1])):
             model(input_ids=step, cache_params=cache_of(first))
+        with ssm.edit(si.Knockout(sources=[1])):
+            first = model(input_ids=ids[:, :PROMPT], use_cache=True)
+        model(input_ids=step, cache_params=cache_of(first))  # a step without it
+        with other, ssm.edit(si.Knockout(sources=[1])):
+            model(input_ids=step, cache_params=cache_of(first))
         refused = pytest.raises(si.HookError, match="feed one token at a time, or attach with own_operator=True")
         with refused, ssm.edit(si.SetDelta(value=0.1)):
             model(input_ids=ids[:, PROMPT:], cache_params=cache_of(first))

@@ -264,6 +264,19 @@ def test_the_order_of_edits_does_not_matter() -> None:
             assert relative_error(logits(ssm.model, case), known) <= EXACT
 
 
+def test_conflicting_edits_are_refused() -> None:
+    model = build("mamba")
+    clash = [si.SetDelta(value=0.0, positions=[2, 3]), si.SetDelta(value=0.5, positions=3)]
+    with si.attach(model) as ssm, pytest.raises(si.InterventionError, match="two SetDelta set the same step"):
+        edited(ssm, inputs(2, LENGTH), *clash)
+    patches = [si.PatchState(position=3, state=0.0), si.PatchState(position=3, state=1.0, features=[1])]
+    with si.attach(model) as ssm:
+        with pytest.raises(si.InterventionError, match="two PatchState replace the same state"):
+            edited(ssm, inputs(2, LENGTH), *patches)
+        apart = [si.PatchState(position=3, state=0.0, features=[0]), patches[1], si.SetDelta(value=0.0, positions=2)]
+        assert edited(ssm, inputs(2, LENGTH), *apart).isfinite().all()
+
+
 def test_bad_positions_and_features() -> None:
     model = build("mamba")
     native = logits(model, inputs(2, LENGTH))

@@ -41,6 +41,9 @@ def test_what_may_be_given() -> None:
     known = si.Knockout(sources=(2, 3), targets=(5,), layers=(0, 1))
     assert si.Knockout(sources=torch.tensor([2, 3]), targets=np.int64(5), layers=range(2)) == known
     assert si.Knockout(sources=np.array([2, 3]), targets=[5], layers={0: "a", 1: "b"}) == known
+    pair = si.Knockout(edges=[(np.int64(3), torch.tensor(1))], features=[(np.int64(1), 2)])
+    assert json.loads(json.dumps(pair.to_dict())) == {"kind": "Knockout", "edges": [[3, 1]], "features": [[1, 2]]}
+    assert hash(si.SetDelta(value=0)) == hash(si.SetDelta(value=0.0))
     assert si.Knockout(sources=torch.tensor([[2], [3]])).sources == ((2,), (3,))
     assert known.to_dict() == {"kind": "Knockout", "sources": [2, 3], "targets": [5], "layers": [0, 1]}
 
@@ -67,12 +70,15 @@ def test_they_are_frozen() -> None:
         (lambda: si.PatchState(position=None, state=0.0), "one integer per row of the batch"),
         (lambda: si.PatchState(position=0, state=[1.0, 2.0]), r"must be a number, \[h p n\] or \[b h p n\], got \[2\]"),
         (lambda: si.PatchState(position=0, state="zero"), "PatchState.state must be a number"),
-        (lambda: si.SetDelta(value=-0.1), "finite step >= 0, got -0.1"),
-        (lambda: si.SetDelta(value=float("nan")), "finite step >= 0, got nan"),
+        (lambda: si.SetDelta(value=-0.1), "step >= 0, got -0.1"),
+        (lambda: si.SetDelta(value=float("nan")), "SetDelta.value must be a finite number, got nan"),
         (lambda: si.SetDelta(value=0.0, features=[(0, 1)]), "SetDelta acts on heads"),
-        (lambda: si.ScaleFeatures(factor=float("inf")), "must be finite, got inf"),
+        (lambda: si.ScaleFeatures(factor=float("inf")), "ScaleFeatures.factor must be a finite number, got inf"),
         (lambda: si.EditAttention(edges=[(1, 0)], value=0.0, mode="put"), "must be 'set', 'add' or 'scale', got 'put'"),
         (lambda: si.EditAttention(edges=[(1, 0)], value=0.0, features=[(0, 1)]), "EditAttention acts on heads"),
+        (lambda: si.EditAttention(edges=[(1, 0)], value="q"), "EditAttention.value must be a finite number, got 'q'"),
+        (lambda: si.PatchState(position=0, state=float("nan")), "entries that are not finite"),
+        (lambda: si.Intervention.from_dict(None), "an intervention is a dict with a `kind`"),
         (lambda: si.Intervention.from_dict({"kind": "Knockuot"}), "unknown kind of intervention 'Knockuot'"),
         (lambda: si.Intervention.from_dict({"kind": "Knockout", "source": 1}), r"Knockout has no field \['source'\]"),
         (lambda: si.Intervention.from_dict({"kind": "SetDelta"}), "SetDelta: .*missing.*'value'"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType, TracebackType
@@ -13,9 +14,9 @@ import transformers
 from torch import Tensor, nn
 
 from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
-from ssm_interp.hooks.interventions import Intervention
+from ssm_interp.hooks.interventions import Intervention, as_indices
 from ssm_interp.hooks.operators import GATED_FAMILY
-from ssm_interp.hooks.points import HEAD_AXIS, HookPoint, HookPoints
+from ssm_interp.hooks.points import HEAD_AXIS, EditMemory, HookPoint, HookPoints
 from ssm_interp.hooks.routing import HookedMixer, hooked_class, operators_of
 from ssm_interp.hooks.site import ActiveEdit, editing, is_edited
 from ssm_interp.scan.terms import FLOATS
@@ -49,11 +50,12 @@ class Run:
 
     def __getitem__(self, key: str | tuple[str, int]) -> Any:
         if isinstance(key, str):
+            key = key.removeprefix("hook_")
             found = {layer: tensor for (name, layer), tensor in self.reads.items() if name == key}
             if found:
                 return found
-        elif key in self.reads:
-            return self.reads[key]
+        elif (short := (key[0].removeprefix("hook_"), key[1])) in self.reads:
+            return self.reads[short]
         raise KeyError(f"{key!r} was not read; read were {sorted(self.reads)}. Name it in run(..., read=[...])")
 
 
@@ -105,15 +107,15 @@ class Attachment:
     def run(
         self,
         inputs: Any,
-        read: str | Sequence[str] = (),
-        layers: int | Iterable[int] | None = None,
+        read: Any = (),
+        layers: Any = None,
         **options: Any,
     ) -> Run:
         """Call the model once and keep what passes the named hook points.
 
         Args:
             inputs: `input_ids` `[b t]`, or the mapping (a dict) that a tokenizer returns.
-            read: hook points: x, dt, B, C, write, state, attn, y, z.
+            read: hook points, one or a sequence: x, dt, B, C, write, state, attn, y, z.
             layers: of which layers; None: of all SSM layers.
             options: passed on to the model.
 
@@ -136,7 +138,7 @@ class Attachment:
                 raise HookError(f"{name} is empty, {list(tensor.shape)}: a run needs at least one token")
         caught: dict[tuple[str, int], list[Tensor]] = {}
         with ExitStack() as stack:
-            for point, key in self._points([read] if isinstance(read, str) else read, layers):
+            for point, key in self._points([read] if isinstance(read, str) else list(read or ()), layers):
                 caught[key] = []
                 stack.callback(point.register_forward_hook(_catch(caught[key])).remove)
             output = self.model(**given, **options)
@@ -145,7 +147,7 @@ class Attachment:
         }
         return Run(output, reads)
 
-    def expose(self, *names: str, layers: int | Iterable[int] | None = None) -> Exposure:
+    def expose(self, *names: str, layers: Any = None) -> Exposure:
         """Make hook points fire though nothing is hooked to them, for hosts that read modules without hooks (nnsight).
 
         It holds until `Exposure.close`, or to the end of a `with` block.
@@ -173,10 +175,11 @@ class Attachment:
                 _restore(mixer)
         self.mixers, self.layers = {}, {}
 
-    def _points(
-        self, names: Iterable[str], layers: int | Iterable[int] | None
-    ) -> list[tuple[HookPoint, tuple[str, int]]]:
-        chosen = list(self.layers) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    def _points(self, names: Sequence[Any], layers: Any) -> list[tuple[HookPoint, tuple[str, int]]]:
+        wanted = as_indices(layers, "layers")
+        chosen = list(self.layers) if wanted is None else wanted
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise HookError(f"hook points are named by text (x, dt, ..., attn), got {wrong[0]!r}")
         if missing := [layer for layer in chosen if layer not in self.layers]:
             raise HookError(f"no SSM layer {missing[0]}; the SSM layers of this model are {list(self.layers)}")
         points = [(self.layers[layer].point(name), layer) for name in names for layer in chosen]
@@ -200,7 +203,7 @@ class Attachment:
                     )
 
     def _check_attached(self) -> None:
-        if not self.layers:
+        if not self.layers or any(self.mixers[index]._modules.get("ssm") is not p for index, p in self.layers.items()):
             raise HookError("this attachment was detached; call attach(model) again")
 
 
@@ -208,13 +211,15 @@ class Exposure:
     """Hook points that fire until `close`, or to the end of a `with` block."""
 
     def __init__(self, points: list[HookPoint]) -> None:
-        self._points = [point for point in points if not point.exposed]
+        self._points = points
         for point in self._points:
-            point.exposed = True
+            point.exposures += 1
 
     def close(self) -> None:
+        """Stop asking for these points; those that another exposure asks for go on firing."""
         for point in self._points:
-            point.exposed = False
+            point.exposures -= 1
+        self._points = []
 
     def __enter__(self) -> Exposure:
         return self
@@ -250,8 +255,9 @@ def attach(model: Any, *, own_operator: bool = False) -> Attachment:
         raise HookError(f"attach takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
     found = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
     _check_model(model, found)
+    memory = EditMemory()
     for mixer in found:
-        _hook(mixer, own_operator)
+        _hook(mixer, own_operator, memory)
     return Attachment(model)
 
 
@@ -275,6 +281,12 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
     name = type(model).__name__
     if any(isinstance(mixer, HookedMixer) for mixer in mixers):
         raise HookError(f"{name} is already attached; detach first, or get its attachment with attached(model)")
+    twice = [index for index, count in Counter(mixer.layer_idx for mixer in mixers).items() if count > 1]
+    if twice:
+        raise HookError(
+            f"{name} has several SSM mixers of layer {twice[0]}, which edits could not tell apart; attach to each "
+            "model alone, and give a copied layer a layer_idx of its own"
+        )
     if not mixers:
         unknown = sorted({f"{type(m).__module__}.{type(m).__name__}" for m in model.modules() if hasattr(m, "A_log")})
         if unknown:
@@ -300,13 +312,15 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
             raise HookError(f"the forward of {where} was replaced on the instance; undo that before attaching")
 
 
-def _hook(mixer: Any, own_operator: bool) -> None:
+def _hook(mixer: Any, own_operator: bool, memory: EditMemory) -> None:
     gated = bool(GATED_FAMILY.intersection(operators_of(type(mixer))))
     A_log: Tensor = mixer.A_log
     heads = A_log.shape[:-1].numel() if gated else A_log.shape[0]
     state_size = A_log.shape[-1] if gated else mixer.ssm_state_size
     mixer.__class__ = hooked_class(type(mixer))  # type: ignore[arg-type]
-    mixer.add_module("ssm", HookPoints(mixer.layer_idx, heads, state_size, gated, own_operator).train(mixer.training))
+    mixer.add_module(
+        "ssm", HookPoints(mixer.layer_idx, heads, state_size, gated, own_operator, memory).train(mixer.training)
+    )
     _rebind_old_forward(mixer)
 
 

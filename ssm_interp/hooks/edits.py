@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TypeVar
 
 import torch
@@ -41,6 +42,10 @@ class Cut:
         where = self.rows[:, None, None, None] & self.features[:, None, :]
         return torch.where(where, 0.0 if wipe else self.state.to(state), state)
 
+    def overlaps(self, other: Cut) -> bool:
+        shared = (self.rows & other.rows).any() and (self.features & other.features).any()
+        return self.position == other.position and bool(shared)
+
     def piece(self, length: int) -> Piece:
         """The edges that this cut leaves nothing of: those from before it (or at it) to after it (or at it)."""
         where = torch.arange(length, device=self.rows.device)
@@ -59,6 +64,10 @@ class LayerEdits:
         self.site, self.heads = site, heads
         self.batch, self.device = operands.x.shape[0], operands.x.device
         self._cuts = sorted(self._find_cuts(operands), key=lambda cut: cut.position)
+        if any(one.overlaps(other) for one, other in combinations(self._cuts, 2)):
+            raise InterventionError(
+                f"layer {site.layer}: two PatchState replace the same state; edits have no order, so give it one value"
+            )
 
     def __bool__(self) -> bool:
         return bool(self.site.edits)
@@ -70,9 +79,15 @@ class LayerEdits:
 
     def set_delta(self, dt: Tensor) -> Tensor:
         """The steps with every SetDelta applied, `[b t h]`."""
+        taken = torch.zeros(dt.shape, dtype=torch.bool, device=self.device)
         for edit in self._of(SetDelta):
             where = self._where(edit)[:, :, None] & self._features(edit)[:, 0]
-            dt = torch.where(where, edit.value, dt)
+            if (where & taken).any():
+                raise InterventionError(
+                    f"layer {self.site.layer}: two SetDelta set the same step; edits have no order, "
+                    "so give it one value"
+                )
+            dt, taken = torch.where(where, edit.value, dt), taken | where
         return dt
 
     def scale_reads(self, terms: Terms) -> Terms:
@@ -146,8 +161,8 @@ class LayerEdits:
         before = remembered(site.cache, site.layer, key)
         if before is None and site.continues:
             raise InterventionError(
-                f"layer {site.layer}: the knockouts at work are not those under which this cache read its prompt; "
-                "run the prompt and what follows inside the same `edit`"
+                f"layer {site.layer}: the knockouts at work are not those under which this cache read its prompt and "
+                "everything since; run the prompt and what follows inside the same `edit`"
             )
         sources = piece.edges[:, -1:].expand(-1, site.length) if site.continues else piece.edges[:, :-1]
         part = terms.with_x(torch.where(sources[:, :, None, None], terms.x, 0))
@@ -159,7 +174,7 @@ class LayerEdits:
         else:
             carried, state = terms.x.new_zeros(()), self.scan(part, None, wipe=True)[1]
             state = state if extra is None else state + self.accumulate(terms, extra)[:, -1]
-        remember(site.cache, site.layer, key, state.detach())
+        remember(site.cache, site.layer, key, state.detach(), site.length)
         return carried
 
     def _attention_change(self, terms: Terms, edit: EditAttention) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, SupportsIndex, TypeAlias
+from typing import Any, ClassVar, SupportsFloat, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Intervention:
     kind: ClassVar[str] = "Intervention"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _flat(self.layers, self.kind, "layers"))
+        object.__setattr__(self, "layers", as_indices(self.layers, f"{self.kind}.layers"))
         object.__setattr__(self, "features", _features(self.features, self.kind))
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,12 +60,14 @@ class Intervention:
         return found
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Intervention:
+    def from_dict(data: Any) -> Intervention:
         """The intervention that `to_dict` described.
 
         Raises:
             InterventionError: an unknown kind, an unknown or missing field, or a value that the field does not take.
         """
+        if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
+            raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {data!r}")
         given = dict(data)
         kind = given.pop("kind", None)
         kinds = {subclass.kind: subclass for subclass in Intervention.__subclasses__()}
@@ -82,7 +85,7 @@ class Intervention:
         return isinstance(other, Intervention) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash(repr(sorted(self.to_dict().items())))
+        return hash((self.kind, self.layers, self.features))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,7 +98,8 @@ class Knockout(Intervention):
     Attributes:
         sources: positions that are no longer read.
         targets: positions that no longer read them. None: also every generated position.
-        edges: (target, source) pairs, in place of `sources` and `targets`.
+        edges: (target, source) pairs, in place of `sources` and `targets`; one with its source after its target does
+            not exist, and changes nothing.
 
     Cost: one more call of the operator from the first source to the last target, O(L H P N); no matrix.
     Source: Mamba Knockout (Endy et al., ACL 2025), section 3.
@@ -156,6 +160,8 @@ class PatchState(Intervention):
             raise InterventionError(f"PatchState.state must be a number or a tensor, got {self.state!r}") from None
         if state.ndim not in (0, 3, 4):
             raise InterventionError(f"PatchState.state must be a number, [h p n] or [b h p n], got {list(state.shape)}")
+        if not state.isfinite().all():
+            raise InterventionError("PatchState.state has entries that are not finite (nan or inf)")
         object.__setattr__(self, "state", state)
 
 
@@ -175,15 +181,16 @@ class SetDelta(Intervention):
         >>> SetDelta(value=0.0, positions=[2, 3])
     """
 
-    value: float
+    value: Any
     positions: Positions = None
     kind: ClassVar[str] = "SetDelta"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "positions", _positions(self.positions, self.kind, "positions"))
-        if not 0 <= self.value < float("inf"):
-            raise InterventionError(f"SetDelta.value must be a finite step >= 0, got {self.value}")
+        object.__setattr__(self, "value", _number(self.value, "SetDelta.value"))
+        if self.value < 0:
+            raise InterventionError(f"SetDelta.value must be a step >= 0, got {self.value}")
         _only_heads(self)
 
 
@@ -202,15 +209,14 @@ class ScaleFeatures(Intervention):
         >>> ScaleFeatures(factor=0.0, features=[0, 5], positions=-1)
     """
 
-    factor: float
+    factor: Any
     positions: Positions = None
     kind: ClassVar[str] = "ScaleFeatures"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "positions", _positions(self.positions, self.kind, "positions"))
-        if not abs(self.factor) < float("inf"):
-            raise InterventionError(f"ScaleFeatures.factor must be finite, got {self.factor}")
+        object.__setattr__(self, "factor", _number(self.factor, "ScaleFeatures.factor"))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -233,16 +239,28 @@ class EditAttention(Intervention):
     """
 
     edges: Pairs
-    value: float
-    mode: str = "set"
+    value: Any
+    mode: Any = "set"
     kind: ClassVar[str] = "EditAttention"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "edges", _pairs(self.edges, "EditAttention.edges", "(target, source)"))
+        object.__setattr__(self, "value", _number(self.value, "EditAttention.value"))
         if self.mode not in ("set", "add", "scale"):
             raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {self.mode!r}")
         _only_heads(self)
+
+
+def _number(value: Any, name: str) -> float:
+    real = isinstance(value, SupportsFloat) and not isinstance(value, bool)
+    try:
+        number = float(value) if real else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InterventionError(f"{name} must be a finite number, got {value!r}")
+    return number
 
 
 def _only_heads(intervention: Intervention) -> None:
@@ -254,7 +272,12 @@ def _is_index(value: object) -> bool:
     return isinstance(value, SupportsIndex) and not isinstance(value, bool) and tuple(getattr(value, "shape", ())) == ()
 
 
-def _flat(values: Any, kind: str, name: str) -> FlatPositions | None:
+def as_indices(values: Any, name: str) -> FlatPositions | None:
+    """One index or a sequence of them (ints, numpy's and torch's too) as a tuple; None stays None.
+
+    Raises:
+        InterventionError: anything else.
+    """
     if values is None:
         return None
     if _is_index(values):
@@ -264,18 +287,18 @@ def _flat(values: Any, kind: str, name: str) -> FlatPositions | None:
     except TypeError:
         found = (None,)
     if not all(_is_index(value) for value in found):
-        raise InterventionError(f"{kind}.{name} must be an integer or a sequence of integers, got {values!r}")
+        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {values!r}")
     return tuple(int(value) for value in found)
 
 
 def _positions(values: Any, kind: str, name: str) -> FlatPositions | RowPositions | None:
     if values is None or _is_index(values):
-        return _flat(values, kind, name)
+        return as_indices(values, f"{kind}.{name}")
     rows = values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Iterable) else [None]
     if rows and all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
-        return tuple(_flat(row, kind, name) or () for row in rows)
+        return tuple(as_indices(row, f"{kind}.{name}") or () for row in rows)
     try:
-        return _flat(rows, kind, name)
+        return as_indices(rows, f"{kind}.{name}")
     except InterventionError:
         raise InterventionError(
             f"{kind}.{name} must be an integer, a sequence of integers, or one such sequence per row, got {values!r}"
@@ -290,18 +313,18 @@ def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
         found = ((None,),)
     if not all(len(pair) == 2 and all(_is_index(value) for value in pair) for pair in found):
         raise InterventionError(f"{name} must be pairs {what} of integers, got {values!r}")
-    return found
+    return tuple((int(first), int(second)) for first, second in found)
 
 
 def _features(values: Any, kind: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:
     if values is None or _is_index(values):
-        return _flat(values, kind, "features")
+        return as_indices(values, f"{kind}.features")
     rows = values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Iterable) else [None]
     if not rows:
         raise InterventionError(f"{kind}.features is empty; None means all features")
     if all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
         return _pairs(rows, f"{kind}.features", "(head, state dimension)")
-    return _flat(rows, kind, "features")
+    return as_indices(rows, f"{kind}.features")
 
 
 def _listed(value: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -49,11 +50,15 @@ class HookPoint(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.exposed = False
+        self.exposures = 0
         self._added: list[_Added] = []
 
     def forward(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    @property
+    def exposed(self) -> bool:
+        return self.exposures > 0
 
     @property
     def requested(self) -> bool:
@@ -119,13 +124,17 @@ def _as_tuple(gradient: Tensor | None) -> tuple[Tensor] | None:
     return None if gradient is None else (gradient,)
 
 
-@dataclass
 class EditMemory:
-    """Under which edits a training forward ran, for gradient checkpointing, which runs it again in the backward
-    pass."""
+    """Under which edits the training forwards of a model ran, per layer, for gradient checkpointing, which runs them
+    again in the backward pass. One for all layers of a model."""
 
-    edits: set[Any] = field(default_factory=set)
-    recomputed: bool = False
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.with_grad: dict[int, set[Any]] = defaultdict(set)
+        self.without_grad: dict[int, set[Any]] = defaultdict(set)
+        self.recomputed = False
 
 
 class HookPoints(nn.Module):
@@ -157,14 +166,16 @@ class HookPoints(nn.Module):
     hook_y: HookPoint
     hook_z: HookPoint
 
-    def __init__(self, layer: int, heads: int, state_size: int, gated: bool, own_operator: bool) -> None:
+    def __init__(
+        self, layer: int, heads: int, state_size: int, gated: bool, own_operator: bool, memory: EditMemory
+    ) -> None:
         super().__init__()
         self.layer, self.heads, self.state_size = layer, heads, state_size
         for name in FIRING_ORDER:
             if name != "z" or gated:
                 self.add_module(f"hook_{name}", HookPoint(name))
         self.own_operator = own_operator
-        self.memory = EditMemory()
+        self.memory = memory
 
     def point(self, name: str) -> HookPoint:
         """The hook point of a name, with or without its `hook_`.

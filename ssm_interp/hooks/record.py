@@ -25,12 +25,14 @@ class Record:
         prompt: positions of the first call.
         known: the interventions that were active at the first call.
         slots: where the states that belong to an intervention are kept.
+        kept_at: after how many positions each of them was kept.
     """
 
     seen: int = 0
     prompt: int = 0
     known: set[Hashable] = field(default_factory=set)
     slots: dict[Hashable, int] = field(default_factory=dict)
+    kept_at: dict[Hashable, int] = field(default_factory=dict)
 
 
 def record_of(cache: Any, layer: int) -> Record | None:
@@ -43,13 +45,16 @@ def record_of(cache: Any, layer: int) -> Record | None:
 
 
 def remembered(cache: Any, layer: int, key: Hashable) -> Tensor | None:
-    """The state kept under a key, [b h p n]."""
-    slot = getattr(cache.layers[layer], _NAME).slots.get(key)
-    return None if slot is None else cache.layers[layer].recurrent_states[slot]
+    """The state kept under a key, [b h p n]; None if none was, or if the cache has gone on without it since."""
+    record: Record = getattr(cache.layers[layer], _NAME)
+    if record.kept_at.get(key) != record.seen:
+        return None
+    state: Tensor = cache.layers[layer].recurrent_states[record.slots[key]]
+    return state
 
 
-def remember(cache: Any, layer: int, key: Hashable, state: Tensor) -> None:
-    """Keep a state under a key."""
+def remember(cache: Any, layer: int, key: Hashable, state: Tensor, length: int) -> None:
+    """Keep the state after a call of some length under a key."""
     place = cache.layers[layer]
     record: Record = getattr(place, _NAME)
     if key not in record.slots:
@@ -64,3 +69,4 @@ def remember(cache: Any, layer: int, key: Hashable, state: Tensor) -> None:
         ):
             entries[slot] = value
     place.recurrent_states[record.slots[key]] = state
+    record.kept_at[key] = record.seen + length

@@ -66,6 +66,14 @@ def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdit
         state: Tensor | None = final
     else:
         y, state = operator.run(operands)
+    with torch.autocast(terms.x.device.type, enabled=False):
+        return _with_edits(points, terms, initial, edits, y, state)
+
+
+def _with_edits(
+    points: HookPoints, terms: Terms, initial: Tensor | None, edits: LayerEdits, y: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """y and the final state with what hooks and interventions add to those of the recurrence."""
     injected = _injected(points, terms, initial, edits)
     if injected is not None:
         given = edits.accumulate(terms, injected.writes + injected.state)

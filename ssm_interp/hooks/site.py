@@ -93,7 +93,7 @@ class Site:
                         f"{what} names position {position}, but the prompt has {self.prompt} positions "
                         f"(0 to {self.prompt - 1}, or -{self.prompt} to -1)"
                     )
-                if self.mask is not None and not self.continues and not self.mask[row, position]:
+                if self.mask is not None and not self.continues and not self.mask[row % len(self.mask), position]:
                     raise InterventionError(
                         f"{what} names position {position} of row {row}, which is padding; "
                         "positions are columns of input_ids"
@@ -129,16 +129,19 @@ class Site:
         memory = self.points.memory
         if not _in_backward():
             if memory.recomputed:
-                memory.edits, memory.recomputed = set(), False
-            memory.edits.add(found)
+                memory.clear()
+            (memory.with_grad if torch.is_grad_enabled() else memory.without_grad)[self.layer].add(found)
             return found
-        if len(memory.edits) != 1:
-            raise HookError(
-                f"layer {self.layer} is recomputed for gradient checkpointing, but it ran under {len(memory.edits)} "
-                "different sets of edits since the last backward pass; call backward after each edited forward"
-            )
         memory.recomputed = True
-        return next(iter(memory.edits))
+        seen = (
+            memory.with_grad[self.layer] or memory.without_grad[self.layer]
+        )  # reentrant checkpointing runs the forward without grad
+        if len(seen) != 1:
+            raise HookError(
+                f"layer {self.layer} is recomputed for gradient checkpointing, but it ran under {len(seen)} different "
+                "sets of edits since the last backward pass; call backward after each edited forward"
+            )
+        return next(iter(seen))
 
     def _check_history(self) -> None:
         if not self.continues or not self.edits:

@@ -42,7 +42,7 @@ def load(
         options = {} if local else {"revision": revision}
         model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file makes transformers, safetensors or tokenizers raise
         reason = " ".join(str(error).split())[:300]
         raise LoadError(
             f"cannot load {str(name)!r}: it is none of the embedded models ({', '.join(EMBEDDED)}), and as a "
