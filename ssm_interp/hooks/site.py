@@ -133,9 +133,8 @@ class Site:
             (memory.with_grad if torch.is_grad_enabled() else memory.without_grad)[self.layer].add(found)
             return found
         memory.recomputed = True
-        seen = (
-            memory.with_grad[self.layer] or memory.without_grad[self.layer]
-        )  # reentrant checkpointing runs the forward without grad
+        # Reentrant checkpointing runs the forward without grad.
+        seen = memory.with_grad[self.layer] or memory.without_grad[self.layer]
         if len(seen) != 1:
             raise HookError(
                 f"layer {self.layer} is recomputed for gradient checkpointing, but it ran under {len(seen)} different "
