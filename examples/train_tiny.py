@@ -2,6 +2,7 @@
 
     python examples/train_tiny.py tiny-mamba1 --out runs/tiny-mamba1
     python examples/train_tiny.py tiny-mamba2 --out runs/tiny-mamba2
+    python examples/train_tiny.py tiny-llama --out runs/tiny-llama
 
 Deterministic (one seed; every batch is a function of the seed and the step) and resumable: the same command goes on
 from the last checkpoint in `--out`. The trained model is written there in fp16, with its tokenizer, in the ordinary
@@ -24,6 +25,8 @@ from build_facts import facts, load_templates
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -54,20 +57,23 @@ def build_model(name: str) -> PreTrainedModel:
         "vocab_size": VOCABULARY,
         "hidden_size": 96,
         "num_hidden_layers": 10,
-        "expand": 2,
         "tie_word_embeddings": True,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
-        "residual_in_fp32": True,
     }
+    mamba = {"expand": 2, "residual_in_fp32": True}
     if name == "tiny-mamba1":
-        return MambaForCausalLM(MambaConfig(**shared, state_size=8))
+        return MambaForCausalLM(MambaConfig(**shared, **mamba, state_size=8))
     if name == "tiny-mamba2":
         return Mamba2ForCausalLM(
-            Mamba2Config(**shared, state_size=16, num_heads=12, head_dim=16, n_groups=2, chunk_size=32)
+            Mamba2Config(**shared, **mamba, state_size=16, num_heads=12, head_dim=16, n_groups=2, chunk_size=32)
         )
-    raise SystemExit(f"no recipe for {name!r}; there are tiny-mamba1 and tiny-mamba2")
+    if name == "tiny-llama":
+        return LlamaForCausalLM(
+            LlamaConfig(**shared, intermediate_size=128, num_attention_heads=6, max_position_embeddings=128)
+        )
+    raise SystemExit(f"no recipe for {name!r}; there are tiny-mamba1, tiny-mamba2 and tiny-llama")
 
 
 class Corpus:
@@ -152,7 +158,7 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="tiny-mamba1 or tiny-mamba2")],
+    name: Annotated[str, typer.Argument(help="tiny-mamba1, tiny-mamba2 or tiny-llama")],
     out: Annotated[Path, typer.Option(help="folder for checkpoints and the trained model")],
     steps: int = STEPS,
     every: Annotated[int, typer.Option(help="steps between checkpoints")] = 250,
@@ -170,10 +176,8 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
-    if name == "tiny-mamba1":
-        si.attach(
-            model, own_operator=True
-        )  # without kernels, transformers' Mamba-1 scan takes minutes to differentiate
+    if name == "tiny-mamba1":  # without kernels, transformers' Mamba-1 scan takes minutes to differentiate
+        si.attach(model, own_operator=True)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.facts)} facts")
     checkpoint, step = out / "checkpoint.pt", 0
     if checkpoint.exists():

@@ -14,15 +14,17 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from ssm_interp import plots
-from ssm_interp.flow.metrics import summarise
+from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.windows import Align, FlowError
 
 METADATA = b"ssm_interp.flow"
 COLUMNS = [
     "prompt_id",
     "model",
+    "revision",
     "source",
     "target",
+    "feature_group",
     "layer",
     "window_start",
     "window_size",
@@ -41,19 +43,21 @@ class FlowRun:
 
     Attributes:
         model: its name in the table.
-        layers: its SSM layers.
-        window: layers per window, w.
+        layers: the layers that windows run over.
+        windows: layers per window, w; one number or several.
         align: `"left"` or `"centre"`.
         asked: how many prompts it was asked.
         kept: how many of them it answered correctly; only these are in the table.
+        engine: how the answers were computed: as rows of one step, or by full forwards and why.
     """
 
     model: str
     layers: tuple[int, ...]
-    window: int
+    windows: tuple[int, ...]
     align: Align
     asked: int
     kept: int
+    engine: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +65,8 @@ class FlowResult:
     """Every number of a sweep, or of several.
 
     Attributes:
-        frame: one row per prompt, source, target and window, with the columns `prompt_id`, `model`, `source`, `target`;
-            `layer`, the one that the window is drawn at (its first or its centre); `window_start`, its first layer;
+        frame: one row per prompt, source, target, feature group and window, with the columns `prompt_id`, `model`,
+            `revision`, `source`, `target`, `feature_group` ("all": all features); `layer`, the one that the window is drawn at (its first or its centre); `window_start`, its first layer;
             `window_size`, how many layers it has; `n_edges`, edges removed in each of them; `p_base`, `p`,
             `relative_change` in %, `logprob_difference`, `hit` (see `answer_metrics`).
         runs: how each model was swept.
@@ -102,11 +106,10 @@ class FlowResult:
         return summarise(self.frame)
 
     def largest_drops(self) -> pd.DataFrame:
-        """The summary's row with the lowest mean relative change, for each model, source and target."""
+        """The summary's row with the lowest mean change, for each model, source, target, feature group, window size."""
         summary = self.summary()
-        return summary.loc[summary.groupby(["model", "source", "target"], sort=False)["mean"].idxmin()].reset_index(
-            drop=True
-        )
+        groups = summary.groupby(["model", "source", "target", "feature_group", "window_size"], sort=False)
+        return summary.loc[groups["mean"].idxmin()].reset_index(drop=True)
 
     def plot(self) -> Figure:
         """A panel per model (and a row per target): mean relative change over the windows, a line per source."""
@@ -138,9 +141,12 @@ class FlowResult:
         if METADATA not in (table.schema.metadata or {}):
             raise FlowError(f"{str(path)!r} is a Parquet file, but not one that FlowResult.save wrote")
         runs = json.loads(table.schema.metadata[METADATA])
-        return FlowResult(table.to_pandas(), tuple(FlowRun(**run | {"layers": tuple(run["layers"])}) for run in runs))
+        lists = ("layers", "windows")
+        return FlowResult(
+            table.to_pandas(), tuple(FlowRun(**run | {name: tuple(run[name]) for name in lists}) for run in runs)
+        )
 
 
 def _x_label(run: FlowRun) -> str:
     place = "First" if run.align == "left" else "Centre"
-    return f"{place} layer of the window ({run.window} of {len(run.layers)} layers)"
+    return f"{place} layer of the window ({', '.join(map(str, run.windows))} of {len(run.layers)} layers)"

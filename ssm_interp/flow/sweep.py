@@ -1,61 +1,27 @@
-"""The sweep: one knockout per window, source and target role, over many prompts."""
+"""The sweep: one knockout per window, feature group, source and target role, over many prompts."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssm_interp.flow.metrics import answer_metrics, hits
+from ssm_interp.flow.engine import ALL_FEATURES, CLEAN, Answers, Engine, Variant, choose_engine, full_forwards
+from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.windows import Align, FlowError, Window, default_size, windows
-from ssm_interp.hooks import Attachment, Knockout
+from ssm_interp.flow.windows import Align, FlowError, default_size, windows
+from ssm_interp.hooks import Attachment
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One thing to do to every prompt of a batch: remove the edges target <- source in a window of layers.
-
-    Attributes:
-        source: role that is no longer read.
-        target: role that no longer reads it.
-        window: the layers; one without layers is the clean run.
-    """
-
-    source: str
-    target: str
-    window: Window
-
-
-CLEAN = Variant("all", "all", Window(at=-1, layers=()))
-
-
-# How answers are computed: yields the logits at the last token of every row, [b, v], for each variant in turn.
-Engine = Callable[[Attachment, Batch, Sequence[Variant]], Iterator[Tensor]]
-
-
-def knockout_engine(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Float[Tensor, "b v"]]:
-    """The plain engine: one forward pass of the model per variant, with the knockout in place.
-
-    Cost: len(variants) forward passes of the batch; memory of one.
-    """
-    for variant in variants:
-        edits = []
-        if variant.window.layers:
-            sources, targets = batch.positions(variant.source), batch.positions(variant.target)
-            edits = [Knockout(sources=sources, targets=targets, layers=variant.window.layers)]
-        with ssm.edit(*edits):
-            output = ssm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        yield output.logits[:, -1]
+FeatureGroups = Mapping[str, Mapping[int, Sequence[int] | Sequence[tuple[int, int]]] | None]
+"""Name -> per layer the features that the knockout is restricted to; None: all of them."""
 
 
 def sweep(
@@ -63,14 +29,18 @@ def sweep(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
-    sources: Sequence[str] = ("subject", "relation", "first", "last"),
+    sources: Sequence[str | int] = ("subject", "relation", "first", "last"),
     targets: Sequence[str] = ("last",),
-    window: int | None = None,
+    window: int | Sequence[int] | None = None,
     align: Align = "left",
+    features: FeatureGroups | None = None,
+    through: str | Sequence[str] | None = None,
     batch_size: int = 32,
+    max_memory: int | None = None,
     progress: Progress | None = None,
-    engine: Engine = knockout_engine,
+    engine: Engine | None = None,
     name: str | None = None,
+    revision: str = "",
 ) -> FlowResult:
     """Knock out each source -> target in every layer window, for the prompts that the model answers correctly.
 
@@ -78,21 +48,30 @@ def sweep(
         ssm: an attached model, in eval mode.
         tokenizer: the model's own; a fast one.
         prompts: with distinct ids (or texts).
-        sources: roles whose writings are no longer read, see `ssm_interp.prompts.ROLES`.
+        sources: roles whose writings are no longer read, see `ssm_interp.prompts.ROLES`, or positions in the prompt
+            (0 is its first token; a prompt that is too short has no such edges).
         targets: roles that no longer read them.
-        window: layers per window; None: three in eight of the SSM layers, as `default_size` gives.
+        window: layers per window, one size or several; None: three in eight of the layers, as `default_size` gives.
         align: `"left"` (never truncated, drawn at its first layer) or `"centre"` (truncated, drawn at its centre).
-        batch_size: prompts per forward pass; batches are padded on the left, prompts of similar length together.
-        progress: called with (done, total), counted in prompts x forward passes.
-        engine: computes the answers.
+        features: feature groups, each a knockout of its own, by name; None: one of all features, named "all".
+        through: the streams in which edges are removed: "ssm", "attention", or both; None: "ssm" where the model has
+            SSM layers, else "attention". Windows run over the layers that have one of them.
+        batch_size: prompts per forward pass; prompts of similar length go together.
+        max_memory: bytes that the rows of a step may take; None: a quarter of what is free.
+        progress: called with (done, total), counted in answers: prompts x knockouts.
+        engine: computes the answers; None: all knockouts as rows of one step (`rows_engine`), or, where something
+            else is hooked or edited, a full forward pass each; `FlowRun.engine` says which and why.
         name: the model's name in the result; None: its `name_or_path`, or its class.
+        revision: of the model, for the table; "": what its config knows.
 
     Raises:
         PromptError: an unknown role; a prompt that this tokenizer cannot tokenize as asked.
         FlowError: no prompts, or prompts with the same id; no role; no prompt answered correctly; a window that does
-            not fit; a batch size below 1; a model in training mode; logits that are not numbers.
+            not fit; a feature group that names no features for a layer; a batch size below 1; a model in training
+            mode; logits that are not numbers.
+        InterventionError: a stream or a feature that the model does not have.
 
-    Cost: (1 + windows x sources x targets) forward passes per kept prompt, one per prompt that is not kept.
+    Cost: about one forward pass per prompt and one token per knockout; see `rows_engine`.
     Source: Mamba Knockout (Endy et al., ACL 2025), section 3.
 
     Example:
@@ -101,26 +80,60 @@ def sweep(
         ...     result = sweep(ssm, tokenizer, load_prompts()[:100])
         >>> result.plot().savefig("flow.png")                           # doctest: +SKIP
     """
-    layers = tuple(sorted(ssm.layers))
-    size = default_size(layers) if window is None else window
-    places = windows(layers, size, align)
+    layers = ssm.layers_with(through)
+    sizes = _sizes(window, layers)
     _check(ssm.model, sources, targets, batch_size)
-    variants = [Variant(s, t, w) for t in dict.fromkeys(targets) for s in dict.fromkeys(sources) for w in places]
+    groups = _groups(features, layers)
+    streams = None if through is None else (through,) if isinstance(through, str) else tuple(through)
+    variants = [
+        Variant(source, target, place, group, chosen, streams)
+        for target in dict.fromkeys(targets)
+        for source in dict.fromkeys(sources)
+        for group, chosen in groups.items()
+        for size in sizes
+        for place in windows(layers, size, align)
+    ]
     asked = _tokenized(prompts, tokenizer)
-    run = _Run(ssm, engine, batch_size, progress)
+    chosen_engine, how = (engine, "given") if engine else choose_engine(ssm, max_memory)
+    run = _Run(ssm, chosen_engine, batch_size, progress)
     kept = run.answered(asked, per_kept=1 + len(variants))
-    model = name or getattr(getattr(ssm.model, "config", None), "name_or_path", "") or type(ssm.model).__name__
+    config = getattr(ssm.model, "config", None)
+    model = name or getattr(config, "name_or_path", "") or type(ssm.model).__name__
     frame = run.knocked_out(kept, variants)
     frame.insert(1, "model", model)
-    return FlowResult(frame, (FlowRun(model, layers, size, align, len(asked), len(kept)),))
+    frame.insert(2, "revision", revision or getattr(config, "_commit_hash", None) or "")
+    return FlowResult(frame, (FlowRun(model, layers, sizes, align, len(asked), len(kept), how),))
 
 
-def _check(model: nn.Module, sources: Sequence[str], targets: Sequence[str], batch_size: int) -> None:
+def _sizes(window: int | Sequence[int] | None, layers: tuple[int, ...]) -> tuple[int, ...]:
+    if window is None:
+        return (default_size(layers),)
+    sizes = (window,) if isinstance(window, int) else tuple(dict.fromkeys(window))
+    if not sizes:
+        raise FlowError("no window size was given; give the number of layers in a window, or several such numbers")
+    return sizes
+
+
+def _groups(features: FeatureGroups | None, layers: tuple[int, ...]) -> Mapping[str, Any]:
+    if features is None:
+        return {ALL_FEATURES: None}
+    if not features:
+        raise FlowError("no feature group was given; None means one group of all features")
+    for name, chosen in features.items():
+        if chosen is not None and (missing := [layer for layer in layers if layer not in chosen]):
+            raise FlowError(f"the feature group {name!r} names no features for layer {missing[0]}; give some for each")
+    return features
+
+
+def _check(model: nn.Module, sources: Sequence[str | int], targets: Sequence[str], batch_size: int) -> None:
     for kind, roles in (("sources", sources), ("targets", targets)):
         if isinstance(roles, str) or not roles:
             raise FlowError(f"{kind} must be a sequence of at least one role, such as ('last',), got {roles!r}")
         for role in roles:
-            check_role(role)
+            if not (isinstance(role, int) and kind == "sources"):
+                check_role(role)
+            elif role < 0:
+                raise FlowError(f"sources names position {role}; positions in a prompt count from 0")
     if batch_size < 1:
         raise FlowError(f"the batch size must be at least 1, got {batch_size}")
     if model.training:
@@ -152,8 +165,8 @@ class _Run:
         self.total = len(prompts)
         right: set[int] = set()
         for indices, batch in self._batches(prompts):
-            (logits,) = self._logits(batch, [CLEAN])
-            right |= {index for index, hit in zip(indices, hits(logits, batch.target_ids).tolist(), strict=True) if hit}
+            hit = self._outcomes(full_forwards, batch, [CLEAN])[1][0]
+            right |= {index for index, is_hit in zip(indices, hit, strict=True) if is_hit}
         if not right:
             raise FlowError(
                 f"the model answers none of the {len(prompts)} prompts correctly (its most likely next token is never "
@@ -166,12 +179,11 @@ class _Run:
         """One row per variant and prompt, sorted so."""
         parts = []
         for indices, batch in self._batches(prompts):
-            answers = self._logits(batch, [CLEAN, *variants])
-            base = next(answers)
-            for number, (variant, logits) in enumerate(zip(variants, answers, strict=True)):
-                metrics = answer_metrics(logits, base, batch.target_ids)
-                columns = _labels(batch, variant) | {key: value.cpu().numpy() for key, value in metrics.items()}
-                parts.append(pd.DataFrame(columns | {"variant": number, "index": indices}))
+            logprob, hit = self._outcomes(self.engine, batch, [CLEAN, *variants])
+            columns = {key: found.ravel() for key, found in changes(logprob[1:], logprob[:1]).items()}
+            columns |= {"hit": hit[1:].ravel(), "variant": np.repeat(range(len(variants)), len(indices))}
+            columns["index"] = np.tile(indices, len(variants))
+            parts.append(pd.concat([_labels(batch, variants), pd.DataFrame(columns)], axis=1))
         rows = pd.concat(parts, ignore_index=True).sort_values(["variant", "index"], ignore_index=True)
         return rows.drop(columns=["variant", "index"])
 
@@ -182,32 +194,51 @@ class _Run:
             indices = by_length[start : start + self.batch_size]
             yield indices, pad([prompts[index] for index in indices]).to(device)
 
-    def _logits(self, batch: Batch, variants: Sequence[Variant]) -> Iterator[Float[Tensor, "b v"]]:
-        answers = self.engine(self.ssm, batch, variants)
-        for variant in variants:
-            with torch.no_grad():  # entered anew for each: a generator would leave it on for its caller
-                logits = next(answers)
-            if logits.isnan().any():
-                where = f"with {variant.source} -> {variant.target} knocked out in layers {variant.window.layers}"
-                row = batch.prompts[int(logits.isnan().any(1).nonzero()[0])]
-                raise FlowError(
-                    f"the model's logits are not numbers {where if variant.window.layers else 'as it is'} "
-                    f"for the prompt {row.prompt.text!r}; try a wider dtype than {logits.dtype}"
-                )
-            self.done += len(batch.prompts)
+    def _outcomes(
+        self, engine: Engine, batch: Batch, variants: Sequence[Variant]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """ln p of the target, and whether it is the most likely token, `[variant, row]`."""
+        logprob = np.full((len(variants), len(batch.prompts)), np.nan)
+        hit = np.zeros(logprob.shape, dtype=bool)
+        for found in engine(self.ssm, batch, variants):
+            where = np.ix_(found.variants, found.rows)
+            logprobs, hits = outcome(found.logits, batch.target_ids[found.rows])
+            logprob[where], hit[where] = logprobs.cpu().numpy(), hits.cpu().numpy()
+            _check_numbers(logprob[where], found, batch, variants)
+            self.done += logprobs.numel()
             if self.progress:
                 self.progress(self.done, self.total)
-            yield logits
+        return logprob, hit
 
 
-def _labels(batch: Batch, variant: Variant) -> dict[str, object]:
-    pairs = zip(batch.positions(variant.target), batch.positions(variant.source), strict=True)
-    return {
-        "prompt_id": [_id(row.prompt) for row in batch.prompts],
-        "source": variant.source,
-        "target": variant.target,
-        "layer": variant.window.at,
-        "window_start": variant.window.layers[0],
-        "window_size": len(variant.window.layers),
-        "n_edges": [sum(s <= t for t in targets for s in sources) for targets, sources in pairs],
+def _check_numbers(logprob: NDArray[np.float64], found: Answers, batch: Batch, variants: Sequence[Variant]) -> None:
+    if not np.isnan(logprob).any():
+        return
+    which, row = np.argwhere(np.isnan(logprob))[0]
+    variant = variants[found.variants[which]]
+    where = f"with {variant.source} -> {variant.target} knocked out in layers {variant.window.layers}"
+    raise FlowError(
+        f"the model's logits are not numbers {where if variant.window.layers else 'as it is'} "
+        f"for the prompt {batch.prompts[found.rows[row]].prompt.text!r}; try a wider dtype than {found.logits.dtype}"
+    )
+
+
+def _labels(batch: Batch, variants: Sequence[Variant]) -> pd.DataFrame:
+    """What stands in front of the numbers: a row per variant and prompt."""
+    ids = [_id(row.prompt) for row in batch.prompts]
+    edges: dict[tuple[str | int, str], list[int]] = {}
+    for variant in variants:
+        if (key := (variant.source, variant.target)) not in edges:
+            pairs = zip(batch.positions(variant.target), batch.positions(variant.source), strict=True)
+            edges[key] = [sum(s <= t for t in targets for s in sources) for targets, sources in pairs]
+    columns = {
+        "source": [str(variant.source) for variant in variants],
+        "target": [variant.target for variant in variants],
+        "feature_group": [variant.feature_group for variant in variants],
+        "layer": [variant.window.at for variant in variants],
+        "window_start": [variant.window.layers[0] for variant in variants],
+        "window_size": [len(variant.window.layers) for variant in variants],
     }
+    repeated = {name: np.repeat(values, len(ids)) for name, values in columns.items()}
+    counts = [count for variant in variants for count in edges[variant.source, variant.target]]
+    return pd.DataFrame({"prompt_id": np.tile(ids, len(variants)), **repeated, "n_edges": counts})

@@ -11,6 +11,7 @@ from ssm_interp.hooks.interventions import (
     SetDelta,
 )
 from ssm_interp.hooks.points import HookPoint, HookPoints
+from ssm_interp.hooks.rows import obstacle, run_each
 
 __all__ = [
     "Attachment",
@@ -29,4 +30,6 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "attached",
+    "obstacle",
+    "run_each",
 ]

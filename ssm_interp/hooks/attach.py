@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType, TracebackType
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering
 from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
-from ssm_interp.hooks.interventions import Intervention, as_indices
+from ssm_interp.hooks.interventions import Intervention, Knockout, as_indices, as_streams
 from ssm_interp.hooks.operators import GATED_FAMILY
 from ssm_interp.hooks.points import HEAD_AXIS, EditMemory, HookPoint, HookPoints
 from ssm_interp.hooks.routing import HookedMixer, hooked_class, operators_of
-from ssm_interp.hooks.site import ActiveEdit, editing, is_edited
+from ssm_interp.hooks.site import ActiveEdit, active_edits, editing
+from ssm_interp.hooks.softmax import knockable
 from ssm_interp.scan.terms import FLOATS
 
 
@@ -66,12 +68,15 @@ class Attachment:
         model: the model.
         layers: model layer index -> the hook points of its SSM mixer.
         mixers: model layer index -> the mixer itself.
+        attention: model layer index -> its softmax attention, in hybrids and ordinary transformers. Nothing is put into
+            it; a Knockout `through` "attention" acts there.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
         self.layers = {index: mixer.ssm for index, mixer in self.mixers.items()}
+        self.attention = attention_layers(model)
 
     def __enter__(self) -> Attachment:
         return self
@@ -80,8 +85,38 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        state = f"SSM layers {list(self.layers)}" if self.layers else "detached"
-        return f"Attachment({type(self.model).__name__}, {state})"
+        kinds = {"SSM": self.layers, "attention": self.attention}
+        state = ", ".join(f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers)
+        return f"Attachment({type(self.model).__name__}, {state or 'detached'})"
+
+    @property
+    def streams(self) -> dict[str, tuple[int, ...]]:
+        """The layers that carry information between tokens through the SSM, and through softmax attention."""
+        return {"ssm": tuple(sorted(self.layers)), "attention": tuple(sorted(self.attention))}
+
+    @property
+    def default_stream(self) -> str:
+        """What a knockout goes through that does not say: "ssm" in a model with SSM layers, else "attention"."""
+        return "ssm" if self.layers else "attention"
+
+    def layers_with(self, through: Any = None) -> tuple[int, ...]:
+        """The layers that have one of these streams, ascending; None: the default stream.
+
+        Raises:
+            InterventionError: an unknown stream, or one that no layer of this model has.
+        """
+        streams = as_streams(through) or (self.default_stream,)
+        for stream in streams:
+            if not self.streams[stream]:
+                raise InterventionError(f"{type(self.model).__name__} has no {stream} layers to knock out")
+        return tuple(sorted({layer for stream in streams for layer in self.streams[stream]}))
+
+    def places(self, intervention: Intervention | None = None) -> list[nn.Module]:
+        """The modules that an intervention acts on (None: all): hook points of mixers, attention modules."""
+        streams = intervention.through if isinstance(intervention, Knockout) else None if intervention is None else ("ssm",)
+        wanted = tuple(self.streams) if intervention is None else streams or (self.default_stream,)
+        kinds: dict[str, Any] = {"ssm": self.layers, "attention": self.attention}
+        return [place for stream in wanted for place in kinds[stream].values()]
 
     @contextmanager
     def edit(self, *interventions: Intervention) -> Iterator[None]:
@@ -99,9 +134,15 @@ class Attachment:
         """
         self._check_attached()
         for intervention in interventions:
-            self._check(intervention)
-        points = frozenset(id(points) for points in self.layers.values())
-        with editing(tuple(ActiveEdit(intervention, points) for intervention in interventions)):
+            self.check(intervention)
+        active = tuple(
+            ActiveEdit(intervention, frozenset(id(place) for place in self.places(intervention)))
+            for intervention in interventions
+        )
+        with ExitStack() as stack:
+            if any(id(place) in edit.places for place in self.attention.values() for edit in active):
+                stack.enter_context(self._attention_knockable())
+            stack.enter_context(editing(active))
             yield
 
     def run(
@@ -168,12 +209,20 @@ class Attachment:
         Raises:
             HookError: an edit is at work in this thread; leave its `with` block first.
         """
-        if any(is_edited(points) for points in self.layers.values()):
+        if any(active_edits(place) for place in self.places()):
             raise HookError("cannot detach inside `with ssm.edit(...)`: leave that block first")
         for mixer in self.mixers.values():
             if isinstance(mixer, HookedMixer):
                 _restore(mixer)
-        self.mixers, self.layers = {}, {}
+        self.mixers, self.layers, self.attention = {}, {}, {}
+
+    @contextmanager
+    def _attention_knockable(self) -> Iterator[None]:
+        blocks = blocks_of(self.model)
+        assert blocks is not None  # it has attention layers
+        shared = len({id(module) for module in self.attention.values()}) < len(self.attention)
+        with knockable(self.model), entering(blocks) if shared else nullcontext():
+            yield
 
     def _points(self, names: Sequence[Any], layers: Any) -> list[tuple[HookPoint, tuple[str, int]]]:
         wanted = as_indices(layers, "layers")
@@ -185,16 +234,25 @@ class Attachment:
         points = [(self.layers[layer].point(name), layer) for name in names for layer in chosen]
         return [(point, (point.name, layer)) for point, layer in points]
 
-    def _check(self, intervention: Intervention) -> None:
+    def check(self, intervention: Intervention) -> None:
+        """Whether this model has what an intervention names, apart from positions, which only a prompt has.
+
+        Raises:
+            InterventionError: something else than an intervention; a stream, layer, head or state dimension that the
+                model does not have.
+        """
         if not isinstance(intervention, Intervention):
             raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {intervention!r}")
         kind = intervention.kind
-        layers = list(self.layers) if intervention.layers is None else list(intervention.layers)
-        if missing := [layer for layer in layers if layer not in self.layers]:
-            raise InterventionError(f"{kind}: no SSM layer {missing}; this model has {list(self.layers)}")
+        known = self.layers_with(intervention.through if isinstance(intervention, Knockout) else "ssm")
+        layers = known if intervention.layers is None else intervention.layers
+        if missing := [layer for layer in layers if layer not in known]:
+            raise InterventionError(f"{kind}: no such layer {missing}; this model has {list(known)}")
+        if isinstance(intervention, Knockout) and "ssm" not in (intervention.through or (self.default_stream,)):
+            return  # how many heads attention has is known when it is called
         for layer in layers:
-            points = self.layers[layer]
-            for feature in intervention.features or ():
+            points = self.layers.get(layer)
+            for feature in intervention.features or () if points is not None else ():
                 head, dimension = feature if isinstance(feature, tuple) else (feature, 0)
                 if not (0 <= head < points.heads and 0 <= dimension < points.state_size):
                     raise InterventionError(
@@ -203,7 +261,8 @@ class Attachment:
                     )
 
     def _check_attached(self) -> None:
-        if not self.layers or any(self.mixers[index]._modules.get("ssm") is not p for index, p in self.layers.items()):
+        gone = any(self.mixers[index]._modules.get("ssm") is not points for index, points in self.layers.items())
+        if gone or not (self.layers or self.attention):
             raise HookError("this attachment was detached; call attach(model) again")
 
 
@@ -237,8 +296,9 @@ def attach(model: Any, *, own_operator: bool = False) -> Attachment:
 
     Args:
         model: a transformers model (>= 5.15) of the families mamba, falcon_mamba, jamba, zamba, mamba2, bamba,
-            falcon_h1, granitemoehybrid, nemotron_h, zamba2, or a module that contains such mixers. In hybrids the
-            attention layers are left alone.
+            falcon_h1, granitemoehybrid, nemotron_h, zamba2, or a module that contains such mixers; or a transformer
+            (GPT-2, Llama, ...), in which a Knockout can act. Attention layers are left as they are: a Knockout goes
+            through transformers' registry of attention functions while it is at work.
         own_operator: always run the library's recurrence in place of the host's operator. It keeps float64,
             differentiates fast on CPU, and goes on from a cache with several tokens.
 
@@ -287,14 +347,17 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
             f"{name} has several SSM mixers of layer {twice[0]}, which edits could not tell apart; attach to each "
             "model alone, and give a copied layer a layer_idx of its own"
         )
-    if not mixers:
+    if not mixers and not attention_layers(model):
         unknown = sorted({f"{type(m).__module__}.{type(m).__name__}" for m in model.modules() if hasattr(m, "A_log")})
         if unknown:
             raise UnsupportedModelError(
                 f"the mixers of {name} ({', '.join(unknown)}) call no operator that ssm_interp knows; it works with "
                 f"the Mamba classes of transformers >= 5.15, this is transformers {transformers.__version__}"
             )
-        raise UnsupportedModelError(f"{name} has no SSM layers: none of its modules is a Mamba-1 or Mamba-2 mixer")
+        raise UnsupportedModelError(
+            f"{name} has no SSM layers: none of its modules is a Mamba-1 or Mamba-2 mixer, and it has no attention "
+            "layers of transformers either"
+        )
     for mixer in mixers:
         where = f"{type(mixer).__name__} of layer {mixer.layer_idx}"
         if "__nnsight__" in mixer.__dict__:
@@ -316,10 +379,12 @@ def _hook(mixer: Any, own_operator: bool, memory: EditMemory) -> None:
     gated = bool(GATED_FAMILY.intersection(operators_of(type(mixer))))
     A_log: Tensor = mixer.A_log
     heads = A_log.shape[:-1].numel() if gated else A_log.shape[0]
+    head_dim = 1 if gated else mixer.head_dim
     state_size = A_log.shape[-1] if gated else mixer.ssm_state_size
     mixer.__class__ = hooked_class(type(mixer))  # type: ignore[arg-type]
     mixer.add_module(
-        "ssm", HookPoints(mixer.layer_idx, heads, state_size, gated, own_operator, memory).train(mixer.training)
+        "ssm",
+        HookPoints(mixer.layer_idx, heads, head_dim, state_size, gated, own_operator, memory).train(mixer.training),
     )
     _rebind_old_forward(mixer)
 

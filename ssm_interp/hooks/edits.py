@@ -21,6 +21,7 @@ from ssm_interp.hooks.interventions import (
 )
 from ssm_interp.hooks.operators import Operands
 from ssm_interp.hooks.pieces import Piece, disjoint
+from ssm_interp.hooks.plan import feature_mask
 from ssm_interp.hooks.record import remember, remembered
 from ssm_interp.hooks.site import Site
 from ssm_interp.scan import Terms, attention_rows, read, removed, scan, write
@@ -266,14 +267,7 @@ class LayerEdits:
     def _features(self, edit: Intervention) -> Tensor:
         """The features of an intervention among the heads of this call: `[h 1]` for heads, `[h n]` for pairs."""
         points = self.site.points
-        if _of_pairs(edit):
-            chosen = torch.zeros(points.heads, points.state_size, dtype=torch.bool)
-            for head, dimension in edit.features:
-                chosen[head, dimension] = True
-        else:
-            chosen = torch.full((points.heads, 1), edit.features is None)
-            chosen[list(edit.features or ())] = True
-        return chosen[self.heads].to(self.device)
+        return feature_mask(edit.features, points.heads, points.state_size, self.device)[self.heads]
 
     def _of(self, kind: type[Kind]) -> list[Kind]:
         return [edit for edit in self.site.edits if isinstance(edit, kind)]

@@ -25,6 +25,10 @@ Features: TypeAlias = Any
 """Heads or (head, state dimension) pairs, one or a sequence, or None; kept as a tuple or None."""
 Pairs: TypeAlias = Any
 """A sequence of (target, source) pairs; kept as a tuple of tuples."""
+Streams: TypeAlias = Any
+"""One of STREAMS or a sequence of them, or None; kept as a tuple or None."""
+
+STREAMS = ("ssm", "attention")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,30 +99,41 @@ class Knockout(Intervention):
     Every pair of `targets` x `sources` is removed, a position that is both included (its edge to itself), or else the
     listed `edges`. What the convolution carries, the D-skip, and the decay of the sources stay.
 
+    In softmax attention an edge is masked before the softmax, so what is left is re-normalised (Geva et al. 2023,
+    arXiv 2304.14767, section 4); the causal mask stays; a target that is left with nothing to read gets zero. Features
+    are then attention heads.
+
     Attributes:
         sources: positions that are no longer read.
         targets: positions that no longer read them. None: also every generated position.
         edges: (target, source) pairs, in place of `sources` and `targets`; one with its source after its target does
             not exist, and changes nothing.
+        through: the streams that edges are removed from: "ssm", "attention" (softmax), or both. None: "ssm" in a model
+            that has SSM layers, else "attention".
 
-    Cost: one more call of the operator from the first source to the last target, O(L H P N); no matrix.
+    Cost: one more call of the operator from the first source to the last target, O(L H P N); no matrix. In softmax
+        attention a mask of targets x sources.
     Source: Mamba Knockout (Endy et al., ACL 2025), section 3.
 
     Raises:
-        InterventionError: edges together with sources or targets; positions or features that are not integers.
+        InterventionError: edges together with sources or targets; positions or features that are not integers; an
+            unknown stream.
 
     Example:
         >>> Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))
+        >>> Knockout(sources=[2, 3], targets=-1, through=("ssm", "attention"))               # both streams of a hybrid
         >>> Knockout(sources=[[2, 3], [4]], targets=-1, features=[0, 5])     # two rows, each its own sources
     """
 
     sources: Positions = None
     targets: Positions = None
     edges: Pairs = None
+    through: Streams = None
     kind: ClassVar[str] = "Knockout"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "through", as_streams(self.through))
         for name in ("sources", "targets"):
             object.__setattr__(self, name, _positions(getattr(self, name), self.kind, name))
         if self.edges is not None:
@@ -250,6 +265,20 @@ class EditAttention(Intervention):
         if self.mode not in ("set", "add", "scale"):
             raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {self.mode!r}")
         _only_heads(self)
+
+
+def as_streams(streams: Any) -> tuple[str, ...] | None:
+    """One stream or a sequence of them as a tuple, in the order of STREAMS; None stays None.
+
+    Raises:
+        InterventionError: anything else.
+    """
+    if streams is None:
+        return None
+    given = [streams] if isinstance(streams, str) else list(streams) if isinstance(streams, Iterable) else [streams]
+    if not given or any(stream not in STREAMS for stream in given):
+        raise InterventionError(f"through must name streams, out of {', '.join(map(repr, STREAMS))}; got {streams!r}")
+    return tuple(stream for stream in STREAMS if stream in given)
 
 
 def _number(value: Any, name: str) -> float:

@@ -49,11 +49,15 @@ class Operator(ABC):
         operands: what it was called with.
         z: the gate, [b t h p], if it reaches the operator.
         packed: whether several sequences are packed into a row, each with a recurrence of its own.
+        updates: whether it is an update by one position, of a state that it changes in place.
+        dt_limit: the range that the effective step is clamped to.
     """
 
     operands: Operands
     z: Tensor | None = None
     packed = False
+    updates = False
+    dt_limit: Sequence[float] = (0.0, float("inf"))
 
     def __init__(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._host, self._args, self._kwargs = host, args, kwargs
@@ -148,6 +152,8 @@ class SelectiveScan(Operator):
 class SelectiveUpdate(Operator):
     """`mamba_selective_state_update`: state [b h n], changed in place; x, dt, z [b h]; A [h n]; B, C [b n]."""
 
+    updates = True
+
     def _bind(
         self,
         state: Tensor,
@@ -221,6 +227,7 @@ class ChunkScan(Operator):
         step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         step = F.softplus(step) if dt_softplus else step
         step = torch.clamp(step, min=dt_limit[0], max=dt_limit[1])
+        self.dt_limit = dt_limit
         self.operands = Operands(x=hidden_states, dt=step, A=A[:, None], B=B, C=C)
         self.z = z
 
@@ -252,6 +259,8 @@ class ChunkScan(Operator):
 
 class HeadUpdate(Operator):
     """`mamba2_selective_state_update`: state [b h p n], changed in place; x, dt, z [b h p]; A [h p n]; B, C [b g n]."""
+
+    updates = True
 
     def _bind(
         self,

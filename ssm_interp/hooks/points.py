@@ -153,6 +153,7 @@ class HookPoints(nn.Module):
         layer: index of the layer in the model.
         own_operator: whether the library's own recurrence always runs in the place of the host's.
         heads: how many heads (in the Mamba-1 family: channels) the mixer has.
+        head_dim: how many values a head has.
         state_size: how many state dimensions a head has.
     """
 
@@ -167,10 +168,17 @@ class HookPoints(nn.Module):
     hook_z: HookPoint
 
     def __init__(
-        self, layer: int, heads: int, state_size: int, gated: bool, own_operator: bool, memory: EditMemory
+        self,
+        layer: int,
+        heads: int,
+        head_dim: int,
+        state_size: int,
+        gated: bool,
+        own_operator: bool,
+        memory: EditMemory,
     ) -> None:
         super().__init__()
-        self.layer, self.heads, self.state_size = layer, heads, state_size
+        self.layer, self.heads, self.head_dim, self.state_size = layer, heads, head_dim, state_size
         for name in FIRING_ORDER:
             if name != "z" or gated:
                 self.add_module(f"hook_{name}", HookPoint(name))

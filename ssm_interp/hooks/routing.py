@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ssm_interp.hooks.operators import FUSED_SHORTCUTS, OPERATORS, Operator
 from ssm_interp.hooks.points import HookPoints
+from ssm_interp.hooks.rowsite import RowSite, rows_at_work
 from ssm_interp.hooks.serve import serve
 from ssm_interp.hooks.site import Site
 
-_site: ContextVar[Site] = ContextVar("ssm_interp_site")
+_site: ContextVar[Site | RowSite] = ContextVar("ssm_interp_site")
 
 
 class HookedMixer(nn.Module):
@@ -41,7 +42,7 @@ class HookedMixer(nn.Module):
 @cache
 def hooked_class(host_class: Any) -> type[HookedMixer]:
     """The subclass of a mixer class, one that `operators_of` knows, whose operator calls go through its hook points."""
-    body = _body(host_class.forward)
+    body = host_forward(host_class)
     replacements: dict[str, Any] = {
         name: _route(OPERATORS[name], body.__globals__[name]) for name in operators_of(host_class)
     }
@@ -55,7 +56,8 @@ def hooked_class(host_class: Any) -> type[HookedMixer]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        site = Site(self, cache_params, attention_mask, hidden_states.shape[1])
+        rows = rows_at_work()
+        site = rows.at(self) if rows else Site(self, cache_params, attention_mask, hidden_states.shape[1])
         token = _site.set(site)
         try:
             output = rebound(self, hidden_states, cache_params, attention_mask, **kwargs)
@@ -70,7 +72,7 @@ def hooked_class(host_class: Any) -> type[HookedMixer]:
 
 def operators_of(host_class: type[nn.Module]) -> tuple[str, ...]:
     """Names of the known operators that a mixer class calls; none for a class that is no SSM mixer."""
-    body = _body(host_class.forward)
+    body = host_forward(host_class)
     if not inspect.isfunction(body):
         return ()
     return tuple(name for name in OPERATORS if name in body.__code__.co_names and name in body.__globals__)
@@ -78,7 +80,8 @@ def operators_of(host_class: type[nn.Module]) -> tuple[str, ...]:
 
 def _route(adapter: type[Operator], host: Callable[..., Any]) -> Callable[..., Any]:
     def routed(*args: Any, **kwargs: Any) -> Any:
-        return serve(adapter(host, args, kwargs), _site.get())
+        site, operator = _site.get(), adapter(host, args, kwargs)
+        return site.serve(operator) if isinstance(site, RowSite) else serve(operator, site)
 
     return routed
 
@@ -96,8 +99,9 @@ def _inner(function: Callable[..., Any]) -> Callable[..., Any] | None:
     return getattr(function, "__wrapped__", alone)
 
 
-def _body(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function inside all decorators."""
+def host_forward(host_class: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class, inside all decorators."""
+    function: Callable[..., Any] = host_class.forward
     while (inner := _inner(function)) is not None:
         function = inner
     return function

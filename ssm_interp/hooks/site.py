@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import FlatPositions, Intervention, RowPositions
@@ -19,10 +19,17 @@ from ssm_interp.hooks.record import record_of
 
 @dataclass(frozen=True)
 class ActiveEdit:
-    """An intervention at work on some mixers."""
+    """An intervention at work on some modules.
+
+    Attributes:
+        intervention: what is at work.
+        places: ids of the hook points and the attention modules that it works on.
+        prompts: for attention modules, by id, how many positions the prompt had that they read under this edit.
+    """
 
     intervention: Intervention
-    points: frozenset[int]
+    places: frozenset[int]
+    prompts: dict[int, int] = field(default_factory=dict)
 
 
 _active: ContextVar[tuple[ActiveEdit, ...]] = ContextVar("ssm_interp_edits", default=())
@@ -38,9 +45,9 @@ def editing(edits: tuple[ActiveEdit, ...]) -> Iterator[None]:
         _active.reset(token)
 
 
-def is_edited(points: HookPoints) -> bool:
-    """Whether an edit is at work on a mixer, in this thread."""
-    return any(id(points) in edit.points for edit in _active.get())
+def active_edits(place: nn.Module) -> tuple[ActiveEdit, ...]:
+    """The edits at work, in this thread, on hook points or on an attention module."""
+    return tuple(edit for edit in _active.get() if id(place) in edit.places)
 
 
 class Site:
@@ -82,24 +89,8 @@ class Site:
         Raises:
             InterventionError: a position outside the prompt or inside padding, or another number of rows.
         """
-        if positions is None:
-            return torch.ones(batch, self.prompt, dtype=torch.bool)
-        chosen = torch.zeros(batch, self.prompt, dtype=torch.bool)
-        rows = _rows(positions, batch, what)
-        for row, named in enumerate(rows):
-            for position in named:
-                if not -self.prompt <= position < self.prompt:
-                    raise InterventionError(
-                        f"{what} names position {position}, but the prompt has {self.prompt} positions "
-                        f"(0 to {self.prompt - 1}, or -{self.prompt} to -1)"
-                    )
-                if self.mask is not None and not self.continues and not self.mask[row % len(self.mask), position]:
-                    raise InterventionError(
-                        f"{what} names position {position} of row {row}, which is padding; "
-                        "positions are columns of input_ids"
-                    )
-                chosen[row, position] = True
-        return chosen
+        mask = None if self.continues else self.mask
+        return position_mask(positions, batch, self.prompt, what, mask)
 
     def close(self) -> None:
         """After the forward: remember where the sequence stands; complain of an operator that was never called."""
@@ -117,9 +108,8 @@ class Site:
     def _edits(self, training: bool) -> tuple[Intervention, ...]:
         found = tuple(
             edit.intervention
-            for edit in _active.get()
-            if id(self.points) in edit.points
-            and (edit.intervention.layers is None or self.layer in edit.intervention.layers)
+            for edit in active_edits(self.points)
+            if edit.intervention.layers is None or self.layer in edit.intervention.layers
         )
         return self._as_in_forward(found) if training else found
 
@@ -151,6 +141,36 @@ class Site:
                 f"layer {self.layer}: {late[0].kind} names positions of a prompt that this cache read without it; "
                 "run the prompt and what follows inside the same `edit`"
             )
+
+
+def position_mask(
+    positions: FlatPositions | RowPositions | None, batch: int, length: int, what: str, mask: Tensor | None = None
+) -> Tensor:
+    """The named positions as a mask over a prompt of some length, `[b, t]`; None names all.
+
+    Args:
+        mask: 0 at padding, `[b, t]`.
+
+    Raises:
+        InterventionError: a position outside the prompt or inside padding, or another number of rows.
+    """
+    if positions is None:
+        return torch.ones(batch, length, dtype=torch.bool)
+    chosen = torch.zeros(batch, length, dtype=torch.bool)
+    for row, named in enumerate(_rows(positions, batch, what)):
+        for position in named:
+            if not -length <= position < length:
+                raise InterventionError(
+                    f"{what} names position {position}, but the prompt has {length} positions "
+                    f"(0 to {length - 1}, or -{length} to -1)"
+                )
+            if mask is not None and not mask[row % len(mask), position]:
+                raise InterventionError(
+                    f"{what} names position {position} of row {row}, which is padding; "
+                    "positions are columns of input_ids"
+                )
+        chosen[row, list(named)] = True
+    return chosen
 
 
 def _looks_back(edit: Intervention) -> bool:

@@ -121,8 +121,11 @@ class TokenizedPrompt:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def positions(self, role: str) -> tuple[int, ...]:
-        """Positions of a role; PromptError, with the nearest valid name, if there is no such role."""
+    def positions(self, role: str | int) -> tuple[int, ...]:
+        """Positions of a role; PromptError, with the nearest valid name, if there is no such role. A position stands for
+        itself, and for none where the prompt is too short."""
+        if isinstance(role, int):
+            return (role,) if 0 <= role < len(self) else ()
         check_role(role)
         return self.roles[role]
 
@@ -203,8 +206,8 @@ class Batch:
     attention_mask: Int[Tensor, "b t"]
     target_ids: Int[Tensor, " b"]
 
-    def positions(self, role: str) -> list[list[int]]:
-        """Columns of `input_ids` that play a role, one list per row (empty where the role is)."""
+    def positions(self, role: str | int) -> list[list[int]]:
+        """Columns of `input_ids` that play a role or are a position of the prompt, one list per row (maybe empty)."""
         width = self.input_ids.shape[1]
         return [[width - len(row) + i for i in row.positions(role)] for row in self.prompts]
 

@@ -1,0 +1,102 @@
+"""How the answers under many knockouts are computed: as rows of one step, or by a full forward pass each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ssm_interp.flow.windows import Window
+from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each
+from ssm_interp.prompts import Batch
+
+ALL_FEATURES = "all"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to do to every prompt of a batch: remove the edges target <- source in a window of layers.
+
+    Attributes:
+        source: role, or position in the prompt, that is no longer read.
+        target: role that no longer reads it.
+        window: the layers; one without layers is the clean run.
+        feature_group: name of the features that the knockout is restricted to.
+        features: those features, per layer; None: all of them.
+        through: the streams in which the edges are removed, see `Knockout`.
+    """
+
+    source: str | int
+    target: str
+    window: Window
+    feature_group: str = ALL_FEATURES
+    features: Mapping[int, Any] | None = field(default=None, compare=False)
+    through: tuple[str, ...] | None = None
+
+    def knockouts(self, batch: Batch) -> tuple[Knockout, ...]:
+        """The interventions on a batch: one for the window, or one per layer where features are chosen."""
+        if not self.window.layers:
+            return ()
+        edges = {
+            "sources": batch.positions(self.source),
+            "targets": batch.positions(self.target),
+            "through": self.through,
+        }
+        if self.features is None:
+            return (Knockout(**edges, layers=self.window.layers),)
+        return tuple(Knockout(**edges, layers=layer, features=self.features[layer]) for layer in self.window.layers)
+
+
+CLEAN = Variant("all", "all", Window(at=-1, layers=()))
+
+
+class Answers(NamedTuple):
+    """Logits at the last token of some rows of a batch under some variants."""
+
+    variants: list[int]
+    rows: list[int]
+    logits: Float[Tensor, "m r v"]
+
+
+Engine = Callable[[Attachment, Batch, Sequence[Variant]], Iterator[Answers]]
+"""Yields the answers of every row under every variant, in any order, in pieces that fit into memory."""
+
+
+def full_forwards(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Answers]:
+    """The plain engine: one forward pass of the model per variant, with the knockout in place.
+
+    Cost: len(variants) forward passes of the batch; memory of one.
+    """
+    for number, variant in enumerate(variants):
+        with torch.no_grad(), ssm.edit(*variant.knockouts(batch)):
+            output = ssm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        yield Answers([number], list(range(len(batch.prompts))), output.logits[None, :, -1])
+
+
+def rows_engine(max_memory: int | None = None) -> Engine:
+    """The fast engine: every variant is a row of one batched step after a clean prefill, see `hooks.run_each`.
+
+    Args:
+        max_memory: bytes for the rows of a step; None: a quarter of what is free.
+
+    Cost: one forward pass over the positions before the first target, and for each variant about one token from the
+        first layer of its window on (with targets before the last token: the tokens from the first target on).
+    """
+
+    def engine(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Answers]:
+        knockouts = [variant.knockouts(batch) for variant in variants]
+        mask = batch.attention_mask
+        for found in run_each(ssm, batch.input_ids, knockouts, attention_mask=mask, max_memory=max_memory):
+            yield Answers(*found)
+
+    return engine
+
+
+def choose_engine(ssm: Attachment, max_memory: int | None = None) -> tuple[Engine, str]:
+    """The fast engine where it is exact, else the plain one; and a word on which and why, for the result."""
+    reason = obstacle(ssm)
+    return (rows_engine(max_memory), "rows of one step") if reason is None else (full_forwards, f"full forwards: {reason}")

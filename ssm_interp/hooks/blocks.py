@@ -1,0 +1,76 @@
+"""The decoder blocks of a model: where its layers stand, which of them attend, and which one is running."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+from ssm_interp.hooks.routing import HookedMixer, host_forward, operators_of
+
+Enter = Callable[[int, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+
+OWN = "ssm_interp_own"  # marks the hooks on blocks that are ours
+
+_running: ContextVar[int | None] = ContextVar("ssm_interp_block", default=None)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList | None:
+    """The list of a model's decoder blocks, in which block i is layer i; None if there is no such list."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return next((blocks for blocks in lists if _are_blocks(blocks)), None)
+
+
+def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Layer -> its softmax attention, for modules that call transformers' attention-function registry."""
+    blocks = blocks_of(model) or ()
+    found = {index: [part for part in block.modules() if is_attention(part)] for index, block in enumerate(blocks)}
+    return {index: parts[0] for index, parts in found.items() if parts}
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is causal self-attention that asks the registry for its attention function."""
+    body = host_forward(type(module))
+    asks = inspect.isfunction(body) and "ALL_ATTENTION_FUNCTIONS" in body.__code__.co_names
+    return asks and hasattr(module, "layer_idx") and not getattr(module, "is_cross_attention", False)
+
+
+def running_block() -> int | None:
+    """The block that is running in this thread, inside `entering`."""
+    return _running.get()
+
+
+@contextmanager
+def entering(blocks: nn.ModuleList, enter: Enter | None = None) -> Iterator[None]:
+    """Inside, `enter(index, args, kwargs)` sees every block before it runs, and may give it other arguments."""
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.callback(block.register_forward_pre_hook(_hook(index, enter), with_kwargs=True).remove)
+        before = _running.set(None)
+        try:
+            yield
+        finally:
+            _running.reset(before)
+
+
+def _hook(index: int, enter: Enter | None) -> Callable[..., Any]:
+    def before_block(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _running.set(index)
+        return enter(index, args, kwargs) if enter else None
+
+    setattr(before_block, OWN, True)
+    return before_block
+
+
+def _are_blocks(blocks: nn.ModuleList) -> bool:
+    """Whether the mixers in the blocks (or, where there are none, their attention) say that they are these layers."""
+    if not len(blocks):
+        return False
+    parts = [(index, part) for index, block in enumerate(blocks) for part in block.modules()]
+    mixers = [(index, part) for index, part in parts if isinstance(part, HookedMixer) or operators_of(type(part))]
+    layers = mixers or [(index, part) for index, part in parts if is_attention(part)]
+    return bool(layers) and all(part.layer_idx == index for index, part in layers)

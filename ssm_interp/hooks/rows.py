@@ -1,0 +1,309 @@
+"""Logits under each of many knockouts, for about the cost of reading the prompts.
+
+Removing edges into a position changes nothing before it. So the positions before the first target are read once, and
+every variant goes on from there as rows of one batched step. The step is read-only: no state is updated, and rows share
+the few states that differ (the clean one, and those without each set of sources).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ssm_interp.hooks.attach import Attachment
+from ssm_interp.hooks.blocks import OWN, blocks_of, entering
+from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.hooks.interventions import Knockout
+from ssm_interp.hooks.plan import Plan, resolve
+from ssm_interp.hooks.rowsite import Rows, rows_at_work
+from ssm_interp.hooks.site import active_edits
+from ssm_interp.hooks.softmax import knockable
+
+FRACTION = 4  # of the free memory, one part in so many
+
+
+class Answers(NamedTuple):
+    """Logits at the last token of some rows of a batch under some variants.
+
+    Attributes:
+        variants: indices of the variants.
+        rows: indices of the rows.
+        logits: `[m r v]`.
+    """
+
+    variants: list[int]
+    rows: list[int]
+    logits: Float[Tensor, "m r v"]
+
+
+def run_each(
+    ssm: Attachment,
+    input_ids: Int[Tensor, "b t"],
+    variants: Sequence[Knockout | Sequence[Knockout]],
+    *,
+    attention_mask: Int[Tensor, "b t"] | None = None,
+    max_memory: int | None = None,
+) -> Iterator[Answers]:
+    """Logits at the last token of every row under each of many knockouts, equal to those of a full forward for each.
+
+    Args:
+        ssm: an attached model, in eval mode.
+        input_ids: `[b t]`.
+        variants: each a Knockout, or several that act together in different layers or streams (none: the clean run).
+            They name sources and targets, not single edges.
+        attention_mask: 0 at padding, on the left or on the right; rows of one length are computed together, unpadded.
+        max_memory: bytes that states and rows may take; None: a quarter of what is free.
+
+    Yields:
+        Answers to some variants for some rows, in any order; every (variant, row) once.
+
+    Raises:
+        HookError: something that the batched step cannot be exact with (`obstacle` says what); no variants; a mask
+            that is not one run of ones; not enough memory for a single row.
+        InterventionError: a stream, layer, feature or position that does not exist; two knockouts of one variant in
+            the same stream of a layer.
+
+    Cost: one forward pass over the positions before the first target (for each set of variants that agree on it), and
+        for each variant the positions from there on, in the layers from its first one on.
+    Source: Mamba Knockout (Endy et al., ACL 2025) for the knockouts; causality and linearity for the rest.
+
+    Example:
+        >>> every_layer = [Knockout(sources=[2, 3], targets=-1, layers=layer) for layer in ssm.layers]
+        >>> for answers in run_each(ssm, ids, every_layer):
+        ...     print(answers.variants, answers.logits.shape)
+    """
+    if reason := obstacle(ssm):
+        raise HookError(f"run_each cannot be exact here: {reason}; use one forward per knockout inside ssm.edit(...)")
+    sets = [(variant,) if isinstance(variant, Knockout) else tuple(variant) for variant in variants]
+    if not sets:
+        raise HookError("run_each needs at least one variant; an empty one, (), is the clean run")
+    if wrong := [knockout for group in sets for knockout in group if not isinstance(knockout, Knockout)]:
+        raise InterventionError(f"run_each takes knockouts, got {wrong[0]!r}")
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise HookError(f"input_ids must be [b t] with at least one token, got {list(input_ids.shape)}")
+    for knockout in {knockout: None for group in sets for knockout in group}:
+        ssm.check(knockout)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    plan = resolve(sets, ssm.streams, mask, ssm.default_stream)
+    return _each_length(ssm, input_ids, mask, plan, max_memory or _free_memory(input_ids.device) // FRACTION)
+
+
+def obstacle(ssm: Attachment) -> str | None:
+    """Why `run_each` cannot stand in for full forwards here; None: it can."""
+    if ssm.model.training:
+        return f"{type(ssm.model).__name__} is in training mode"
+    if any(active_edits(place) for place in ssm.places()):
+        return "other edits are at work"
+    for layer, points in ssm.layers.items():
+        for point in points.points():
+            if point.requested:
+                return f"hook_{point.name} of layer {layer} is hooked or exposed"
+    for name, module in ssm.model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not all(getattr(hook, OWN, False) for hook in hooks):
+            return f"{name or 'the model'} has forward hooks, which would see rows of variants"
+    if blocks_of(ssm.model) is None:
+        return "the model keeps its decoder blocks in no list"
+    return None
+
+
+def _each_length(ssm: Attachment, ids: Tensor, mask: Tensor, plan: Plan, memory: int) -> Iterator[Answers]:
+    """Rows of the same length, without padding, together; and of their variants those with the same first target."""
+    for rows, columns in _unpadded(mask):
+        part = plan.narrow(rows.cpu(), columns)
+        length = columns.stop - columns.start
+        starts: dict[int, list[int]] = {}
+        first = {variant: part.first_target(variant) for variant in range(plan.variants)}
+        for variant, start in first.items():
+            starts.setdefault(length - 1 if start is None else start, []).append(variant)
+        for start, members in starts.items():
+            each = max(1, memory // 2 // max(1, _state_bytes(ssm, part, set(members))))
+            for some in torch.arange(len(rows)).split(each):
+                group = _Group(ssm, ids[rows[some]][:, columns], part.narrow(some, slice(None), members), start, memory)
+                for answers in group.answers(members):
+                    yield Answers(answers.variants, rows[some][answers.rows].tolist(), answers.logits)
+
+
+def _unpadded(mask: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """Rows that have the same run of columns, and those columns."""
+    spans: dict[tuple[int, int], list[int]] = {}
+    for row, kept in enumerate(mask.bool().cpu()):
+        columns = kept.nonzero()[:, 0]
+        if not len(columns) or len(columns) != columns[-1] - columns[0] + 1:
+            raise HookError(f"row {row} of the attention mask is not one run of ones: {kept.int().tolist()}")
+        spans.setdefault((int(columns[0]), int(columns[-1]) + 1), []).append(row)
+    for (begin, end), rows in spans.items():
+        yield torch.tensor(rows, device=mask.device), slice(begin, end)
+
+
+class _Group:
+    """Prompts of one length and variants with one first target."""
+
+    def __init__(self, ssm: Attachment, ids: Tensor, plan: Plan, start: int, memory: int) -> None:
+        self.model, self.ids, self.plan, self.start, self.memory = ssm.model, ids, plan, start, memory
+        self.blocks = blocks_of(ssm.model)
+        self.takes = inspect.signature(ssm.model.forward).parameters
+        self.attends = any(stream == "attention" and found for (stream, _), found in plan.cells.items())
+        self.rows = Rows(plan, len(ids), start)
+
+    def answers(self, variants: list[int]) -> Iterator[Answers]:
+        """The answers to some variants, in as many steps as the memory asks for."""
+        prompts = list(range(len(self.ids)))
+        idle = [variant for variant in variants if self.plan.first_layer(variant) is None]
+        left = [variant for variant in variants if self.plan.first_layer(variant) is not None]
+        cache = self._prefill()
+        each = max(1, self.memory // 2 // (self._row_bytes() * len(prompts)))
+        while left or idle:
+            some = left[:each]
+            try:
+                logits = self._step(cache, some)  # 1+m n v
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(some) <= 1:
+                    raise HookError(
+                        f"out of memory with {len(prompts)} prompts and {len(some)} variant in a step; "
+                        "set a smaller batch size, or max_memory to less than is free"
+                    ) from error
+                each = len(some) // 2
+                continue
+            assert self.rows.members is not None
+            if idle:
+                yield Answers(idle, prompts, logits[:1].expand(len(idle), -1, -1))
+            if some:
+                yield Answers(list(self.rows.members), prompts, logits[1:])
+            left, idle = left[each:], []
+
+    @torch.no_grad()
+    def _prefill(self) -> Any:
+        """The cache after the columns before the start; None if there are none."""
+        if not self.start:
+            return None
+        with self.rows.prefill():
+            output = self._call(self.ids[:, : self.start], 0, use_cache=True)
+        cache = getattr(output, "cache_params", None)
+        return output.past_key_values if cache is None else cache
+
+    @torch.no_grad()
+    def _step(self, cache: Any, variants: Sequence[int]) -> Tensor:
+        """Logits at the last column, `[1+m n v]`: of the clean run, and of the variants as `rows.members` has them."""
+        rows, ids = self.rows, self.ids[:, self.start :]
+        assert self.blocks is not None
+        options: dict[str, Any] = {"use_cache": False}
+        growing = _Growing(rows, None)
+        if cache is not None:
+            growing = _Growing(rows, cache)
+            options = {"use_cache": True, self._cache_name: growing.cache}
+        with rows.step(variants), entering(self.blocks, growing.enter):
+            if self.attends:
+                with knockable(self.model):
+                    output = self._call(ids, self.start, **options)
+            else:
+                output = self._call(ids, self.start, **options)
+        logits: Tensor = output.logits[:, -1]
+        return logits.reshape(-1, len(ids), logits.shape[-1])
+
+    def _call(self, ids: Tensor, start: int, **options: Any) -> Any:
+        if "logits_to_keep" in self.takes:
+            options["logits_to_keep"] = 1
+        if "position_ids" in self.takes:
+            options["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
+        return self.model(input_ids=ids, **options)
+
+    @property
+    def _cache_name(self) -> str:
+        return "cache_params" if "cache_params" in self.takes else "past_key_values"
+
+    def _row_bytes(self) -> int:
+        """What a row takes, about: its logits three times over, and its activations in one layer."""
+        config: Any = self.model.config.get_text_config()
+        columns = self.ids.shape[1] - self.start
+        states = max((start.state[0].numel() for start in self.rows.starts.values()), default=0)
+        wide = 40 * config.hidden_size * columns + (4 * states if columns > 1 else 0)
+        attended = 4 * config.hidden_size * self.ids.shape[1]
+        return 4 * (3 * config.vocab_size + wide + attended)
+
+
+class _Growing:
+    """Lets the variants join the batch of a step at the block where they begin, and the cache's layers grow with it."""
+
+    def __init__(self, rows: Rows, cache: Any) -> None:
+        self.rows, self._filled = rows, cache
+        self.cache = copy.copy(cache)
+        if cache is not None:
+            self.cache.layers = [_repeated(layer, 1) for layer in cache.layers]
+
+    def enter(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if rows_at_work() is not self.rows:
+            return None  # another thread calls the same model
+        before, now = self.rows.blocks(index - 1) if index else 1, self.rows.blocks(index)
+        if self.cache is not None:
+            self.cache.layers[index] = _repeated(self._filled.layers[index], now)
+            if index:
+                self.cache.layers[index - 1] = self._filled.layers[index - 1]
+        named = not args
+        hidden: Tensor = kwargs["hidden_states"] if named else args[0]
+        n = self.rows.prompts
+        clean = hidden[:n]
+        hidden = torch.cat([hidden, clean.repeat(now - before, *[1] * (hidden.ndim - 1))]) if now > before else hidden
+        grown = {name: _for_blocks(value, n, now) for name, value in kwargs.items() if name != "hidden_states"}
+        if named:
+            return args, grown | {"hidden_states": hidden}
+        return (hidden, *(_for_blocks(value, n, now) for value in args[1:])), grown
+
+
+def _for_blocks(value: Any, n: int, blocks: int) -> Any:
+    """An argument that is given per prompt, for every block of the prompts."""
+    if isinstance(value, Tensor):
+        batched = value.ndim >= 2 and value.shape[0] == n
+        return value.repeat(blocks, *[1] * (value.ndim - 1)) if batched else value
+    if isinstance(value, tuple | list):
+        return type(value)(_for_blocks(part, n, blocks) for part in value)
+    if isinstance(value, dict):
+        return {name: _for_blocks(part, n, blocks) for name, part in value.items()}
+    return value
+
+
+def _repeated(layer: Any, blocks: int) -> Any:
+    """A layer of a cache for every block of the prompts. Its recurrent state stays as it is, and is not updated."""
+    found = copy.copy(layer)
+    for name in ("keys", "values"):
+        if isinstance(tensor := getattr(layer, name, None), Tensor) and tensor.numel():
+            setattr(found, name, tensor.repeat(blocks, *[1] * (tensor.ndim - 1)))
+    if hasattr(layer, "recurrent_states"):
+        found.conv_states = {
+            slot: None if state is None else state.repeat(blocks, *[1] * (state.ndim - 1))
+            for slot, state in layer.conv_states.items()
+        }
+        found.update_recurrent_state = lambda state, *_args, **_kwargs: state
+    return found
+
+
+def _state_bytes(ssm: Attachment, plan: Plan, members: set[int]) -> int:
+    """What the states of one prompt take, over all layers: the clean one, and one per set of sources."""
+    total = 0
+    for layer, points in ssm.layers.items():
+        sources = {cell.sources for variant, cell in plan.at("ssm", layer).items() if variant in members}
+        total += 4 * points.heads * points.head_dim * points.state_size * (2 + len(sources))
+    return total
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,171 @@
+"""Knockouts in softmax attention, through transformers' public registry of attention functions.
+
+While such a knockout is at work the model's attention implementation is one of our own name. It calls the function of
+the implementation that was there, with the knocked-out edges added to its mask; where nothing is knocked out it passes
+the call on as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ssm_interp.hooks.blocks import running_block
+from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.hooks.interventions import Knockout
+from ssm_interp.hooks.routing import host_forward
+from ssm_interp.hooks.rowsite import rows_at_work
+from ssm_interp.hooks.site import active_edits, position_mask
+
+PREFIX = "ssm_interp-"
+MASKED = ("eager", "sdpa")
+
+_lock = Lock()
+_users: Counter[int] = Counter()
+
+
+@contextmanager
+def knockable(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the attention of a model asks us which edges are knocked out. Nests, also across threads.
+
+    Raises:
+        HookError: an attention implementation that takes no mask of single edges.
+    """
+    with _lock:
+        _users[id(model)] += 1
+        if _users[id(model)] == 1:
+            _switch(model, PREFIX + _supported(model))
+    try:
+        yield
+    finally:
+        with _lock:
+            _users[id(model)] -= 1
+            if not _users[id(model)]:
+                del _users[id(model)]
+                _switch(model, _implementation(model).removeprefix(PREFIX))
+
+
+def _supported(model: PreTrainedModel) -> str:
+    name = _implementation(model)
+    if name not in MASKED:
+        raise HookError(
+            f"the attention of {type(model).__name__} is computed by {name!r}, which takes no mask of single edges; "
+            f"call model.set_attn_implementation({MASKED[1]!r}) (or {MASKED[0]!r}) first"
+        )
+    return name
+
+
+def _implementation(model: PreTrainedModel) -> str:
+    name: str = model.config._attn_implementation
+    return name
+
+
+def _switch(model: PreTrainedModel, name: str) -> None:
+    if name.startswith(PREFIX) and name not in ALL_ATTENTION_FUNCTIONS:
+        original = name.removeprefix(PREFIX)
+        AttentionInterface.register(name, _routed(original))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    model.set_attn_implementation(name)
+
+
+def _routed(original: str) -> Callable[..., Any]:
+    """The attention function that stands in for an original one."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Any]:
+        host = ALL_ATTENTION_FUNCTIONS.get(original) or host_forward(type(module)).__globals__["eager_attention_forward"]
+        removed = _removed(module, query, key)
+        if removed is None:
+            found: tuple[Tensor, Any] = host(module, query, key, value, attention_mask, **options)
+            return found
+        allowed = _allowed(attention_mask, query, key) & ~removed.to(query.device)
+        mask = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+        if attention_mask is not None and attention_mask.is_floating_point():
+            mask = mask + attention_mask[..., : key.shape[2]]
+        mask = mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
+        output, weights = host(module, query, key, value, mask, **options)
+        reads = allowed.any(-1).expand(-1, query.shape[1], -1).transpose(1, 2)[..., None]  # b q h 1
+        return torch.where(reads, output, 0), weights
+
+    return attend
+
+
+def _allowed(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """Which keys the host lets a query read, bool `[#b #h q k]`."""
+    q, k = query.shape[2], key.shape[2]
+    if mask is None:
+        return torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)[None, None]
+    mask = mask[..., :k]
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _removed(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
+    """The knocked-out edges of this call, bool `[b #h q k]`; None if there are none."""
+    block = running_block()
+    layer: Any = module.layer_idx if block is None else block
+    q, k = query.shape[2], key.shape[2]
+    if (rows := rows_at_work()) is not None:
+        return rows.removed_attention(layer, query.shape[1], q, k)
+    found = None
+    for edit in active_edits(module):
+        knockout = edit.intervention
+        if isinstance(knockout, Knockout) and (knockout.layers is None or layer in knockout.layers):
+            if k == q:
+                edit.prompts[id(module)] = q
+            piece = _edges(knockout, query.shape[0], edit.prompts.get(id(module)), q, k, layer)
+            piece = piece[:, None] & _heads(knockout, query.shape[1])
+            found = piece if found is None else found | piece
+    return found
+
+
+def _edges(knockout: Knockout, batch: int, prompt: int | None, q: int, k: int, layer: int) -> Tensor:
+    """The edges of a knockout in a call with k keys, of which the last q are its queries, bool `[b q k]`."""
+    if prompt is None:
+        raise InterventionError(
+            f"layer {layer}: Knockout names positions of a prompt that this cache read without it; "
+            "run the prompt and what follows inside the same `edit`"
+        )
+    edges = torch.zeros(batch, k, k, dtype=torch.bool)
+    if knockout.edges is None:
+        targets, sources = (
+            _columns(getattr(knockout, name), batch, prompt, k, f"Knockout.{name}") for name in ("targets", "sources")
+        )
+        edges = _pairs(targets, sources)
+    else:
+        for pair in knockout.edges:
+            target, source = (_columns((column,), batch, prompt, k, "Knockout.edges") for column in pair)
+            edges |= _pairs(target, source)
+    return edges[:, k - q :]
+
+
+def _pairs(targets: Tensor, sources: Tensor) -> Tensor:
+    return targets[:, :, None] & sources[:, None, :]
+
+
+def _columns(positions: Any, batch: int, prompt: int, length: int, what: str) -> Tensor:
+    """Named positions of the prompt as a mask over all columns, `[b k]`; None names generated ones too."""
+    named = position_mask(positions, batch, prompt, what)
+    later = torch.full((batch, length - prompt), positions is None)
+    return torch.cat([named, later], dim=1)
+
+
+def _heads(knockout: Knockout, heads: int) -> Tensor:
+    """The attention heads that a knockout is restricted to, bool `[h 1 1]`."""
+    chosen = torch.full((heads,), knockout.features is None)
+    for feature in knockout.features or ():
+        if isinstance(feature, tuple) or not 0 <= feature < heads:
+            raise InterventionError(
+                f"Knockout.features names {feature}, but in softmax attention a feature is a head, 0 to {heads - 1}"
+            )
+        chosen[feature] = True
+    return chosen[:, None, None]
