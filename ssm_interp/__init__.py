@@ -18,7 +18,7 @@ from ssm_interp.hooks import (
     attached,
 )
 from ssm_interp.models import LoadError, load
-from ssm_interp.prompts.prompt import Fact, Prompt, PromptError, load_prompts
+from ssm_interp.prompts import Fact, Prompt, PromptError, load_prompts
 
 __version__ = "0.1.0"
 

@@ -296,7 +296,7 @@ def test_bad_positions_and_features() -> None:
     with pytest.raises(si.InterventionError, match="names position 0 of row 1, which is padding"):
         edited(ssm, padded([8, 5]), si.Knockout(sources=[0], targets=-1))
     early = {
-        r"no SSM layer \[4\]; this model has \[0, 1, 2, 3\]": si.Knockout(sources=0, layers=[3, 4]),
+        r"no such layer \[4\]; this model has \[0, 1, 2, 3\]": si.Knockout(sources=0, layers=[3, 4]),
         "layer 0 has no feature 64": si.Knockout(sources=0, features=[64]),
         r"layer 0 has no feature \(0, 4\)": si.Knockout(sources=0, features=[(0, 4)]),
     }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering
 from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
-from ssm_interp.hooks.interventions import Intervention, Knockout, as_indices, as_streams
+from ssm_interp.hooks.interventions import STREAMS, Intervention, Knockout, as_indices, as_streams
 from ssm_interp.hooks.operators import GATED_FAMILY
 from ssm_interp.hooks.points import HEAD_AXIS, EditMemory, HookPoint, HookPoints
 from ssm_interp.hooks.routing import HookedMixer, hooked_class, operators_of
@@ -111,12 +111,10 @@ class Attachment:
                 raise InterventionError(f"{type(self.model).__name__} has no {stream} layers to knock out")
         return tuple(sorted({layer for stream in streams for layer in self.streams[stream]}))
 
-    def places(self, intervention: Intervention | None = None) -> list[nn.Module]:
-        """The modules that an intervention acts on (None: all): hook points of mixers, attention modules."""
-        streams = intervention.through if isinstance(intervention, Knockout) else None if intervention is None else ("ssm",)
-        wanted = tuple(self.streams) if intervention is None else streams or (self.default_stream,)
-        kinds: dict[str, Any] = {"ssm": self.layers, "attention": self.attention}
-        return [place for stream in wanted for place in kinds[stream].values()]
+    def places(self, streams: Sequence[str] = STREAMS) -> list[nn.Module]:
+        """The modules that interventions act on: the hook points of every mixer, and the attention modules."""
+        found: dict[str, Any] = {"ssm": self.layers, "attention": self.attention}
+        return [place for stream in streams for place in found[stream].values()]
 
     @contextmanager
     def edit(self, *interventions: Intervention) -> Iterator[None]:
@@ -135,14 +133,13 @@ class Attachment:
         self._check_attached()
         for intervention in interventions:
             self.check(intervention)
+        through = [self._streams(intervention) for intervention in interventions]
         active = tuple(
-            ActiveEdit(intervention, frozenset(id(place) for place in self.places(intervention)))
-            for intervention in interventions
+            ActiveEdit(intervention, frozenset(id(place) for place in self.places(streams)))
+            for intervention, streams in zip(interventions, through, strict=True)
         )
-        with ExitStack() as stack:
-            if any(id(place) in edit.places for place in self.attention.values() for edit in active):
-                stack.enter_context(self._attention_knockable())
-            stack.enter_context(editing(active))
+        attends = any("attention" in streams for streams in through)
+        with self._attention_knockable() if attends else nullcontext(), editing(active):
             yield
 
     def run(
@@ -220,8 +217,8 @@ class Attachment:
     def _attention_knockable(self) -> Iterator[None]:
         blocks = blocks_of(self.model)
         assert blocks is not None  # it has attention layers
-        shared = len({id(module) for module in self.attention.values()}) < len(self.attention)
-        with knockable(self.model), entering(blocks) if shared else nullcontext():
+        elsewhere = any(module.layer_idx != layer for layer, module in self.attention.items())  # Zamba's shared blocks
+        with knockable(self.model), entering(blocks) if elsewhere else nullcontext():
             yield
 
     def _points(self, names: Sequence[Any], layers: Any) -> list[tuple[HookPoint, tuple[str, int]]]:
@@ -244,21 +241,27 @@ class Attachment:
         if not isinstance(intervention, Intervention):
             raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {intervention!r}")
         kind = intervention.kind
-        known = self.layers_with(intervention.through if isinstance(intervention, Knockout) else "ssm")
+        streams = self._streams(intervention)
+        known = self.layers_with(streams)
         layers = known if intervention.layers is None else intervention.layers
         if missing := [layer for layer in layers if layer not in known]:
-            raise InterventionError(f"{kind}: no such layer {missing}; this model has {list(known)}")
-        if isinstance(intervention, Knockout) and "ssm" not in (intervention.through or (self.default_stream,)):
+            raise InterventionError(f"{kind}: no such layer {missing}; this model has {list(known)} ({', '.join(streams)})")
+        if "ssm" not in streams:
             return  # how many heads attention has is known when it is called
-        for layer in layers:
-            points = self.layers.get(layer)
-            for feature in intervention.features or () if points is not None else ():
+        for points in (self.layers[layer] for layer in layers if layer in self.layers):
+            for feature in intervention.features or ():
                 head, dimension = feature if isinstance(feature, tuple) else (feature, 0)
                 if not (0 <= head < points.heads and 0 <= dimension < points.state_size):
                     raise InterventionError(
-                        f"{kind}: layer {layer} has no feature {feature}; it has heads 0 to {points.heads - 1} "
+                        f"{kind}: layer {points.layer} has no feature {feature}; it has heads 0 to {points.heads - 1} "
                         f"and state dimensions 0 to {points.state_size - 1}"
                     )
+
+    def _streams(self, intervention: Intervention) -> tuple[str, ...]:
+        """The streams that an intervention acts on: all but knockouts are about the SSM alone."""
+        if not isinstance(intervention, Knockout):
+            return ("ssm",)
+        return intervention.through or (self.default_stream,)
 
     def _check_attached(self) -> None:
         gone = any(self.mixers[index]._modules.get("ssm") is not points for index, points in self.layers.items())

@@ -24,12 +24,12 @@ class ActiveEdit:
     Attributes:
         intervention: what is at work.
         places: ids of the hook points and the attention modules that it works on.
-        prompts: for attention modules, by id, how many positions the prompt had that they read under this edit.
+        seen: (id of an attention module, layer) -> positions of the prompt, and of all that it has read under this edit.
     """
 
     intervention: Intervention
     places: frozenset[int]
-    prompts: dict[int, int] = field(default_factory=dict)
+    seen: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
 
 _active: ContextVar[tuple[ActiveEdit, ...]] = ContextVar("ssm_interp_edits", default=())

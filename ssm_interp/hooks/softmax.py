@@ -24,7 +24,7 @@ from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.routing import host_forward
 from ssm_interp.hooks.rowsite import rows_at_work
-from ssm_interp.hooks.site import active_edits, position_mask
+from ssm_interp.hooks.site import ActiveEdit, active_edits, position_mask
 
 PREFIX = "ssm_interp-"
 MASKED = ("eager", "sdpa")
@@ -120,21 +120,33 @@ def _removed(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
     for edit in active_edits(module):
         knockout = edit.intervention
         if isinstance(knockout, Knockout) and (knockout.layers is None or layer in knockout.layers):
-            if k == q:
-                edit.prompts[id(module)] = q
-            piece = _edges(knockout, query.shape[0], edit.prompts.get(id(module)), q, k, layer)
-            piece = piece[:, None] & _heads(knockout, query.shape[1])
+            prompt = _prompt(edit, module, layer, q, k)
+            piece = _edges(knockout, query.shape[0], prompt, q, k)[:, None] & _heads(knockout, query.shape[1])
             found = piece if found is None else found | piece
     return found
 
 
-def _edges(knockout: Knockout, batch: int, prompt: int | None, q: int, k: int, layer: int) -> Tensor:
-    """The edges of a knockout in a call with k keys, of which the last q are its queries, bool `[b q k]`."""
-    if prompt is None:
+def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> int:
+    """Positions of the prompt, which is the first call; a later one has q queries and all k keys so far."""
+    place = (id(module), layer)
+    prompt, seen = (q, 0) if k == q else edit.seen.get(place, (0, 0))
+    if not prompt:
         raise InterventionError(
             f"layer {layer}: Knockout names positions of a prompt that this cache read without it; "
             "run the prompt and what follows inside the same `edit`"
         )
+    if k != seen + q:
+        raise HookError(
+            f"layer {layer}: after {seen} positions this cache gives {k} keys for {q} new ones, so that columns no "
+            "longer stand for positions; use a cache that grows and forgets nothing (DynamicCache), and one sequence "
+            "at a time inside an `edit`"
+        )
+    edit.seen[place] = prompt, k
+    return prompt
+
+
+def _edges(knockout: Knockout, batch: int, prompt: int, q: int, k: int) -> Tensor:
+    """The edges of a knockout in a call with k keys, of which the last q are its queries, bool `[b q k]`."""
     edges = torch.zeros(batch, k, k, dtype=torch.bool)
     if knockout.edges is None:
         targets, sources = (

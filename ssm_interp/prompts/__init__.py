@@ -1,6 +1,8 @@
 """What is asked of a model: facts, prompts, the roles of their tokens, batches of them."""
 
-from ssm_interp.prompts.prompt import Fact, Prompt, PromptError, load_prompts, save_prompts
+from ssm_interp.prompts.counterfact import hub_row, original_idx
+from ssm_interp.prompts.facts_file import load_prompts, save_prompts
+from ssm_interp.prompts.prompt import Fact, Prompt, PromptError
 from ssm_interp.prompts.roles import ROLES, Batch, Encoding, TokenizedPrompt, check_role, encode, pad, tokenize
 
 __all__ = [
@@ -13,7 +15,9 @@ __all__ = [
     "TokenizedPrompt",
     "check_role",
     "encode",
+    "hub_row",
     "load_prompts",
+    "original_idx",
     "pad",
     "save_prompts",
     "tokenize",

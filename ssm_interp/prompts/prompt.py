@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from importlib.resources import files
-from pathlib import Path
-
-EMBEDDED = "geo"
+from dataclasses import dataclass
 
 
 class PromptError(ValueError):
@@ -87,60 +81,3 @@ class Prompt:
             raise PromptError(f"the template {template!r} has no {{}}, the place of the subject")
         text = (template[0].upper() + template[1:]).replace("{}", fact.subject, 1)
         return cls(text, fact.subject, fact.target, fact.relation, id)
-
-
-def load_prompts(source: str | Path = EMBEDDED) -> list[Prompt]:
-    """Read prompts from a JSONL file: a line is an object with `text`, `subject`, `target`, and maybe `relation`, `id`.
-
-    Args:
-        source: path of the file, or `"geo"` for the embedded one (geography; the held-out templates of the embedded
-            models; data from GeoNames, CC BY 4.0).
-
-    Raises:
-        PromptError: no such file, not UTF-8, no prompt in it, or a line that is not a prompt (the line is named).
-
-    Example:
-        >>> load_prompts("geo")[0].text
-        'The name of the capital city of Afghanistan is'
-    """
-    path = Path(str(files("ssm_interp.prompts") / "data" / "geo.jsonl")) if source == EMBEDDED else Path(source)
-    if not path.is_file():
-        raise PromptError(
-            f"there is no prompt file {str(path)!r}; give a JSONL file, or {EMBEDDED!r} for the embedded one"
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"the prompt file {str(path)!r} is not UTF-8 text (byte {error.start})") from None
-    prompts = list(_parse(text.split("\n"), path))
-    if not prompts:
-        raise PromptError(f"the prompt file {str(path)!r} holds no prompt")
-    return prompts
-
-
-def save_prompts(prompts: Iterable[Prompt], path: str | Path) -> None:
-    """Write prompts as JSONL, the format that `load_prompts` reads."""
-    lines = (json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts)
-    Path(path).write_text("".join(lines), encoding="utf-8")
-
-
-def _parse(lines: Iterable[str], path: Path) -> Iterator[Prompt]:
-    known = {field.name for field in fields(Prompt)}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
-        if not isinstance(row, dict) or not {"text", "subject", "target"} <= row.keys():
-            raise PromptError(f"{where}: a prompt is a JSON object with text, subject and target, not {line[:80]!r}")
-        if unknown := row.keys() - known:
-            raise PromptError(f"{where}: unknown keys {sorted(unknown)}; a prompt has {sorted(known)}")
-        if wrong := [key for key, value in row.items() if not isinstance(value, str)]:
-            raise PromptError(f"{where}: {wrong} must be text (JSON strings)")
-        try:
-            yield Prompt(**row)
-        except PromptError as error:
-            raise PromptError(f"{where}: {error}") from None

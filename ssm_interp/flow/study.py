@@ -1,0 +1,122 @@
+"""A study: every option of one model's sweep over a file of facts, as data that can be stored and compared."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PositiveInt, ValidationError
+
+from ssm_interp.flow.windows import Align, FlowError
+from ssm_interp.prompts import check_role
+from ssm_interp.prompts.facts_file import EMBEDDED, check_columns
+
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+Stream = Literal["ssm", "attention"]
+
+WITHOUT_EFFECT = frozenset({"device", "device_map", "batch_size", "max_memory"})
+"""Options that change how a table is computed and not what is in it, beyond rounding."""
+
+
+class StudyError(FlowError):
+    """A study that cannot be run, or continued, as it is."""
+
+
+def _role(value: Any) -> Any:
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, str):
+        check_role(value)
+    elif isinstance(value, int) and value < 0:
+        raise ValueError(f"position {value}: positions in a prompt count from 0")
+    return value
+
+
+def _device(value: str) -> str:
+    if value != "auto":
+        try:
+            torch.device(value)
+        except RuntimeError:
+            raise ValueError(f"there is no device {value!r}; give auto, cpu, cuda, cuda:1, ...") from None
+    return value
+
+
+def _fields(value: dict[str, str]) -> dict[str, str]:
+    check_columns(value)
+    return value
+
+
+Source = Annotated[str | int, BeforeValidator(_role)]
+
+
+class Study(BaseModel):
+    """One model asked for facts, under knockouts in every layer window; `run_study` runs it.
+
+    Raises:
+        pydantic.ValidationError: an unknown or a wrong option; `explain` says in a line what is wrong.
+
+    Example:
+        >>> Study(model="tiny-mamba2", windows=[1, 3], limit=64).model_dump_json(include={"model", "windows"})
+        '{"model":"tiny-mamba2","windows":[1,3]}'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(min_length=1, description="Embedded name, local folder or hub id.")
+    revision: str = Field("main", min_length=1, description="Of a hub id: branch, tag or commit.")
+    dtype: Dtype = Field("float32", description="Of the parameters.")
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        "auto", description="auto: a CUDA device where there is one, else the CPU. Each rank takes its own."
+    )
+    device_map: DeviceMap | None = Field(None, description="Spread a model larger than a device over all, as named.")
+    facts: str = Field(
+        EMBEDDED, min_length=1, description="geo (embedded), counterfact, a JSONL, CSV or Parquet file, or a data set."
+    )
+    columns: Annotated[dict[str, str], AfterValidator(_fields)] = Field(
+        {}, description="Field of a prompt (text, subject, target, relation, id) -> its column in the facts."
+    )
+    skip_bad: bool = Field(False, description="Leave out rows that are no prompt, and count them.")
+    limit: int = Field(128, ge=0, description="Ask so many prompts, drawn at random; 0: all.")
+    seed: int = Field(0, description="Of that draw.")
+    sources: tuple[Source, ...] = Field(
+        ("subject", "relation", "first", "last"), min_length=1, description="Roles, or positions, no longer read."
+    )
+    targets: tuple[Annotated[str, AfterValidator(_role)], ...] = Field(
+        ("last",), min_length=1, description="Roles that no longer read them."
+    )
+    windows: tuple[PositiveInt, ...] | None = Field(
+        None, min_length=1, description="Layers per window, each size in turn; none: three in eight of the layers."
+    )
+    align: Align = Field("left", description="left: never truncated. centre: truncated at both ends.")
+    features: tuple[str, ...] = Field(("all",), min_length=1, description="Feature groups, a knockout each.")
+    through: tuple[Stream, ...] | None = Field(
+        None, min_length=1, description="Streams in which edges are removed; none: ssm where the model has it."
+    )
+    batch_size: PositiveInt = Field(32, description="Prompts per forward pass.")
+    shard_size: PositiveInt = Field(256, description="Prompts per file: as many are lost when a run is killed.")
+    max_memory: ByteSize | None = Field(
+        None, gt=0, description="For the rows of a step, such as 4GB; none: a quarter of what is free."
+    )
+
+    def options(self) -> dict[str, Any]:
+        """What the table depends on, as JSON values: all but device, device_map, batch_size, max_memory."""
+        return self.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with the options of a study, in a line.
+
+    Example:
+        >>> try:
+        ...     Study(model="tiny-mamba1", limit=-1)
+        ... except ValidationError as error:
+        ...     explain(error)
+        'limit: input should be greater than or equal to 0, got -1'
+    """
+    problems = []
+    for problem in error.errors():
+        own = problem.get("ctx", {}).get("error")
+        message = str(own) if own else f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+        problems.append(f"{'.'.join(map(str, problem['loc']))}: {message}")
+    return "; ".join(problems)

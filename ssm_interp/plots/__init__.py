@@ -1,0 +1,26 @@
+"""Pictures, as Matplotlib figures and as interactive pages.
+
+Nothing here touches pyplot or its global state. Figures are saved with `.savefig(path)`, as PNG, SVG or PDF; a page is
+a string of HTML that opens in a browser offline: `Path("flow.html").write_text(page)`.
+"""
+
+from ssm_interp.plots.attention import attention_figure
+from ssm_interp.plots.flow import depth_figure, flow_figure
+from ssm_interp.plots.heatmap import TokenMap, heatmap_figure
+from ssm_interp.plots.html import flow_page, heatmap_page
+from ssm_interp.plots.panels import STATISTICS, StatisticName
+from ssm_interp.plots.style import STYLES, token_label
+
+__all__ = [
+    "STATISTICS",
+    "STYLES",
+    "StatisticName",
+    "TokenMap",
+    "attention_figure",
+    "depth_figure",
+    "flow_figure",
+    "flow_page",
+    "heatmap_figure",
+    "heatmap_page",
+    "token_label",
+]

@@ -1,0 +1,207 @@
+"""Information flow as lines over the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ssm_interp.plots.panels import Layout, Panel, Statistic, StatisticName, arrange, drawable, header, legend_title
+from ssm_interp.plots.style import (
+    FAINT,
+    INK,
+    Style,
+    model_styles,
+    picture,
+    plain,
+    readable,
+    short,
+    signed,
+    source_styles,
+)
+
+FLOW_KEYS = ("model", "feature_group", "window", "target")
+MOST_MARKERS = 16
+
+
+def flow_figure(
+    summary: pd.DataFrame,
+    *,
+    x_labels: Mapping[str, str] | None = None,
+    statistic: StatisticName = "mean",
+    ax: Axes | None = None,
+) -> Figure:
+    """Information flow: what knocking a source out does to the answer, over the layer windows.
+
+    In each panel a line per source role, its interval as a band. Whatever else varies gets panels of its own: of
+    model, feature group, window size and target the first that varies goes across, the others go down.
+
+    Args:
+        summary: rows as from `FlowResult.summary`.
+        x_labels: what the layer axis says, per model.
+        statistic: what is drawn over prompts: the `"mean"` or `"median"` of the relative change of the answer's
+            probability, the mean `"logprob_difference"`, or the `"accuracy"` that is left.
+        ax: draw into these axes; only where one panel is enough.
+
+    Raises:
+        ValueError: no rows, missing columns, an unknown statistic; several panels for one `ax`.
+
+    Example:
+        >>> flow_figure(result.summary(), statistic="median").savefig("flow.svg")      # doctest: +SKIP
+    """
+    rows, chosen = drawable(summary, statistic)
+    layout = arrange(rows, FLOW_KEYS)
+    styles = source_styles(rows["source"].unique())
+    title = legend_title("Source", chosen, rows)
+    if ax is not None:
+        _one_panel(layout, ax, chosen, styles, title, x_labels or {})
+        return ax.figure.figure
+    height, width = layout.shape
+    figure = picture(1.1 + 3.9 * width, 1.1 + 2.8 * height)
+    grid = figure.subplots(height, width, sharex="col", sharey="all" if layout.wrapped else "row", squeeze=False)
+    _fill(grid, layout, chosen, styles, x_labels or {})
+    figure.supylabel(chosen.label, fontsize=9, color=INK)
+    if layout.across != "model":
+        name = short(str(rows["model"].iloc[0]), 60)
+        figure.suptitle(f"{name}   ({header(rows)})", fontsize=10, color=INK, parse_math=False)
+    _legend(figure, map(readable, styles), styles.values(), title, width)
+    return figure
+
+
+def _one_panel(
+    layout: Layout, axes: Axes, chosen: Statistic, styles: Mapping[str, Style], title: str, x_labels: Mapping[str, str]
+) -> None:
+    if len(layout.panels) > 1:
+        raise ValueError(
+            f"one axes holds one panel, but this summary fills {len(layout.panels)}: it differs in {layout.across}"
+            f"{' and more' if layout.panels[0].down else ''}; choose its rows first, or leave `ax` out"
+        )
+    panel = layout.panels[0]
+    _lines(axes, panel.rows, "source", "layer", styles, chosen)
+    _layer_axis(axes)
+    axes.set_title(f"{panel.across}   ({header(panel.rows)})", fontsize=10, color=INK, parse_math=False)
+    axes.set_xlabel(x_labels.get(panel.rows["model"].iloc[0], "Layer of the window"), fontsize=9, parse_math=False)
+    axes.set_ylabel(chosen.label, fontsize=9)
+    axes.legend(_handles(styles.values()), list(map(readable, styles)), title=title, **_LEGEND)
+
+
+def _fill(
+    grid: Any, layout: Layout, chosen: Statistic, styles: Mapping[str, Style], x_labels: Mapping[str, str]
+) -> None:
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for panel in layout.panels:
+        axes = grid[panel.row, panel.column]
+        axes.set_visible(True)
+        _lines(axes, panel.rows, "source", "layer", styles, chosen)
+        _layer_axis(axes)
+        _titles(axes, panel, layout)
+        if layout.lowest(panel):
+            label = x_labels.get(panel.rows["model"].iloc[0], "Layer of the window")
+            axes.set_xlabel(label, fontsize=9, parse_math=False)
+            axes.tick_params(labelbottom=True)
+
+
+def _titles(axes: Axes, panel: Panel, layout: Layout) -> None:
+    if panel.row == 0 or layout.wrapped:
+        count = f"   ({header(panel.rows)})" if layout.across == "model" else ""
+        axes.set_title(f"{panel.across}{count}", fontsize=10, color=INK, parse_math=False)
+    if panel.column == 0:
+        known = layout.across == "target" or any("\N{RIGHTWARDS ARROW}" in words for words in panel.down)
+        cut = () if known else (f"source \N{RIGHTWARDS ARROW} {readable(panel.rows['target'].iloc[0])}",)
+        axes.set_ylabel("\n".join((*cut, *panel.down)), fontsize=9, color=INK, parse_math=False)
+
+
+def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -> Figure:
+    """Several models in the same axes, over depth: 0 % is a model's first window, 100 % its last one.
+
+    A panel per source, and a row for each target, feature group and window size; in each a line per model with its
+    interval as a band. Depth runs over the model's layer numbers from its first window in the summary to its last.
+
+    Args:
+        summary: rows as from `FlowResult.summary`, with every window of each model.
+        statistic: as in `flow_figure`.
+
+    Raises:
+        ValueError: no rows, missing columns, an unknown statistic; more models than can be told apart (9).
+
+    Example:
+        >>> depth_figure(FlowResult.join(results).summary()).savefig("depth.png", dpi=200)      # doctest: +SKIP
+    """
+    rows, chosen = drawable(summary, statistic)
+    ends = rows.groupby(["model", "window"])["layer"]
+    first, last = ends.transform("min"), ends.transform("max")
+    rows["depth"] = 100 * (rows["layer"] - first) / (last - first).clip(lower=1)
+    styles = model_styles(rows["model"].unique())
+    layout = arrange(rows, ("target", "feature_group", "window"), across="source")
+    height, width = layout.shape
+    figure = picture(1.1 + 2.9 * width, 1.3 + 2.6 * height)
+    grid = figure.subplots(height, width, sharex=True, sharey="all" if layout.wrapped else "row", squeeze=False)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for panel in layout.panels:
+        axes = grid[panel.row, panel.column]
+        axes.set_visible(True)
+        _lines(axes, panel.rows, "model", "depth", styles, chosen)
+        axes.set_xticks([0, 25, 50, 75, 100])
+        _titles(axes, panel, layout)
+        if layout.lowest(panel):
+            axes.set_xlabel("Depth of the window (%)", fontsize=9)
+            axes.tick_params(labelbottom=True)
+    figure.supylabel(chosen.label, fontsize=9, color=INK)
+    counts = {model: header(part) for model, part in rows.groupby("model", sort=False)}
+    names = [f"{short(str(model))}  ({counts[model]})" for model in styles]
+    _legend(figure, names, styles.values(), legend_title("Model", chosen, rows), width * 0.6)
+    return figure
+
+
+def _lines(axes: Axes, rows: pd.DataFrame, key: str, x: str, styles: Mapping[str, Style], statistic: Statistic) -> None:
+    """A line per value of `key`, its interval as a band."""
+    axes.axhline(statistic.unchanged, color=INK, linewidth=0.8, zorder=1)
+    names = [name for name in styles if (rows[key] == name).any()]
+    for place, name in enumerate(names):
+        line, style = rows[rows[key] == name], styles[name]
+        step = -(-len(line) // MOST_MARKERS)
+        axes.fill_between(line[x], line["low"], line["high"], color=style.colour, alpha=0.16, linewidth=0)
+        axes.plot(
+            line[x],
+            line["value"],
+            color=style.colour,
+            marker=style.marker,
+            markevery=(place * step // len(names), step),  # not all lines' markers above each other
+            linestyle=style.dash,
+            linewidth=1.6,
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            label=readable(str(name)),
+            zorder=3,
+        )
+    axes.yaxis.set_major_formatter(FuncFormatter(signed if statistic.unchanged == 0 else "{:.4g}".format))
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.margins(x=0.03)
+    plain(axes)
+
+
+def _layer_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
+
+
+_LEGEND: Mapping[str, Any] = {"frameon": False, "title_fontsize": 8, "fontsize": 9, "handlelength": 3}
+
+
+def _handles(styles: Iterable[Style]) -> list[Line2D]:
+    shared: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+    return [Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.dash, **shared) for s in styles]
+
+
+def _legend(figure: Figure, names: Iterable[str], styles: Iterable[Style], title: str, width: float) -> None:
+    handles = _handles(styles)
+    columns = int(np.clip(round(1 + 3 * width), 1, len(handles)))
+    figure.legend(handles, list(names), loc="outside lower center", ncols=columns, title=title, **_LEGEND)

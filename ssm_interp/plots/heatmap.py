@@ -1,0 +1,217 @@
+"""One prompt's source tokens over the layer windows, as a heat map."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from ssm_interp.plots.style import BLANK, INK, MOST_LABELS, STYLES, Picture, picture, short, signed, token_label
+
+LABEL = "Change of the answer's probability"
+MOST_ACROSS = 3
+ONE_OF_EACH = ("model", "prompt_id", "target", "feature_group")
+NEEDED = (*ONE_OF_EACH, "source", "layer", "n_edges", "p_base", "p")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """What knocking each single token of a prompt out does to the answer, in each layer window.
+
+    Attributes:
+        values: p - p_base, `[token, window]`; NaN where there are no edges to knock out, drawn in grey.
+        tokens: a readable token per row.
+        layers: the layer that each window is drawn at (its first one, if aligned left).
+        subject: rows that are the subject's.
+        title: what was asked of which model.
+        answer: the prompt's target, in the title.
+        p_base: its probability in the clean run, in the title.
+
+    Raises:
+        ValueError: no rows or columns; another number of tokens or layers; a subject outside the prompt; infinities.
+
+    Example:
+        >>> map = TokenMap(np.array([[-0.2, -0.1], [0.0, 0.1]]), ["The", " Nile"], [0, 1], subject=[1], p_base=0.8)
+        >>> map.caption
+        'p = 0.8'
+    """
+
+    values: Float[np.ndarray, "token window"]
+    tokens: Sequence[str]
+    layers: Sequence[int]
+    subject: Collection[int] = ()
+    title: str = ""
+    answer: str = ""
+    p_base: float | None = None
+
+    def __post_init__(self) -> None:
+        shape = list(self.values.shape)
+        if 0 in shape:
+            raise ValueError(f"a token map needs values [token, window] with at least one of each, got {shape}")
+        for name, count in (("tokens", shape[0]), ("layers", shape[1])):
+            if len(getattr(self, name)) != count:
+                given = len(getattr(self, name))
+                raise ValueError(f"the values are {shape} [token, window], but there are {given} {name}; give {count}")
+        if outside := [row for row in self.subject if not 0 <= row < shape[0]]:
+            raise ValueError(f"the subject has row {outside[0]}, but the values are {shape} [token, window]")
+        if np.isinf(self.values).any():
+            raise ValueError("the values of a token map are changes of a probability, or NaN; some are infinite")
+
+    @classmethod
+    def of(
+        cls, rows: pd.DataFrame, tokens: Sequence[str], *, subject: Collection[int] = (), answer: str = ""
+    ) -> TokenMap:
+        """From the rows of a sweep whose sources were the positions of a prompt.
+
+        Args:
+            rows: of `FlowResult.frame`: of one model, prompt, target, feature group and window size.
+            tokens: of that prompt; position i is `tokens[i]`.
+            subject, answer: as above.
+
+        Raises:
+            ValueError: no rows, missing columns; rows of several models, prompts, ...; a source that is no position in
+                this prompt.
+
+        Example:
+            >>> result = sweep(ssm, tokenizer, [prompt], sources=range(len(encoding.tokens)))     # doctest: +SKIP
+            >>> heatmap_figure(TokenMap.of(result.frame, encoding.tokens, answer=prompt.target))    # doctest: +SKIP
+        """
+        _check_rows(rows)
+        positions = rows["source"].astype(str)
+        if bad := [name for name in positions.unique() if not name.isdigit()]:
+            raise ValueError(
+                f"a token map needs token positions as sources; {bad[0]!r} is none, use `flow_figure` for it"
+            )
+        kept = rows.assign(source=positions.astype(int), change=rows["p"] - rows["p_base"])
+        kept = kept[(kept["source"] < len(tokens)) | (kept["n_edges"] > 0)]
+        if len(kept) and (most := int(kept["source"].max())) >= len(tokens):
+            raise ValueError(f"the rows knock out position {most}, but there are only {len(tokens)} tokens")
+        layers = sorted(kept["layer"].unique().tolist())
+        change = kept["change"].where(kept["n_edges"] > 0)
+        table = kept.assign(change=change).pivot(index="source", columns="layer", values="change")
+        values = table.reindex(index=range(len(tokens)), columns=layers).to_numpy(float)
+        first = rows.iloc[0]
+        title = f"{short(str(first['model']))}, {first['target'].replace('_', ' ')} no longer reads the token"
+        return cls(values, tokens, layers, subject, title, answer, float(first["p_base"]))
+
+    @property
+    def caption(self) -> str:
+        """The answer and its probability in the clean run."""
+        parts = [f"answer: “{token_label(self.answer.strip())}”"] if self.answer else []
+        return ", ".join([*parts, *([f"p = {self.p_base:.3g}"] if self.p_base is not None else [])])
+
+    @property
+    def largest(self) -> float:
+        """The largest change of either sign; 0 if there is none."""
+        return float(np.nanmax(np.abs(self.values), initial=0.0))
+
+
+def _check_rows(rows: pd.DataFrame) -> None:
+    if missing := [column for column in NEEDED if column not in rows.columns]:
+        raise ValueError(f"a token map needs rows with the columns {list(NEEDED)}; these are missing: {missing}")
+    if rows.empty:
+        raise ValueError("a token map needs at least one row; there are none")
+    for column in ONE_OF_EACH:
+        if len(several := rows[column].unique()) > 1:
+            shown = ", ".join(repr(str(one)) for one in several[:3])
+            raise ValueError(f"a token map shows one {column}, but these rows have {len(several)}: {shown}; choose one")
+    if rows.duplicated(["source", "layer"]).any():
+        raise ValueError("a token map shows one window size, but these rows have several at one layer; choose one")
+
+
+def colour_limit(maps: Sequence[TokenMap], limit: float | None) -> float:
+    """Where the colours end on both sides of 0: as given, or the largest change of all maps.
+
+    Raises:
+        ValueError: no maps; a limit that is not positive.
+    """
+    if not maps:
+        raise ValueError("there are no token maps to draw")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"the limit of the colours must be positive, such as 0.3, got {limit}")
+    return limit or max(one.largest for one in maps) or 1.0
+
+
+def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None = None) -> Figure:
+    """Token x window heat maps: a row per source token, a column per layer window, p - p_base in colour.
+
+    Blue is a loss of the answer's probability, red a gain, white no change. Several maps (prompts, models) become
+    panels with the same colours. The subject's tokens are set in bold blue.
+
+    Args:
+        maps: what to draw.
+        limit: the change at which the colours end, such as 0.3; None: the largest there is.
+        ax: draw into these axes, without a colour bar; only one map.
+
+    Raises:
+        ValueError: no maps; several for one `ax`; a limit that is not positive.
+
+    Example:
+        >>> heatmap_figure(first, second, limit=0.3).savefig("tokens.png", dpi=200)     # doctest: +SKIP
+    """
+    norm = Normalize(-(end := colour_limit(maps, limit)), end)
+    if ax is not None:
+        if len(maps) > 1:
+            raise ValueError(f"one axes holds one token map, got {len(maps)}; leave `ax` out, or call once for each")
+        _map(ax, maps[0], norm)
+        return ax.figure.figure
+    across = min(len(maps), MOST_ACROSS)
+    lanes = [maps[start : start + across] for start in range(0, len(maps), across)]
+    heights = [max(_height(one) for one in lane) for lane in lanes]
+    widths = [max(_width(one) for one in maps[column::across]) for column in range(across)]
+    figure = picture(sum(widths) + 1.0, sum(heights))
+    grid = figure.subplots(len(lanes), across, squeeze=False, height_ratios=heights, width_ratios=widths)
+    for axes in grid.flat[len(maps) :]:
+        axes.set_visible(False)
+    for axes, one in zip(grid.flat, maps, strict=False):
+        _map(axes, one, norm)
+    _colour_bar(figure, list(grid.flat[: len(maps)]), maps, norm)
+    return figure
+
+
+def _height(one: TokenMap) -> float:
+    return 1.2 + min(max(1.6, 0.22 * len(one.tokens)), 11.0)
+
+
+def _width(one: TokenMap) -> float:
+    return 1.5 + min(max(2.8, 0.2 * len(one.layers)), 9.0)
+
+
+def _map(axes: Axes, one: TokenMap, norm: Normalize) -> None:
+    values = np.ma.masked_invalid(one.values)
+    axes.set_facecolor(BLANK)
+    axes.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="none")
+    every = -(-len(one.tokens) // MOST_LABELS)
+    rows = range(0, len(one.tokens), every)
+    style: dict[str, Any] = {"family": "DejaVu Sans Mono", "parse_math": False}
+    axes.set_yticks(rows, [token_label(one.tokens[row]) for row in rows], fontsize=8, **style)
+    for row, text in zip(rows, axes.get_yticklabels(), strict=True):
+        if row in one.subject:
+            text.set(color=STYLES["subject"].colour, weight="bold")
+    step = -(-len(one.layers) // 16)
+    columns = range(0, len(one.layers), step)
+    axes.set_xticks(columns, [str(one.layers[column]) for column in columns], fontsize=8)
+    axes.set_xlabel("Layer of the window", fontsize=9)
+    axes.set_ylabel("Source token (bold: the subject)" if one.subject else "Source token", fontsize=9)
+    lines = [line for line in (one.title, one.caption) if line]
+    axes.set_title("\n".join(lines), fontsize=10, color=INK, parse_math=False)
+    axes.tick_params(length=2, colors=INK, which="both")
+    axes.spines[:].set_visible(False)
+
+
+def _colour_bar(figure: Picture, grid: list[Axes], maps: Sequence[TokenMap], norm: Normalize) -> None:
+    beyond = max(one.largest for one in maps) > float(norm.vmax or 0)
+    image = ScalarMappable(norm, "RdBu_r")
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=25, pad=0.02, extend="both" if beyond else "neither")
+    bar.set_label(LABEL, fontsize=9)
+    bar.ax.yaxis.set_major_formatter(signed)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.outline.set_visible(False)

@@ -1,0 +1,217 @@
+"""The same pictures as pages that answer to the mouse: one file each, which opens in a browser offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import pandas as pd
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+
+from ssm_interp.plots.flow import FLOW_KEYS
+from ssm_interp.plots.heatmap import LABEL, TokenMap, colour_limit
+from ssm_interp.plots.panels import Layout, Panel, Statistic, StatisticName, arrange, drawable, header, legend_title
+from ssm_interp.plots.style import INK, Style, readable, source_styles, token_label
+
+MARKERS = {
+    "o": "circle",
+    "s": "square",
+    "^": "triangle-up",
+    "D": "diamond",
+    "v": "triangle-down",
+    "X": "x",
+    "P": "cross",
+    "<": "triangle-left",
+    ">": "triangle-right",
+}
+DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title></head>
+<body style="margin: 0 auto; max-width: {width}px; font-family: sans-serif; color: {ink}">
+<h1 style="font-size: 1.2em; margin: 1em">{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def flow_page(
+    summary: pd.DataFrame,
+    *,
+    x_labels: Mapping[str, str] | None = None,
+    statistic: StatisticName = "mean",
+    title: str = "Information flow",
+) -> str:
+    """`flow_figure` as an interactive page.
+
+    Pointing at a line tells the model, source, target, window, value, interval and number of prompts; a click on a
+    source in the legend hides it in all panels, a double click all others; dragging zooms.
+
+    Args:
+        summary, x_labels, statistic: as of `flow_figure`.
+        title: over the page.
+
+    Returns:
+        HTML of about 5 MB, since it carries the drawing library with it and fetches nothing.
+
+    Raises:
+        ValueError: no rows, missing columns, an unknown statistic.
+
+    Example:
+        >>> Path("flow.html").write_text(flow_page(result.summary()), encoding="utf-8")     # doctest: +SKIP
+    """
+    rows, chosen = drawable(summary, statistic)
+    layout = arrange(rows, FLOW_KEYS)
+    height, width = layout.shape
+    figure = make_subplots(
+        height,
+        width,
+        shared_yaxes="all" if layout.wrapped else "rows",
+        subplot_titles=_grid_titles(layout),
+        vertical_spacing=min(0.12, 0.3 / height),
+        horizontal_spacing=min(0.05, 0.3 / width),
+    )
+    styles, drawn = source_styles(rows["source"].unique()), set[str]()
+    for panel in layout.panels:
+        for source, line in panel.rows.groupby("source", sort=False):
+            for trace in _traces(str(source), line, styles[str(source)], chosen, first=source not in drawn):
+                figure.add_trace(trace, panel.row + 1, panel.column + 1)
+            drawn.add(str(source))
+        x_label = (x_labels or {}).get(panel.rows["model"].iloc[0], "Layer of the window")
+        if layout.lowest(panel):
+            figure.update_xaxes(title_text=escape(x_label), row=panel.row + 1, col=panel.column + 1)
+    figure.update_yaxes(title_text=chosen.label, col=1, zerolinecolor=INK)
+    figure.update_layout(legend={"title": {"text": f"{legend_title('Source', chosen, rows)}<br>"}, "orientation": "h"})
+    return _page(figure, title, 480 + 330 * (height - 1), max(700, 420 * width))
+
+
+def _grid_titles(layout: Layout) -> list[str]:
+    """Over each panel, in the order of the grid, what tells it from the others."""
+    titles = {(panel.row, panel.column): _title(panel, layout) for panel in layout.panels}
+    height, width = layout.shape
+    return [titles.get((row, column), "") for row in range(height) for column in range(width)]
+
+
+def _title(panel: Panel, layout: Layout) -> str:
+    count = (header(panel.rows),) if layout.across == "model" else ()
+    return "<br>".join(escape(words) for words in (", ".join((panel.across, *count)), *panel.down))
+
+
+def _traces(source: str, line: pd.DataFrame, style: Style, statistic: Statistic, *, first: bool) -> list[Any]:
+    """A line with its hover texts, and its band."""
+    shared = {"legendgroup": source, "name": readable(source)}
+    bounded = line.dropna(subset=["low", "high"])
+    band = go.Scatter(
+        x=[*bounded["layer"], *bounded["layer"][::-1]],
+        y=[*bounded["high"], *bounded["low"][::-1]],
+        fill="toself",
+        fillcolor=style.colour,
+        opacity=0.16,
+        mode="none",
+        hoverinfo="skip",
+        showlegend=False,
+        **shared,
+    )
+    curve = go.Scatter(
+        x=list(line["layer"]),
+        y=list(line["value"]),
+        mode="lines+markers",
+        line={
+            "color": style.colour,
+            "dash": DASHES.get(style.dash, "longdash") if isinstance(style.dash, str) else "longdash",
+        },
+        marker={"symbol": MARKERS[style.marker], "size": 7},
+        text=[_hover(row, statistic) for _, row in line.iterrows()],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=first,
+        **shared,
+    )
+    return [band, curve]
+
+
+def _hover(row: pd.Series, statistic: Statistic) -> str:
+    size = int(row["window_size"])
+    features = "" if row["feature_group"] == "all" else f"features: {row['feature_group']}\n"
+    interval = (
+        "" if pd.isna(row["low"]) else f", {100 * row['level']:g} % interval {row['low']:.4g} to {row['high']:.4g}"
+    )
+    text = (
+        f"{row['model']}\n{readable(row['source'])} \N{RIGHTWARDS ARROW} {readable(row['target'])}\n{features}"
+        f"{size} layer{'' if size == 1 else 's'} from layer {row['window_start']}\n"
+        f"{row['value']:.4g} ({statistic.line}){interval}\n{header(row.to_frame().T)}"
+    )
+    return escape(text).replace("\n", "<br>")
+
+
+def heatmap_page(*maps: TokenMap, limit: float | None = None, title: str = "Source tokens over the layers") -> str:
+    """`heatmap_figure` as an interactive page: pointing at a cell tells the token, the window and the change.
+
+    Args:
+        maps, limit: as of `heatmap_figure`.
+        title: over the page.
+
+    Returns:
+        HTML of about 5 MB, since it carries the drawing library with it and fetches nothing.
+
+    Raises:
+        ValueError: no maps; a limit that is not positive.
+
+    Example:
+        >>> Path("tokens.html").write_text(heatmap_page(token_map), encoding="utf-8")       # doctest: +SKIP
+    """
+    end = colour_limit(maps, limit)
+    heights = [80 + 20 * len(one.tokens) for one in maps]
+    total = sum(heights) + 90 * len(maps)
+    titles = ["<br>".join(escape(part) for part in (one.title, one.caption) if part) for one in maps]
+    figure = make_subplots(
+        len(maps), 1, subplot_titles=titles, row_heights=heights, vertical_spacing=min(90 / total, 1 / len(maps))
+    )
+    for row, one in enumerate(maps, start=1):
+        figure.add_trace(_cells(one), row, 1)
+        labels = [_row_label(one, index) for index in range(len(one.tokens))]
+        figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, autorange="reversed", row=row)
+        figure.update_xaxes(type="category", title_text="Layer of the window", row=row)
+    figure.update_yaxes(tickfont={"family": "monospace"}, title_text="Source token", showgrid=False)
+    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -end, "cmax": end, "colorbar": {"title": LABEL}})
+    return _page(figure, title, total + 60, 1000)
+
+
+def _cells(one: TokenMap) -> Any:
+    texts = [[_cell(one, row, column) for column in range(len(one.layers))] for row in range(len(one.tokens))]
+    return go.Heatmap(
+        z=one.values.astype(float).tolist(),
+        x=[str(layer) for layer in one.layers],
+        y=list(range(len(one.tokens))),
+        text=texts,
+        hovertemplate="%{text}<extra></extra>",
+        hoverongaps=False,
+        coloraxis="coloraxis",
+    )
+
+
+def _cell(one: TokenMap, row: int, column: int) -> str:
+    after = "" if one.p_base is None else f": {one.p_base:.4g} to {one.p_base + one.values[row, column]:.4g}"
+    token = escape(token_label(one.tokens[row]))
+    return f"token {row} {token}<br>window at layer {one.layers[column]}<br>{one.values[row, column]:+.4g}{after}"
+
+
+def _row_label(one: TokenMap, row: int) -> str:
+    label = escape(token_label(one.tokens[row]))
+    return f"<b>{label}</b>" if row in one.subject else label
+
+
+def _page(figure: Any, title: str, height: int, width: int) -> str:
+    figure.update_layout(
+        height=height, template="plotly_white", font={"color": INK}, margin={"l": 80, "r": 30, "t": 60}
+    )
+    body = figure.to_html(
+        full_html=False,
+        include_plotlyjs=True,
+        include_mathjax=False,
+        div_id="figure",
+        config={"displaylogo": False, "responsive": True},
+    )
+    return PAGE.format(title=escape(title), width=width, ink=INK, body=body)

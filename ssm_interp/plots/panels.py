@@ -1,0 +1,179 @@
+"""A summary of a sweep, taken apart into the panels of a picture and the lines in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+
+from ssm_interp.plots.style import readable, short
+
+StatisticName = Literal["mean", "median", "accuracy", "logprob_difference"]
+APART = ["model", "source", "target", "feature_group"]
+MOST_ACROSS = 4
+
+
+class Statistic(NamedTuple):
+    """One number of a summary, and how to draw it."""
+
+    value: str
+    low: str
+    high: str
+    label: str
+    line: str  # what a line shows
+    scale: float
+    unchanged: float  # its value, scaled, where a knockout does nothing
+
+
+STATISTICS: Mapping[str, Statistic] = {
+    "mean": Statistic(
+        "mean", "low", "high", "Relative change of the answer's probability (%)", "mean over prompts", 1, 0
+    ),
+    "median": Statistic(
+        "median",
+        "median_low",
+        "median_high",
+        "Relative change of the answer's probability (%)",
+        "median over prompts",
+        1,
+        0,
+    ),
+    "accuracy": Statistic(
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        "Prompts still answered correctly (%)",
+        "share of prompts",
+        100,
+        100,
+    ),
+    "logprob_difference": Statistic(
+        "logprob_difference",
+        "logprob_difference_low",
+        "logprob_difference_high",
+        "Change of the answer's log-probability (nats)",
+        "mean over prompts",
+        1,
+        0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of a picture: where it stands, what tells it from its neighbours, and its rows."""
+
+    row: int
+    column: int
+    across: str  # words for what varies from column to column
+    down: tuple[str, ...]  # and from row to row
+    rows: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All panels of a picture.
+
+    Attributes:
+        panels: those that have rows, row by row.
+        shape: rows and columns of the grid.
+        across: the key that varies from column to column.
+        wrapped: whether the panels of one long row were broken into several.
+    """
+
+    panels: tuple[Panel, ...]
+    shape: tuple[int, int]
+    across: str
+    wrapped: bool
+
+    def lowest(self, panel: Panel) -> bool:
+        """Whether no other panel stands below this one."""
+        return not any(other.column == panel.column and other.row > panel.row for other in self.panels)
+
+
+def drawable(summary: pd.DataFrame, statistic: str) -> tuple[pd.DataFrame, Statistic]:
+    """The rows with the columns `value`, `low`, `high` of a statistic, scaled, and `window`, the nominal window size.
+
+    A window that is cut off at the model's first or last layer belongs to those of its layer's full size.
+
+    Raises:
+        ValueError: no such statistic, missing columns, no rows.
+    """
+    if statistic not in STATISTICS:
+        raise ValueError(f"there is no statistic {statistic!r} to draw; give one of {', '.join(STATISTICS)}")
+    found = STATISTICS[statistic]
+    numbers = [found.value, found.low, found.high]
+    needed = [*APART, "layer", "window_start", "window_size", "level", "n", *numbers]
+    if missing := [column for column in needed if column not in summary.columns]:
+        raise ValueError(f"this picture needs a summary with the columns {needed}; these are missing: {missing}")
+    if summary.empty:
+        raise ValueError("this picture needs at least one row; the summary is empty")
+    rows = summary[needed[:-3]].copy()
+    rows[["value", "low", "high"]] = summary[numbers].to_numpy(float) * found.scale
+    rows["source"] = rows["source"].astype(str)
+    rank = rows.groupby([*APART, "layer"])["window_size"].rank("dense")
+    rows["window"] = rows.groupby([*APART, rank.rename("rank")])["window_size"].transform("max")
+    return rows, found
+
+
+def arrange(rows: pd.DataFrame, keys: Sequence[str], across: str | None = None) -> Layout:
+    """Panels for the values of `keys`: those of the first key that varies go across, of the others down.
+
+    Args:
+        rows: from `drawable`.
+        keys: columns of rows.
+        across: the key that goes across, whether or not it varies.
+    """
+    varying = [key for key in keys if _varies(rows, key)]
+    across = across or (varying or list(keys))[0]
+    down = [key for key in varying if key != across]
+    columns = _values(rows, across)
+    lanes = list(dict.fromkeys(rows.sort_values("window", kind="stable")[down].itertuples(index=False, name=None)))
+    wrapped = not down and len(columns) > MOST_ACROSS
+    width = -(-len(columns) // -(-len(columns) // MOST_ACROSS)) if wrapped else len(columns)
+    panels = []
+    for (column, *lane), part in rows.sort_values("layer", kind="stable").groupby([across, *down], sort=False):
+        index, line = columns.index(column), lanes.index(tuple(lane))
+        place = divmod(index, width) if wrapped else (line, index)
+        words = tuple(_words(key, value) for key, value in zip(down, lane, strict=True))
+        panels.append(Panel(*place, _words(across, column), words, part))
+    height = -(-len(columns) // width) if wrapped else len(lanes)
+    panels.sort(key=lambda panel: (panel.row, panel.column))
+    return Layout(tuple(panels), (height, width), across, wrapped)
+
+
+def _varies(rows: pd.DataFrame, key: str) -> bool:
+    """Whether a picture needs it to tell rows apart; each model having one window size of its own does not."""
+    if key == "window":
+        return bool(rows.groupby("model")["window"].nunique().max() > 1)
+    return rows[key].nunique() > 1
+
+
+def _values(rows: pd.DataFrame, key: str) -> list[Any]:
+    values = list(rows[key].unique())
+    return sorted(values) if key == "window" else values
+
+
+def _words(key: str, value: Any) -> str:
+    if key == "window":
+        return f"windows of {value} layer{'' if value == 1 else 's'}"
+    if key == "target":
+        return f"source \N{RIGHTWARDS ARROW} {readable(value)}"
+    if key == "source":
+        return f"source: {readable(value)}"
+    return short(str(value)) if key == "model" else f"features: {short(str(value), 24)}"
+
+
+def header(rows: pd.DataFrame) -> str:
+    """How many prompts stand behind some rows."""
+    fewest, most = int(rows["n"].min()), int(rows["n"].max())
+    count = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return f"{count} prompt{'' if most == 1 else 's'}"
+
+
+def legend_title(what: str, statistic: Statistic, rows: pd.DataFrame) -> str:
+    """What the lines and the bands of a picture are."""
+    levels = [f"{100 * level:g}" for level in sorted(rows["level"].unique())]
+    return f"{what} (line: {statistic.line}, band: its {' or '.join(levels)} % interval)"

@@ -1,0 +1,120 @@
+"""What all pictures share: colours and markers, words, and files that come out the same each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+
+INK, FAINT, BLANK = "#222222", "#DDDDDD", "#EEEEEE"
+MOST_LABELS = 64  # more tokens than these on one axis could not be read
+
+
+class Style(NamedTuple):
+    """How a line is told apart: by colour with any colour vision, by marker and dash in grey print."""
+
+    colour: str
+    marker: str
+    dash: Any
+
+
+# Okabe and Ito's colours, and two of Tol's.
+STYLES: Mapping[str, Style] = {
+    "subject": Style("#0072B2", "o", "-"),
+    "relation": Style("#D55E00", "s", "--"),
+    "first": Style("#009E73", "^", ":"),
+    "last": Style("#CC79A7", "D", "-."),
+    "context": Style("#E69F00", "v", (0, (5, 1))),
+    "all": Style("#000000", "X", "-"),
+    "relation_minus_last": Style("#A0522D", "P", (0, (3, 1, 1, 1))),
+    "subject_first": Style("#56B4E9", "<", (0, (1, 1))),
+    "subject_last": Style("#332288", ">", (0, (4, 2))),
+}
+
+
+def source_styles(sources: Iterable[str]) -> dict[str, Style]:
+    """A style per source: a role's own; token positions run through a colour ramp in their order."""
+    sources = list(sources)
+    others, roles = [source for source in sources if source not in STYLES], list(STYLES.values())
+    ramp = colormaps["viridis"]
+    spare = {
+        other: Style(to_hex(ramp(0.9 * rank / max(1, len(others) - 1))), roles[rank % len(roles)].marker, "-")
+        for rank, other in enumerate(others)
+    }
+    return {source: STYLES.get(source) or spare[source] for source in sources}
+
+
+def model_styles(models: Iterable[str]) -> dict[str, Style]:
+    """A style per model, in their order.
+
+    Raises:
+        ValueError: more models than there are styles.
+    """
+    models, styles = list(models), list(STYLES.values())
+    if len(models) > len(styles):
+        raise ValueError(
+            f"{len(models)} models in one picture cannot be told apart; draw at most {len(styles)} of them"
+        )
+    return dict(zip(models, styles, strict=False))
+
+
+class Picture(Figure):
+    """A figure whose SVG keeps text as text, and whose files are the same each time they are written."""
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        kind = options.get("format") or (Path(fname).suffix[1:] if isinstance(fname, str | Path) else "")
+        if kind.lower() == "svg":
+            options["metadata"] = {"Date": None} | (options.get("metadata") or {})
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ssm_interp"}):
+            super().savefig(fname, **options)
+
+
+def picture(width: float, height: float) -> Picture:
+    """An empty figure of this size in inches."""
+    return Picture(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+
+
+def plain(axes: Axes) -> None:
+    """Take away what is not data: the frame's upper right half, dark ticks."""
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=INK)
+
+
+def short(name: str, most: int = 36) -> str:
+    """A name that fits over a panel; of a longer one its end, which says most."""
+    return name if len(name) <= most else f"…{name[-most + 1 :]}"
+
+
+def signed(value: float, _: object = None) -> str:
+    """A tick label: +1, −1, 0."""
+    return f"{value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
+
+
+def readable(source: str) -> str:
+    """A role or a token position in words."""
+    return f"token {source}" if source.isdigit() else source.replace("_", " ")
+
+
+def token_label(token: str) -> str:
+    """A token as a tick label: spaces as middle dots, line breaks and characters that the font lacks as escapes.
+
+    Example:
+        >>> token_label(" is"), token_label("\\n")
+        ('·is', '\\\\n')
+    """
+    known = _glyphs()
+    shown = "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in token.replace(" ", "·"))
+    return shown if len(shown) <= 18 else shown[:17] + "…"
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont("DejaVu Sans Mono")).get_charmap())
