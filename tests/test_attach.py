@@ -13,6 +13,8 @@ from support import cache_name, decode, edited, logits, relative_error
 from tiny_hosts import build, inputs, padded
 from torch import nn
 
+from transformers import AutoModelForCausalLM
+
 import ssm_interp as si
 
 READS = ["x", "dt", "B", "C", "write", "state", "attn", "y"]

@@ -3,9 +3,11 @@
 from ssm_interp.flow.engine import CLEAN, Answers, Engine, Variant, choose_engine, full_forwards, rows_engine
 from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.result import FlowResult, FlowRun
+from ssm_interp.flow.study import Study, StudyError, explain
+from ssm_interp.flow.study_run import run_study
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.sweep import FeatureGroups, sweep
-from ssm_interp.flow.windows import Align, FlowError, Window, default_size, windows
+from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, Window, default_size, windows
 
 __all__ = [
     "CLEAN",
@@ -16,14 +18,19 @@ __all__ = [
     "FlowError",
     "FlowResult",
     "FlowRun",
+    "NothingAnswered",
+    "Study",
+    "StudyError",
     "Variant",
     "Window",
     "changes",
     "choose_engine",
     "default_size",
+    "explain",
     "full_forwards",
     "outcome",
     "rows_engine",
+    "run_study",
     "summarise",
     "sweep",
     "windows",

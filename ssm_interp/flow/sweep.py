@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ssm_interp.flow.engine import ALL_FEATURES, CLEAN, Answers, Engine, Variant, choose_engine, full_forwards
 from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.windows import Align, FlowError, default_size, windows
+from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, default_size, windows
 from ssm_interp.hooks import Attachment
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize
 
@@ -168,10 +169,7 @@ class _Run:
             hit = self._outcomes(full_forwards, batch, [CLEAN])[1][0]
             right |= {index for index, is_hit in zip(indices, hit, strict=True) if is_hit}
         if not right:
-            raise FlowError(
-                f"the model answers none of the {len(prompts)} prompts correctly (its most likely next token is never "
-                "the target's first one), so there is nothing to knock out; is this the model's own tokenizer?"
-            )
+            raise NothingAnswered(len(prompts))
         self.total += per_kept * len(right)
         return [prompt for index, prompt in enumerate(prompts) if index in right]
 
@@ -188,7 +186,8 @@ class _Run:
         return rows.drop(columns=["variant", "index"])
 
     def _batches(self, prompts: list[TokenizedPrompt]) -> Iterator[tuple[list[int], Batch]]:
-        device = next(self.ssm.model.parameters()).device
+        parameters = self.ssm.model.parameters()  # those on meta are offloaded, and come where the others are
+        device = next((weight.device for weight in parameters if not weight.is_meta), torch.device("cpu"))
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for start in range(0, len(prompts), self.batch_size):
             indices = by_length[start : start + self.batch_size]

@@ -13,6 +13,21 @@ class FlowError(ValueError):
     """A sweep that cannot be run, or a result that cannot be used, as it is."""
 
 
+class NothingAnswered(FlowError):  # noqa: N818 - what happened, not a fault
+    """The model answers none of the prompts correctly.
+
+    Attributes:
+        asked: how many there were.
+    """
+
+    def __init__(self, asked: int) -> None:
+        self.asked = asked
+        super().__init__(
+            f"the model answers none of the {asked} prompts correctly (its most likely next token is never the "
+            "target's first one), so there is nothing to knock out; is this the model's own tokenizer?"
+        )
+
+
 @dataclass(frozen=True)
 class Window:
     """A run of consecutive SSM layers.

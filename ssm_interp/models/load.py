@@ -17,7 +17,12 @@ class LoadError(ValueError):
 
 
 def load(
-    name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", revision: str = "main"
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    revision: str = "main",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in eval mode, and its tokenizer.
 
@@ -25,6 +30,8 @@ def load(
         name: an embedded model (`tiny-mamba1`, `tiny-mamba2`), a local folder in transformers' layout, or a hub id.
         dtype: of the parameters; the embedded models are stored in float16 and computed in this.
         device: where the model goes.
+        device_map: how to spread a model larger than a device over all of them (and the host's memory, and the disk)
+            instead: "auto", "balanced", "sequential", or part -> device, see transformers' `from_pretrained`.
         revision: of a hub id.
 
     Raises:
@@ -40,7 +47,7 @@ def load(
         raise LoadError(f"{str(name)!r} is not a folder that holds a model")
     try:
         options = {} if local else {"revision": revision}
-        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map=device_map, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # whatever a damaged file makes transformers, safetensors or tokenizers raise
         reason = " ".join(str(error).split())[:300]
@@ -48,4 +55,4 @@ def load(
             f"cannot load {str(name)!r}: it is none of the embedded models ({', '.join(EMBEDDED)}), and as a "
             f"{'local folder' if local else 'hub id'} it gives: {reason}"
         ) from error
-    return model.to(device).eval(), tokenizer
+    return (model.to(device) if device_map is None else model).eval(), tokenizer

@@ -1,0 +1,276 @@
+"""Running a study: shard by shard, on as many ranks as there are, from where a killed run left it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import platform
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ssm_interp.flow.engine import ALL_FEATURES
+from ssm_interp.flow.result import FlowResult
+from ssm_interp.flow.study import Study, StudyError
+from ssm_interp.flow.study_ranks import Ranks, ranks
+from ssm_interp.flow.study_store import Store, digest
+from ssm_interp.flow.sweep import FeatureGroups, Progress, sweep
+from ssm_interp.flow.windows import FlowError, NothingAnswered, windows
+from ssm_interp.hooks import Attachment, attach
+from ssm_interp.models import load
+from ssm_interp.prompts import Prompt, PromptError, load_prompts, tokenize
+
+PACKAGES = ("ssm-interp", "torch", "transformers")
+logger = logging.getLogger(__name__)
+
+
+def run_study(study: Study, folder: str | Path, *, progress: Progress | None = None) -> FlowResult:
+    """Run a study, or what is left of it, and keep every shard of its table as soon as it is there.
+
+    Killed at any moment, it loses the shards in flight alone (one per rank), and called again it ends with the same
+    table. The same call in every process that `torchrun` or `accelerate launch` starts shares the shards between them:
+    shard i is rank i mod n's, and n may be another one each time.
+
+    Args:
+        study: its options. Only `device`, `device_map`, `batch_size` and `max_memory` may differ from a stored one's.
+        folder: for the studies of any number of models; this one's has the name of its model, see `study_folder`. On
+            several machines, on a disk that they share.
+        progress: called with (done, total) prompts of those that this process has yet to ask.
+
+    Returns:
+        The whole table, on every rank, in the order of a sweep over all prompts.
+
+    Raises:
+        StudyError: the folder holds another study (what differs is named), a damaged or a foreign shard, or a process
+            at work; there is no such device.
+        LoadError, PromptError, FlowError, InterventionError: as `load`, `load_prompts` and `sweep`.
+        NothingAnswered: the model answers none of the prompts.
+        OSError: the folder cannot be written.
+        Any error, or KeyboardInterrupt, in the course of the work has a note on what is stored and how to go on.
+
+    Cost: that of `sweep`; reading the weights once more for their sha256 (about a second per GB); and a shard in memory.
+
+    Example:
+        >>> study = Study(model="tiny-mamba2", sources=["subject"], windows=[3])          # doctest: +SKIP
+        >>> run_study(study, "studies").plot().savefig("flow.png")                         # doctest: +SKIP
+    """
+    with ranks() as peers:
+        model, tokenizer = load(
+            study.model,
+            dtype=getattr(torch, study.dtype),
+            device=_device(study, peers),
+            device_map=study.device_map,
+            revision=study.revision,
+        )
+        with attach(model) as ssm:
+            asked = _asked(study, tokenizer, say=peers.index == 0)
+            job = _Job(study, ssm, tokenizer, asked, _features(study, ssm))
+            job.check()
+            identity = {
+                "model": study.model,
+                "commit": getattr(model.config, "_commit_hash", None),
+                "options": study.options(),
+                "weights": weights_hash(model),
+                "prompts": digest([asdict(prompt) for prompt in asked]),
+            }
+            store = Store(study_folder(folder, study.model), identity, len(job.shards), peers)
+            versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+            with store.opened(versions):
+                _tell_changed_versions(store, versions)
+                with _noted(store):
+                    job.run(store, versions, progress)
+                return store.collect()
+
+
+def study_folder(folder: str | Path, model: str) -> Path:
+    """Where in a folder of studies that of a model is: its name, with what a file name should not have replaced.
+
+    Example:
+        >>> study_folder("out", "state-spaces/mamba-130m-hf").name
+        'state-spaces--mamba-130m-hf'
+    """
+    name = re.sub(r"[^\w.-]+", "--", model.strip("/.~"))
+    if len(name) > 120:
+        name = f"{name[-100:]}-{sha256(model.encode()).hexdigest()[:12]}"
+    return Path(folder) / (name or "model")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of a state dict, sorted by name; the same on every device.
+
+    Cost: every weight once through the CPU, one at a time, also those that are offloaded.
+    """
+    found = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        place, _, own = name.rpartition(".")
+        if not tensor.is_meta:
+            found.update(_bytes(tensor))
+            continue
+        with align_module_device(model.get_submodule(place)):
+            found.update(_bytes(getattr(model.get_submodule(place), own)))
+    return found.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _device(study: Study, peers: Ranks) -> torch.device:
+    cuda = torch.cuda.is_available()
+    device = torch.device(study.device if study.device != "auto" else "cuda" if cuda else "cpu")
+    if device.type != "cuda":
+        return device
+    if not cuda or (device.index or 0) >= torch.cuda.device_count():
+        raise StudyError(f"there is no device {study.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.index is None and peers.count > 1:
+        return torch.device("cuda", peers.local % torch.cuda.device_count())
+    return device
+
+
+def _asked(study: Study, tokenizer: PreTrainedTokenizerBase, *, say: bool) -> list[Prompt]:
+    """The prompts of a study: drawn from its facts, and each one known to be askable."""
+    skipped: list[PromptError] = []
+    prompts = load_prompts(study.facts, columns=study.columns, on_bad=skipped.append if study.skip_bad else None)
+    bad = len(skipped)
+    if 0 < study.limit < len(prompts):
+        chosen = random.Random(study.seed).sample(range(len(prompts)), study.limit)
+        prompts = [prompts[index] for index in sorted(chosen)]
+    asked = []
+    for prompt in prompts:
+        try:
+            tokenize(prompt, tokenizer)
+        except PromptError as error:
+            if not study.skip_bad:
+                raise
+            skipped.append(error)
+        else:
+            asked.append(prompt)
+    if skipped and say:
+        logger.warning(
+            "%s: left out %d rows that are no prompts, and %d prompts that the tokenizer cannot take; the first: %s",
+            study.facts, bad, len(skipped) - bad, skipped[0],
+        )  # fmt: skip
+    times = Counter(prompt.id or prompt.text for prompt in asked)
+    if twice := [name for name, count in times.items() if count > 1]:
+        raise FlowError(f"prompts must have distinct ids; these occur more than once: {', '.join(twice[:5])}")
+    if not asked:
+        raise PromptError(f"none of the prompts of {study.facts!r} can be asked; the first: {skipped[0]}")
+    return asked
+
+
+def _features(study: Study, ssm: Attachment) -> FeatureGroups | None:
+    if study.features == (ALL_FEATURES,):
+        return None
+    from ssm_interp.features import feature_groups
+
+    return feature_groups(ssm, study.features)
+
+
+class _Job:
+    """What there is to compute, in shards."""
+
+    def __init__(
+        self,
+        study: Study,
+        ssm: Attachment,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: list[Prompt],
+        features: FeatureGroups | None,
+    ) -> None:
+        self.study, self.ssm, self.tokenizer, self.features = study, ssm, tokenizer, features
+        self.shards = [asked[start : start + study.shard_size] for start in range(0, len(asked), study.shard_size)]
+
+    def check(self) -> None:
+        """Raise, before anything is written, what a sweep would."""
+        layers = self.ssm.layers_with(self.study.through)
+        for size in self.study.windows or ():
+            windows(layers, size, self.study.align)
+
+    def run(self, store: Store, versions: dict[str, str], progress: Progress | None) -> None:
+        """Compute and store the shards of this rank that are not there yet."""
+        mine = range(store.ranks.index, len(self.shards), store.ranks.count)
+        left = [number for number in mine if store.names[number] not in store.records]
+        total, done = sum(len(self.shards[number]) for number in left), 0
+        for number in left:
+            prompts = self.shards[number]
+            report = _in_prompts(progress, done, len(prompts), total) if progress else None
+            store.write(store.names[number], len(prompts), self._sweep(prompts, report), versions)
+            done += len(prompts)
+            if progress:
+                progress(done, total)
+
+    def _sweep(self, prompts: list[Prompt], progress: Progress | None) -> FlowResult | None:
+        study = self.study
+        try:
+            return sweep(
+                self.ssm,
+                self.tokenizer,
+                prompts,
+                sources=study.sources,
+                targets=study.targets,
+                window=study.windows,
+                align=study.align,
+                features=self.features,
+                through=study.through,
+                batch_size=study.batch_size,
+                max_memory=study.max_memory,
+                progress=progress,
+                name=study.model,
+            )
+        except NothingAnswered:
+            return None
+
+
+def _in_prompts(progress: Callable[[int, int], None], before: int, prompts: int, total: int) -> Progress:
+    """A sweep's progress, counted in answers, as that of a study. The answers that decide which prompts are kept come
+    first and count as nothing: how many there will be is not known before."""
+
+    def report(done: int, answers: int) -> None:
+        knockouts = answers - prompts
+        progress(before + (prompts * (done - prompts) // knockouts if knockouts else 0), total)
+
+    return report
+
+
+def _tell_changed_versions(store: Store, versions: dict[str, str]) -> None:
+    if store.ranks.index:
+        return
+    others = {name: {record["versions"].get(name) for record in store.records.values()} for name in versions}
+    if different := [f"{name} {', '.join(sorted(map(str, others[name])))}" for name in versions if others[name] - {versions[name]}]:
+        logger.warning(
+            "%s has shards of other versions (%s; now: %s): their numbers may differ by rounding; the manifest has the "
+            "versions of each shard",
+            store.folder, "; ".join(different), ", ".join(f"{name} {versions[name]}" for name in versions),
+        )  # fmt: skip
+
+
+@contextmanager
+def _noted(store: Store) -> Iterator[None]:
+    """Add to an error on its way out what is stored, and how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        advice = "the same command continues from there"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = f"free some space, then {advice}"
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            advice = f"with a smaller max_memory or batch_size, which change no result, {advice}"
+        error.add_note(
+            f"Nothing that was stored is lost: {len(store.records)} of {len(store.names)} shards are in "
+            f"{store.folder}; {advice}."
+        )
+        raise
