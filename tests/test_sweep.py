@@ -10,7 +10,7 @@ import torch
 from tiny_flow import LAYERS, World, tiny_model, word_tokenizer, world
 
 import ssm_interp as si
-from ssm_interp.flow import CLEAN, FlowError, FlowResult, FlowRun, Variant, default_size, sweep, windows
+from ssm_interp.flow import CLEAN, Answers, FlowError, FlowResult, FlowRun, Variant, default_size, sweep, windows
 from ssm_interp.flow.result import COLUMNS
 from ssm_interp.prompts import Batch, Prompt, PromptError, tokenize
 
@@ -97,7 +97,13 @@ def test_only_prompts_answered_correctly_are_kept_and_counted(scene: World) -> N
     result = swept(scene)
     assert result.runs == (
         FlowRun(
-            type(scene.model).__name__, tuple(range(LAYERS)), default_size(range(LAYERS)), "left", KEPT + WRONG, KEPT
+            model=type(scene.model).__name__,
+            layers=tuple(range(LAYERS)),
+            windows=(default_size(range(LAYERS)),),
+            align="left",
+            asked=KEPT + WRONG,
+            kept=KEPT,
+            engine="rows of one step",
         ),
     )
     assert result.frame["prompt_id"].unique().tolist() == [prompt.id for prompt in scene.prompts]
@@ -125,28 +131,65 @@ def test_the_default_window_and_roles_are_the_papers(scene: World) -> None:
 def test_another_engine_can_take_over(scene: World) -> None:
     calls: list[Variant] = []
 
-    def engine(ssm: si.Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[torch.Tensor]:
-        for variant in variants:
+    def engine(ssm: si.Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Answers]:
+        for number, variant in reversed(list(enumerate(variants))):
             calls.append(variant)
             logits = torch.zeros(len(batch.prompts), 40)
             height = 2.0 if variant is CLEAN else 1.0
-            yield logits.scatter(1, batch.target_ids[:, None], height)
+            logits = logits.scatter(1, batch.target_ids[:, None], height)
+            yield Answers([number], list(range(len(batch.prompts))), logits[None])
 
     result = swept(scene, sources=("subject",), window=4, engine=engine, batch_size=64)
     e = np.e
     expected = 100 * ((e / (e + 39)) / (e**2 / (e**2 + 39)) - 1)
     np.testing.assert_allclose(result.frame["relative_change"], expected, rtol=1e-6)
-    assert result.runs[0].kept == result.runs[0].asked == KEPT + WRONG
-    assert [variant.window.layers for variant in calls] == [(), (), (0, 1, 2, 3)]
+    assert result.runs[0].kept == KEPT
+    assert result.runs[0].engine == "given"
+    assert [variant.window.layers for variant in calls] == [(0, 1, 2, 3), ()]
 
 
-def test_progress_counts_every_forward_pass(scene: World) -> None:
+def test_the_plain_engine_gives_the_same_table_and_says_why(scene: World) -> None:
+    options = {"sources": ("subject", "relation"), "targets": ("last", "subject"), "window": (1, 3)}
+    fast = swept(scene, **options)
+    with si.attach(scene.model) as ssm:
+        ssm.layers[1].hook_y.add_hook(lambda y, hook: None)
+        plain = sweep(ssm, scene.tokenizer, scene.prompts + scene.wrong, **options)
+    assert plain.runs[0].engine == "full forwards: hook_y of layer 1 is hooked or exposed"
+    numbers = ["p_base", "p", "relative_change", "logprob_difference"]
+    pd.testing.assert_frame_equal(fast.frame.drop(columns=numbers), plain.frame.drop(columns=numbers))
+    np.testing.assert_allclose(fast.frame["p"], plain.frame["p"], rtol=1e-5)
+    assert set(fast.frame["window_size"]) == {1, 3}
+
+
+def test_feature_groups_and_single_positions_are_rows_too(scene: World) -> None:
+    with si.attach(scene.model) as ssm:
+        heads = {layer: (0, 2) for layer in ssm.layers}
+        result = sweep(
+            ssm, scene.tokenizer, scene.prompts, sources=(0, 2, 8), window=2, features={"all": None, "two": heads}
+        )
+        frame = result.frame.set_index(["prompt_id", "source", "feature_group", "window_start"])
+        assert frame.index.is_unique
+        for prompt in scene.prompts:
+            words = tokenize(prompt, scene.tokenizer)
+            for source in (0, 2, 8):
+                row = frame.loc[(prompt.id, str(source), "two", 1)]
+                assert row["n_edges"] == (source < len(words.ids))
+                if row["n_edges"]:
+                    knockout = si.Knockout(sources=source, targets=-1, layers=(1, 2), features=(0, 2))
+                    with ssm.edit(knockout), torch.no_grad():
+                        p = softmax(scene.model(torch.tensor([words.ids])).logits[0, -1])[words.target_id]
+                    assert row["p"] == pytest.approx(p, rel=1e-5)
+        with pytest.raises(FlowError, match="feature group 'two' names no features for layer 3"):
+            sweep(ssm, scene.tokenizer, scene.prompts, features={"two": {0: (0,), 1: (0,), 2: (0,)}})
+
+
+def test_progress_counts_every_answer(scene: World) -> None:
     seen: list[tuple[int, int]] = []
     swept(scene, sources=("subject", "last"), window=2, batch_size=2, progress=lambda *counts: seen.append(counts))
     done = [now for now, _ in seen]
     assert done == sorted(done)
-    passes = KEPT + WRONG + KEPT * (1 + 2 * 3)
-    assert seen[-1] == (passes, passes)
+    answers = KEPT + WRONG + KEPT * (1 + 2 * 3)
+    assert seen[-1] == (answers, answers)
 
 
 def test_the_model_is_left_as_it_was(scene: World) -> None:
@@ -198,7 +241,7 @@ def test_largest_drops_are_the_lowest_means(scene: World) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"window": 5}, FlowError, "a window of 5 layers does not fit: this model has 4 SSM layers; give 1 to 4"),
+        ({"window": 5}, FlowError, "a window of 5 layers does not fit: this model has 4 of them; give 1 to 4"),
         ({"window": 0}, FlowError, "give 1 to 4"),
         ({"align": "right"}, Exception, "align"),
         ({"sources": ("subjct",)}, PromptError, "did you mean 'subject'"),

@@ -16,7 +16,7 @@ def test_left_aligned_windows_are_never_truncated() -> None:
 @pytest.mark.parametrize("size", [1, 2, 5, 9])
 def test_centred_windows_are_those_of_geva(n: int, size: int) -> None:
     if size > n:
-        with pytest.raises(FlowError, match=f"a window of {size} layers does not fit: this model has {n} SSM layers"):
+        with pytest.raises(FlowError, match=f"a window of {size} layers does not fit: this model has {n} of them"):
             windows(range(n), size, "centre")
         return
     expected = [tuple(range(max(0, i - size // 2), min(n, i - (-size // 2)))) for i in range(n)]

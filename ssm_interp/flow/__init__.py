@@ -4,7 +4,8 @@ from ssm_interp.flow.engine import CLEAN, Answers, Engine, Variant, choose_engin
 from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.study import Study, StudyError, explain
-from ssm_interp.flow.study_run import run_study
+from ssm_interp.flow.study_ranks import Ranks, ranks
+from ssm_interp.flow.study_run import run_study, study_folder
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.sweep import FeatureGroups, sweep
 from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, Window, default_size, windows
@@ -19,6 +20,7 @@ __all__ = [
     "FlowResult",
     "FlowRun",
     "NothingAnswered",
+    "Ranks",
     "Study",
     "StudyError",
     "Variant",
@@ -29,8 +31,10 @@ __all__ = [
     "explain",
     "full_forwards",
     "outcome",
+    "ranks",
     "rows_engine",
     "run_study",
+    "study_folder",
     "summarise",
     "sweep",
     "windows",

@@ -31,8 +31,8 @@ def outcome(logits: Float[Tensor, "m r v"], target_ids: Int[Tensor, " r"]) -> Ou
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.take_along_dim(target_ids.to(logits.device)[None, :, None], dim=2).squeeze(2)
-    logprob = chosen.double() - logits.logsumexp(2).double()
-    return Outcome(logprob, chosen >= logits.amax(2))
+    logprob = -(logits - chosen[..., None]).logsumexp(2)
+    return Outcome(logprob.double(), chosen >= logits.amax(2))
 
 
 def changes(logprob: np.ndarray, base: np.ndarray) -> dict[str, np.ndarray]:

@@ -115,6 +115,10 @@ class FlowResult:
         """A panel per model (and a row per target): mean relative change over the windows, a line per source."""
         return plots.flow_figure(self.summary(), x_labels={run.model: _x_label(run) for run in self.runs})
 
+    def page(self) -> str:
+        """The same as an interactive page of HTML, which opens in a browser offline."""
+        return plots.flow_page(self.summary(), x_labels={run.model: _x_label(run) for run in self.runs})
+
     def save(self, path: str | Path) -> None:
         """Write a Parquet file, the runs in its metadata.
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PositiveInt, ValidationError
 
+from ssm_interp.features import FeatureGroup
+from ssm_interp.features.groups import ALL
 from ssm_interp.flow.windows import Align, FlowError
 from ssm_interp.prompts import check_role
 from ssm_interp.prompts.facts_file import EMBEDDED, check_columns
@@ -23,14 +25,18 @@ class StudyError(FlowError):
     """A study that cannot be run, or continued, as it is."""
 
 
-def _role(value: Any) -> Any:
-    if isinstance(value, str) and value.isdecimal():
-        return int(value)
+def _target(value: Any) -> Any:
     if isinstance(value, str):
         check_role(value)
-    elif isinstance(value, int) and value < 0:
-        raise ValueError(f"position {value}: positions in a prompt count from 0")
     return value
+
+
+def _source(value: Any) -> Any:
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, int) and (value < 0 or isinstance(value, bool)):
+        raise ValueError(f"there is no position {value}: positions in a prompt count from 0")
+    return _target(value)
 
 
 def _device(value: str) -> str:
@@ -47,7 +53,13 @@ def _fields(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-Source = Annotated[str | int, BeforeValidator(_role)]
+def _features(value: str) -> str:
+    if value != ALL:
+        FeatureGroup.named(value)
+    return value
+
+
+Source = Annotated[str | int, BeforeValidator(_source)]
 
 
 class Study(BaseModel):
@@ -82,14 +94,14 @@ class Study(BaseModel):
     sources: tuple[Source, ...] = Field(
         ("subject", "relation", "first", "last"), min_length=1, description="Roles, or positions, no longer read."
     )
-    targets: tuple[Annotated[str, AfterValidator(_role)], ...] = Field(
+    targets: tuple[Annotated[str, AfterValidator(_target)], ...] = Field(
         ("last",), min_length=1, description="Roles that no longer read them."
     )
     windows: tuple[PositiveInt, ...] | None = Field(
         None, min_length=1, description="Layers per window, each size in turn; none: three in eight of the layers."
     )
     align: Align = Field("left", description="left: never truncated. centre: truncated at both ends.")
-    features: tuple[str, ...] = Field(("all",), min_length=1, description="Feature groups, a knockout each.")
+    features: tuple[Annotated[str, AfterValidator(_features)], ...] = Field(("all",), min_length=1, description="Feature groups, a knockout each.")
     through: tuple[Stream, ...] | None = Field(
         None, min_length=1, description="Streams in which edges are removed; none: ssm where the model has it."
     )
@@ -115,7 +127,10 @@ def explain(error: ValidationError) -> str:
         'limit: input should be greater than or equal to 0, got -1'
     """
     problems = []
+    within = {problem["loc"][:-1] for problem in error.errors()}
     for problem in error.errors():
+        if problem["type"] == "too_short" and problem["loc"] in within:
+            continue  # pydantic does not count items that are wrong
         own = problem.get("ctx", {}).get("error")
         message = str(own) if own else f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
         problems.append(f"{'.'.join(map(str, problem['loc']))}: {message}")

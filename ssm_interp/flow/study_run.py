@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssm_interp.flow.engine import ALL_FEATURES
+import ssm_interp
+from ssm_interp.features import feature_groups
 from ssm_interp.flow.result import FlowResult
 from ssm_interp.flow.study import Study, StudyError
 from ssm_interp.flow.study_ranks import Ranks, ranks
@@ -31,7 +32,6 @@ from ssm_interp.hooks import Attachment, attach
 from ssm_interp.models import load
 from ssm_interp.prompts import Prompt, PromptError, load_prompts, tokenize
 
-PACKAGES = ("ssm-interp", "torch", "transformers")
 logger = logging.getLogger(__name__)
 
 
@@ -65,6 +65,7 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
         >>> study = Study(model="tiny-mamba2", sources=["subject"], windows=[3])          # doctest: +SKIP
         >>> run_study(study, "studies").plot().savefig("flow.png")                         # doctest: +SKIP
     """
+    facts = _Facts(study)
     with ranks() as peers:
         model, tokenizer = load(
             study.model,
@@ -74,8 +75,8 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
             revision=study.revision,
         )
         with attach(model) as ssm:
-            asked = _asked(study, tokenizer, say=peers.index == 0)
-            job = _Job(study, ssm, tokenizer, asked, _features(study, ssm))
+            asked = facts.askable(tokenizer, say=peers.index == 0)
+            job = _Job(study, ssm, tokenizer, asked, feature_groups(ssm, study.features))
             job.check()
             identity = {
                 "model": study.model,
@@ -85,7 +86,7 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
                 "prompts": digest([asdict(prompt) for prompt in asked]),
             }
             store = Store(study_folder(folder, study.model), identity, len(job.shards), peers)
-            versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+            versions = _versions()
             with store.opened(versions):
                 _tell_changed_versions(store, versions)
                 with _noted(store):
@@ -125,6 +126,11 @@ def weights_hash(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+def _versions() -> dict[str, str]:
+    packages = {package.__name__: str(package.__version__) for package in (ssm_interp, torch, transformers)}
+    return packages | {"python": platform.python_version()}
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
@@ -141,43 +147,41 @@ def _device(study: Study, peers: Ranks) -> torch.device:
     return device
 
 
-def _asked(study: Study, tokenizer: PreTrainedTokenizerBase, *, say: bool) -> list[Prompt]:
-    """The prompts of a study: drawn from its facts, and each one known to be askable."""
-    skipped: list[PromptError] = []
-    prompts = load_prompts(study.facts, columns=study.columns, on_bad=skipped.append if study.skip_bad else None)
-    bad = len(skipped)
-    if 0 < study.limit < len(prompts):
-        chosen = random.Random(study.seed).sample(range(len(prompts)), study.limit)
-        prompts = [prompts[index] for index in sorted(chosen)]
-    asked = []
-    for prompt in prompts:
-        try:
-            tokenize(prompt, tokenizer)
-        except PromptError as error:
-            if not study.skip_bad:
-                raise
-            skipped.append(error)
-        else:
-            asked.append(prompt)
-    if skipped and say:
-        logger.warning(
-            "%s: left out %d rows that are no prompts, and %d prompts that the tokenizer cannot take; the first: %s",
-            study.facts, bad, len(skipped) - bad, skipped[0],
-        )  # fmt: skip
-    times = Counter(prompt.id or prompt.text for prompt in asked)
-    if twice := [name for name, count in times.items() if count > 1]:
-        raise FlowError(f"prompts must have distinct ids; these occur more than once: {', '.join(twice[:5])}")
-    if not asked:
-        raise PromptError(f"none of the prompts of {study.facts!r} can be asked; the first: {skipped[0]}")
-    return asked
+class _Facts:
+    """The prompts of a study, and the rows left out."""
 
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.bad: list[PromptError] = []
+        on_bad = self.bad.append if study.skip_bad else None
+        prompts = load_prompts(study.facts, columns=study.columns, on_bad=on_bad)
+        if 0 < study.limit < len(prompts):
+            chosen = random.Random(study.seed).sample(range(len(prompts)), study.limit)
+            prompts = [prompts[index] for index in sorted(chosen)]
+        times = Counter(prompt.id or prompt.text for prompt in prompts)
+        if twice := [name for name, count in times.items() if count > 1]:
+            raise FlowError(f"prompts must have distinct ids; these occur more than once: {', '.join(twice[:5])}")
+        self.prompts = prompts
 
-def _features(study: Study, ssm: Attachment) -> FeatureGroups | None:
-    if study.features == (ALL_FEATURES,):
-        return None
-    from ssm_interp.features import feature_groups
-
-    return feature_groups(ssm, study.features)
+    def askable(self, tokenizer: PreTrainedTokenizerBase, *, say: bool) -> list[Prompt]:
+        """The prompts that this tokenizer can take: all of them, unless the study leaves out others."""
+        good, rows = [], len(self.bad)
+        for prompt in self.prompts:
+            try:
+                tokenize(prompt, tokenizer)
+                good.append(prompt)
+            except PromptError as error:
+                if not self.study.skip_bad:
+                    raise
+                self.bad.append(error)
+        if self.bad and say:
+            logger.warning(
+                "%s: left out %d rows that are no prompts, and %d prompts that the tokenizer cannot take; the first: %s",
+                self.study.facts, rows, len(self.bad) - rows, self.bad[0],
+            )  # fmt: skip
+        if not good:
+            raise PromptError(f"the tokenizer can take none of the prompts of {self.study.facts!r}: {self.bad[-1]}")
+        return good
 
 
 class _Job:
@@ -189,7 +193,7 @@ class _Job:
         ssm: Attachment,
         tokenizer: PreTrainedTokenizerBase,
         asked: list[Prompt],
-        features: FeatureGroups | None,
+        features: FeatureGroups,
     ) -> None:
         self.study, self.ssm, self.tokenizer, self.features = study, ssm, tokenizer, features
         self.shards = [asked[start : start + study.shard_size] for start in range(0, len(asked), study.shard_size)]

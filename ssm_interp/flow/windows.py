@@ -45,7 +45,7 @@ def windows(layers: Sequence[int], size: int, align: Align = "left") -> list[Win
     """All windows of `size` layers over a model's SSM layers.
 
     Args:
-        layers: the model's layer numbers that have an SSM (in a hybrid not all of them), ascending; n of them.
+        layers: the model's layer numbers that windows run over (in a hybrid maybe not all), ascending; n of them.
         size: w, the number of layers in a window.
         align: `"left"`: windows start at s = 0 .. n-w and are never truncated, n-w+1 of them (Endy et al. 2025).
             `"centre"`: windows of `range(max(0, l - w//2), min(n, l - (-w//2)))` for l = 0 .. n-1, truncated at both
@@ -63,7 +63,7 @@ def windows(layers: Sequence[int], size: int, align: Align = "left") -> list[Win
     layers = tuple(layers)
     n = len(layers)
     if not 1 <= size <= n:
-        raise FlowError(f"a window of {size} layers does not fit: this model has {n} SSM layers; give 1 to {n}")
+        raise FlowError(f"a window of {size} layers does not fit: this model has {n} of them; give 1 to {n}")
     if align == "left":
         return [Window(layers[s], layers[s : s + size]) for s in range(n - size + 1)]
     if align == "centre":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,6 @@ from ssm_interp.plots.style import (
 )
 
 FLOW_KEYS = ("model", "feature_group", "window", "target")
-MOST_MARKERS = 16
 
 
 def flow_figure(
@@ -58,24 +57,24 @@ def flow_figure(
     rows, chosen = drawable(summary, statistic)
     layout = arrange(rows, FLOW_KEYS)
     styles = source_styles(rows["source"].unique())
-    title = legend_title("Source", chosen, rows)
     if ax is not None:
-        _one_panel(layout, ax, chosen, styles, title, x_labels or {})
+        _one_panel(layout, ax, chosen, styles, x_labels or {})
         return ax.figure.figure
     height, width = layout.shape
     figure = picture(1.1 + 3.9 * width, 1.1 + 2.8 * height)
-    grid = figure.subplots(height, width, sharex="col", sharey="all" if layout.wrapped else "row", squeeze=False)
+    layers = "all" if layout.across != "model" else "none" if layout.wrapped else "col"
+    grid = figure.subplots(height, width, sharex=layers, sharey="all" if layout.wrapped else "row", squeeze=False)
     _fill(grid, layout, chosen, styles, x_labels or {})
     figure.supylabel(chosen.label, fontsize=9, color=INK)
     if layout.across != "model":
         name = short(str(rows["model"].iloc[0]), 60)
         figure.suptitle(f"{name}   ({header(rows)})", fontsize=10, color=INK, parse_math=False)
-    _legend(figure, map(readable, styles), styles.values(), title, width)
+    _legend(figure, list(map(readable, styles)), styles.values(), legend_title("Source knocked out", chosen, rows))
     return figure
 
 
 def _one_panel(
-    layout: Layout, axes: Axes, chosen: Statistic, styles: Mapping[str, Style], title: str, x_labels: Mapping[str, str]
+    layout: Layout, axes: Axes, chosen: Statistic, styles: Mapping[str, Style], x_labels: Mapping[str, str]
 ) -> None:
     if len(layout.panels) > 1:
         raise ValueError(
@@ -87,8 +86,9 @@ def _one_panel(
     _layer_axis(axes)
     axes.set_title(f"{panel.across}   ({header(panel.rows)})", fontsize=10, color=INK, parse_math=False)
     axes.set_xlabel(x_labels.get(panel.rows["model"].iloc[0], "Layer of the window"), fontsize=9, parse_math=False)
-    axes.set_ylabel(chosen.label, fontsize=9)
-    axes.legend(_handles(styles.values()), list(map(readable, styles)), title=title, **_LEGEND)
+    target = readable(panel.rows["target"].iloc[0])
+    axes.set_ylabel(f"{chosen.label}\nsource \N{RIGHTWARDS ARROW} {target}", fontsize=9)
+    axes.legend(_handles(styles.values()), list(map(readable, styles)), title="Source knocked out", **_LEGEND)
 
 
 def _fill(
@@ -111,7 +111,7 @@ def _fill(
 def _titles(axes: Axes, panel: Panel, layout: Layout) -> None:
     if panel.row == 0 or layout.wrapped:
         count = f"   ({header(panel.rows)})" if layout.across == "model" else ""
-        axes.set_title(f"{panel.across}{count}", fontsize=10, color=INK, parse_math=False)
+        axes.set_title(f"{panel.across}{count}", fontsize=9.5, color=INK, parse_math=False)
     if panel.column == 0:
         known = layout.across == "target" or any("\N{RIGHTWARDS ARROW}" in words for words in panel.down)
         cut = () if known else (f"source \N{RIGHTWARDS ARROW} {readable(panel.rows['target'].iloc[0])}",)
@@ -141,7 +141,7 @@ def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") ->
     styles = model_styles(rows["model"].unique())
     layout = arrange(rows, ("target", "feature_group", "window"), across="source")
     height, width = layout.shape
-    figure = picture(1.1 + 2.9 * width, 1.3 + 2.6 * height)
+    figure = picture(1.1 + 3.3 * width, 1.4 + 2.8 * height)
     grid = figure.subplots(height, width, sharex=True, sharey="all" if layout.wrapped else "row", squeeze=False)
     for axes in grid.flat:
         axes.set_visible(False)
@@ -157,7 +157,7 @@ def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") ->
     figure.supylabel(chosen.label, fontsize=9, color=INK)
     counts = {model: header(part) for model, part in rows.groupby("model", sort=False)}
     names = [f"{short(str(model))}  ({counts[model]})" for model in styles]
-    _legend(figure, names, styles.values(), legend_title("Model", chosen, rows), width * 0.6)
+    _legend(figure, names, styles.values(), legend_title("Model", chosen, rows))
     return figure
 
 
@@ -165,10 +165,11 @@ def _lines(axes: Axes, rows: pd.DataFrame, key: str, x: str, styles: Mapping[str
     """A line per value of `key`, its interval as a band."""
     axes.axhline(statistic.unchanged, color=INK, linewidth=0.8, zorder=1)
     names = [name for name in styles if (rows[key] == name).any()]
+    markers, alpha = (16, 0.16) if len(names) < 5 else (10, 0.1)
     for place, name in enumerate(names):
         line, style = rows[rows[key] == name], styles[name]
-        step = -(-len(line) // MOST_MARKERS)
-        axes.fill_between(line[x], line["low"], line["high"], color=style.colour, alpha=0.16, linewidth=0)
+        step = -(-len(line) // markers)
+        axes.fill_between(line[x], line["low"], line["high"], color=style.colour, alpha=alpha, linewidth=0)
         axes.plot(
             line[x],
             line["value"],
@@ -201,7 +202,8 @@ def _handles(styles: Iterable[Style]) -> list[Line2D]:
     return [Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.dash, **shared) for s in styles]
 
 
-def _legend(figure: Figure, names: Iterable[str], styles: Iterable[Style], title: str, width: float) -> None:
-    handles = _handles(styles)
-    columns = int(np.clip(round(1 + 3 * width), 1, len(handles)))
-    figure.legend(handles, list(names), loc="outside lower center", ncols=columns, title=title, **_LEGEND)
+def _legend(figure: Figure, names: Sequence[str], styles: Iterable[Style], title: str) -> None:
+    """Below the panels, in as many columns as fit."""
+    inches = 0.6 + 0.08 * max(len(name) for name in names)
+    columns = int(np.clip(figure.get_figwidth() // inches, 1, len(names)))
+    figure.legend(_handles(styles), names, loc="outside lower center", ncols=columns, title=title, **_LEGEND)

@@ -14,7 +14,18 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ssm_interp.plots.style import BLANK, INK, MOST_LABELS, STYLES, Picture, picture, short, signed, token_label
+from ssm_interp.plots.style import (
+    FAINT,
+    INK,
+    MOST_LABELS,
+    STYLES,
+    Picture,
+    picture,
+    readable,
+    short,
+    signed,
+    token_label,
+)
 
 LABEL = "Change of the answer's probability"
 MOST_ACROSS = 3
@@ -27,7 +38,7 @@ class TokenMap:
     """What knocking each single token of a prompt out does to the answer, in each layer window.
 
     Attributes:
-        values: p - p_base, `[token, window]`; NaN where there are no edges to knock out, drawn in grey.
+        values: p - p_base, `[token, window]`; NaN where there are no edges to knock out, drawn hatched.
         tokens: a readable token per row.
         layers: the layer that each window is drawn at (its first one, if aligned left).
         subject: rows that are the subject's.
@@ -99,7 +110,7 @@ class TokenMap:
         table = kept.assign(change=change).pivot(index="source", columns="layer", values="change")
         values = table.reindex(index=range(len(tokens)), columns=layers).to_numpy(float)
         first = rows.iloc[0]
-        title = f"{short(str(first['model']))}, {first['target'].replace('_', ' ')} no longer reads the token"
+        title = f"{short(str(first['model']), 32)}: token \N{RIGHTWARDS ARROW} {readable(first['target'])}"
         return cls(values, tokens, layers, subject, title, answer, float(first["p_base"]))
 
     @property
@@ -171,8 +182,10 @@ def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None 
     grid = figure.subplots(len(lanes), across, squeeze=False, height_ratios=heights, width_ratios=widths)
     for axes in grid.flat[len(maps) :]:
         axes.set_visible(False)
-    for axes, one in zip(grid.flat, maps, strict=False):
+    for place, (axes, one) in enumerate(zip(grid.flat, maps, strict=False)):
         _map(axes, one, norm)
+        if place % across:
+            axes.set_ylabel("")
     _colour_bar(figure, list(grid.flat[: len(maps)]), maps, norm)
     return figure
 
@@ -187,8 +200,9 @@ def _width(one: TokenMap) -> float:
 
 def _map(axes: Axes, one: TokenMap, norm: Normalize) -> None:
     values = np.ma.masked_invalid(one.values)
-    axes.set_facecolor(BLANK)
+    axes.patch.set(facecolor="white", hatch="/////", edgecolor=FAINT)  # shows where there is no value
     axes.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="none")
+    axes.tick_params(length=2, colors=INK)
     every = -(-len(one.tokens) // MOST_LABELS)
     rows = range(0, len(one.tokens), every)
     style: dict[str, Any] = {"family": "DejaVu Sans Mono", "parse_math": False}
@@ -203,7 +217,6 @@ def _map(axes: Axes, one: TokenMap, norm: Normalize) -> None:
     axes.set_ylabel("Source token (bold: the subject)" if one.subject else "Source token", fontsize=9)
     lines = [line for line in (one.title, one.caption) if line]
     axes.set_title("\n".join(lines), fontsize=10, color=INK, parse_math=False)
-    axes.tick_params(length=2, colors=INK, which="both")
     axes.spines[:].set_visible(False)
 
 

@@ -163,7 +163,7 @@ def _words(key: str, value: Any) -> str:
         return f"source \N{RIGHTWARDS ARROW} {readable(value)}"
     if key == "source":
         return f"source: {readable(value)}"
-    return short(str(value)) if key == "model" else f"features: {short(str(value), 24)}"
+    return short(str(value), 32) if key == "model" else f"features: {short(str(value), 24)}"
 
 
 def header(rows: pd.DataFrame) -> str:
@@ -175,5 +175,6 @@ def header(rows: pd.DataFrame) -> str:
 
 def legend_title(what: str, statistic: Statistic, rows: pd.DataFrame) -> str:
     """What the lines and the bands of a picture are."""
-    levels = [f"{100 * level:g}" for level in sorted(rows["level"].unique())]
-    return f"{what} (line: {statistic.line}, band: its {' or '.join(levels)} % interval)"
+    levels = " or ".join(f"{100 * level:g}" for level in sorted(rows["level"].unique()))
+    band = "" if rows["low"].isna().all() else f", band: its {levels} % interval"
+    return f"{what} (line: {statistic.line}{band})"

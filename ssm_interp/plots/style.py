@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-INK, FAINT, BLANK = "#222222", "#DDDDDD", "#EEEEEE"
+INK, FAINT = "#222222", "#DDDDDD"
 MOST_LABELS = 64  # more tokens than these on one axis could not be read
 
 
