@@ -34,7 +34,9 @@ class _Commands(TyperGroup):
             _complain("interrupted", error.__cause__)
             code = INTERRUPTED
         except Exception as error:
-            explained = getattr(error, "format_message", None)  # misuse of the command line, for which typer has no class
+            explained = getattr(
+                error, "format_message", None
+            )  # misuse of the command line, for which typer has no class
             if "--debug" in given or not (explained or isinstance(error, EXPECTED)):
                 raise
             _complain(f"error: {explained() if explained else _message(error)}", error)

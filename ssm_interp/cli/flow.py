@@ -41,7 +41,9 @@ def _default(field: str) -> Any:
 
 Models = Annotated[
     list[str] | None,
-    typer.Option("--model", help="Embedded name, local folder or hub id; repeatable.", show_default="both embedded ones"),
+    typer.Option(
+        "--model", help="Embedded name, local folder or hub id; repeatable.", show_default="both embedded ones"
+    ),
 ]
 Columns = Annotated[
     list[str] | None, _option("columns", "--column", metavar="FIELD=COLUMN", show_default="the fields' own names")
@@ -74,7 +76,9 @@ def flow(
     batch_size: Annotated[int, _option("batch_size", min=1)] = _default("batch_size"),
     shard_size: Annotated[int, _option("shard_size", min=1)] = _default("shard_size"),
     max_memory: Annotated[str | None, _option("max_memory", metavar="BYTES")] = _default("max_memory"),
-    out: Annotated[Path, typer.Option(help="Folder of the figures, the table, and each model's shards.")] = Path("flow"),
+    out: Annotated[Path, typer.Option(help="Folder of the figures, the table, and each model's shards.")] = Path(
+        "flow"
+    ),
 ) -> None:
     """Draw an information-flow map: where in the layers each part of a prompt reaches the answer.
 
@@ -139,9 +143,7 @@ def run_studies(studies: Sequence[Study], out: Path) -> None:
     figure.savefig(out / "flow.svg")
     (out / "flow.html").write_text(result.page(), encoding="utf-8")
     _print_flow(result)
-    typer.echo(
-        f"\nwrote {out / 'flow.png'} (.svg, .html) and {out / 'flow.parquet'} ({len(result.frame)} rows)"
-    )
+    typer.echo(f"\nwrote {out / 'flow.png'} (.svg, .html) and {out / 'flow.parquet'} ({len(result.frame)} rows)")
 
 
 def _columns(pairs: list[str] | None) -> dict[str, str] | None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+)
 
 from ssm_interp.features import FeatureGroup
 from ssm_interp.features.groups import ALL
@@ -101,7 +110,9 @@ class Study(BaseModel):
         None, min_length=1, description="Layers per window, each size in turn; none: three in eight of the layers."
     )
     align: Align = Field("left", description="left: never truncated. centre: truncated at both ends.")
-    features: tuple[Annotated[str, AfterValidator(_features)], ...] = Field(("all",), min_length=1, description="Feature groups, a knockout each.")
+    features: tuple[Annotated[str, AfterValidator(_features)], ...] = Field(
+        ("all",), min_length=1, description="Feature groups, a knockout each."
+    )
     through: tuple[Stream, ...] | None = Field(
         None, min_length=1, description="Streams in which edges are removed; none: ssm where the model has it."
     )

@@ -141,7 +141,9 @@ def _device(study: Study, peers: Ranks) -> torch.device:
     if device.type != "cuda":
         return device
     if not cuda or (device.index or 0) >= torch.cuda.device_count():
-        raise StudyError(f"there is no device {study.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise StudyError(
+            f"there is no device {study.device!r}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     if device.index is None and peers.count > 1:
         return torch.device("cuda", peers.local % torch.cuda.device_count())
     return device
@@ -254,7 +256,9 @@ def _tell_changed_versions(store: Store, versions: dict[str, str]) -> None:
     if store.ranks.index:
         return
     others = {name: {record["versions"].get(name) for record in store.records.values()} for name in versions}
-    if different := [f"{name} {', '.join(sorted(map(str, others[name])))}" for name in versions if others[name] - {versions[name]}]:
+    if different := [
+        f"{name} {', '.join(sorted(map(str, others[name])))}" for name in versions if others[name] - {versions[name]}
+    ]:
         logger.warning(
             "%s has shards of other versions (%s; now: %s): their numbers may differ by rounding; the manifest has the "
             "versions of each shard",

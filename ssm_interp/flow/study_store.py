@@ -245,7 +245,9 @@ def _origin(path: Path) -> Any:
 
 def _in_order(frames: list[pd.DataFrame], kept: list[int]) -> pd.DataFrame:
     """The rows of all shards as one sweep orders them: by knockout, then by prompt."""
-    knockouts = [np.repeat(np.arange(len(frame) // prompts), prompts) for frame, prompts in zip(frames, kept, strict=True)]
+    knockouts = [
+        np.repeat(np.arange(len(frame) // prompts), prompts) for frame, prompts in zip(frames, kept, strict=True)
+    ]
     order = np.argsort(np.concatenate(knockouts), kind="stable")
     return pd.concat(frames, ignore_index=True).iloc[order].reset_index(drop=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -62,7 +62,7 @@ def flow_figure(
         return ax.figure.figure
     height, width = layout.shape
     figure = picture(1.1 + 3.9 * width, 1.1 + 2.8 * height)
-    layers = "all" if layout.across != "model" else "none" if layout.wrapped else "col"
+    layers: Literal["all", "none", "col"] = "all" if layout.across != "model" else "none" if layout.wrapped else "col"
     grid = figure.subplots(height, width, sharex=layers, sharey="all" if layout.wrapped else "row", squeeze=False)
     _fill(grid, layout, chosen, styles, x_labels or {})
     figure.supylabel(chosen.label, fontsize=9, color=INK)

@@ -148,7 +148,7 @@ def _varies(rows: pd.DataFrame, key: str) -> bool:
     """Whether a picture needs it to tell rows apart; each model having one window size of its own does not."""
     if key == "window":
         return bool(rows.groupby("model")["window"].nunique().max() > 1)
-    return rows[key].nunique() > 1
+    return len(rows[key].unique()) > 1
 
 
 def _values(rows: pd.DataFrame, key: str) -> list[Any]:
