@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import pytest
 import torch
 from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import ssm_interp as si
 from ssm_interp.hooks import rows as rows_module
-from ssm_interp.hooks import run_each
+from ssm_interp.hooks import obstacle, run_each
+from ssm_interp.hooks.operators import OPERATORS, Operator
 
 LENGTH = 9
 ROLES = {
@@ -57,6 +60,12 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def precise(name: str) -> PreTrainedModel:
+    """In float64. Nemotron-H routes to its experts in fp32, whatever its dtype: a product that varies with the batch."""
+    dense = {"layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]}
+    return build(name, dtype=torch.float64, **(dense if name == "nemotron_h" else {}))
+
+
 @pytest.mark.parametrize("target", ["last", "subject", "relation", "all"])
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_to_a_full_forward_for_every_role_and_window(name: str, target: str) -> None:
@@ -76,10 +85,7 @@ def test_equal_to_a_full_forward_for_every_role_and_window(name: str, target: st
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_in_float64(name: str) -> None:
     ids = inputs(batch=3, length=LENGTH)["input_ids"]
-    # Nemotron-H routes to its experts in fp32, whatever the model's dtype: a matrix product that varies with the batch.
-    dense = {"layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]}
-    options = dense if name == "nemotron_h" else {}
-    with si.attach(build(name, dtype=torch.float64, **options), own_operator=True) as ssm:
+    with si.attach(precise(name), own_operator=True) as ssm:
         variants = [
             si.Knockout(sources=ROLES[source], targets=ROLES[target], layers=window, features=features)
             for source in ("subject", "relation", "last")
@@ -88,3 +94,171 @@ def test_exact_in_float64(name: str) -> None:
             for features in (None, [0, 2, 3], [(0, 1), (3, 0), (3, 2)])
         ]
         assert error(answers(ssm, ids, variants), forwards(ssm, ids, variants)) < 1e-9
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_and_batches_change_nothing(name: str, side: str) -> None:
+    batch = padded([7, 9, 4, 9, 7], side=side)
+    mask = batch["attention_mask"]
+    rows = [row.nonzero()[:, 0].tolist() for row in mask]
+    with si.attach(precise(name), own_operator=True) as ssm:
+        layers = ssm.layers_with()
+        variants = [
+            si.Knockout(sources=[row[1:3] for row in rows], targets=[row[-1:] for row in rows], layers=layers[:2]),
+            si.Knockout(sources=[row[1:3] for row in rows], targets=[row[2:4] for row in rows], layers=layers[1:]),
+            (),
+            si.Knockout(sources=[row[:1] if len(row) > 4 else [] for row in rows], targets=None),
+        ]
+        found = answers(ssm, batch["input_ids"], variants, attention_mask=mask)
+        for row, columns in enumerate(rows):
+            alone = batch["input_ids"][row : row + 1, columns]
+            shift = columns[0]
+            single = [
+                si.Knockout(
+                    sources=[column - shift for column in variant.sources[row]],
+                    targets=None if variant.targets is None else [column - shift for column in variant.targets[row]],
+                    layers=variant.layers,
+                )
+                if variant
+                else ()
+                for variant in variants
+            ]
+            assert error(found[:, row : row + 1], forwards(ssm, alone, single)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "zamba"])
+def test_memory_only_changes_how_many_rows_go_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = inputs(batch=5, length=LENGTH)["input_ids"]
+    with si.attach(build(name)) as ssm:
+        variants = [si.Knockout(sources=[2, 3], targets=[6, 8], layers=window) for window in windows(ssm)]
+        steps: list[int] = []
+        step = rows_module._Group._step
+
+        def counted(group: object, cache: object, some: Sequence[int]) -> Tensor:
+            steps.append(len(some))
+            return step(group, cache, some)
+
+        monkeypatch.setattr(rows_module._Group, "_step", counted)
+        whole = answers(ssm, ids, variants)
+        assert steps == [len(variants)]
+        steps.clear()
+        assert error(answers(ssm, ids, variants, max_memory=1), whole) < 1e-5
+        assert steps == [1] * len(variants) * len(ids)
+
+
+def test_out_of_memory_halves_the_rows_and_then_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    step, most = rows_module._Group._step, 3
+    steps: list[int] = []
+
+    def scarce(group: object, cache: object, some: Sequence[int]) -> Tensor:
+        steps.append(len(some))
+        if len(some) > most:
+            torch.empty(10**15)  # what a CPU that is out of memory raises
+        return step(group, cache, some)
+
+    with si.attach(build("mamba2")) as ssm:
+        variants = [si.Knockout(sources=[2, 3], targets=-1, layers=window) for window in windows(ssm)]
+        expected = answers(ssm, ids, variants)
+        monkeypatch.setattr(rows_module._Group, "_step", scarce)
+        assert error(answers(ssm, ids, variants), expected) < 1e-5
+        assert steps == [10, 5, 2, 2, 2, 2, 2]
+        most = 0
+        with pytest.raises(si.HookError, match="out of memory with 2 prompts and 1 variant in a step; set a smaller"):
+            answers(ssm, ids, variants)
+
+
+def test_the_host_that_forgets_its_clamp_in_decode_is_exact_all_the_same() -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    with si.attach(build("mamba2", time_step_limit=(0.5, 0.8))) as ssm:
+        variants = [si.Knockout(sources=[2, 3], targets=-1, layers=window) for window in windows(ssm)]
+        expected = forwards(ssm, ids, variants)
+        assert error(answers(ssm, ids, variants), expected) < 1e-5
+    with si.attach(build("mamba2", time_step_limit=(0.0, float("inf")))) as ssm:
+        assert error(forwards(ssm, ids, variants), expected) > 0.01  # the clamp matters
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fused_kernel_is_called_once_more_for_each_set_of_sources(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    with si.attach(build(name)) as ssm:
+        variants = [si.Knockout(sources=source, targets=-1) for source in ([2, 3], [0], [8])]
+        expected = forwards(ssm, ids, variants)
+        calls: list[int] = []
+        monkeypatch.setattr(Operator, "is_reference", property(lambda self: False))
+        for adapter in OPERATORS.values():
+            run = adapter.run
+            monkeypatch.setattr(adapter, "run", lambda self, given, run=run: (calls.append(1), run(self, given))[1])
+        assert error(answers(ssm, ids, variants), expected) < 1e-5
+        heads = 2 if name == "zamba" else 1
+        assert len(calls) == len(ssm.layers) * heads * (1 + 3)
+
+
+def test_threads_do_not_see_each_others_rows() -> None:
+    model = build("mamba2")
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    with si.attach(model) as ssm:
+        variants = [si.Knockout(sources=[2, 3], targets=-1, layers=window) for window in windows(ssm)]
+        expected, clean = answers(ssm, ids, variants), forwards(ssm, ids, [()])
+        found: list[Tensor] = []
+
+        def read() -> None:
+            for _ in range(20):
+                found.append(forwards(ssm, ids, [()]))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        while thread.is_alive():
+            assert torch.equal(answers(ssm, ids, variants), expected)
+        thread.join()
+        assert len(found) == 20
+        assert all(torch.equal(one, clean) for one in found)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_rows_cannot_be_exact_with_is_refused_by_name() -> None:
+    ids = inputs()["input_ids"]
+    knockout = si.Knockout(sources=0, targets=-1)
+    with si.attach(build("mamba")) as ssm:
+        handle = ssm.layers[2].hook_x.add_hook(lambda x, hook: x)
+        with pytest.raises(si.HookError, match="hook_x of layer 2 is hooked or exposed; use one forward per knockout"):
+            run_each(ssm, ids, [knockout])
+        handle.remove()
+        handle = ssm.model.backbone.layers[1].register_forward_hook(lambda *_: None)
+        with pytest.raises(si.HookError, match=r"backbone\.layers\.1 has forward hooks"):
+            run_each(ssm, ids, [knockout])
+        handle.remove()
+        with ssm.edit(knockout), pytest.raises(si.HookError, match="other edits are at work"):
+            run_each(ssm, ids, [knockout])
+        ssm.model.train()
+        with pytest.raises(si.HookError, match="MambaForCausalLM is in training mode"):
+            run_each(ssm, ids, [knockout])
+        ssm.model.eval()
+        assert obstacle(ssm) is None
+
+
+def test_bad_variants() -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    with si.attach(build("mamba2")) as ssm:
+        for given, message in [
+            ([], "at least one variant"),
+            ([si.PatchState(position=0, state=0.0)], "takes knockouts, got PatchState"),
+            ([si.Knockout(edges=[(3, 1)])], "given by sources and targets, not by single edges"),
+            ([si.Knockout(sources=9, targets=-1)], "Knockout.sources names position 9, but the prompt has 9 positions"),
+            ([si.Knockout(sources=0, layers=7)], r"no such layer \[7\]; this model has \[0, 1, 2, 3\]"),
+            ([si.Knockout(sources=0, features=[8])], "has no feature 8; it has heads 0 to 7"),
+            ([si.Knockout(sources=0, through="attention")], "Mamba2ForCausalLM has no attention layers"),
+            ([(si.Knockout(sources=0), si.Knockout(sources=1, layers=2))], "variant 0 has two knockouts at the ssm of"),
+            ([si.Knockout(sources=[[0], [1], [2]])], "names the positions of 3 rows, but the batch has 2"),
+        ]:
+            with pytest.raises((si.HookError, si.InterventionError), match=message):
+                run_each(ssm, ids, given)
+        with pytest.raises(si.HookError, match=r"input_ids must be \[b t\] with at least one token, got \[9\]"):
+            run_each(ssm, ids[0], [()])
+        hole = torch.ones_like(ids)
+        hole[1, 4] = 0
+        with pytest.raises(si.HookError, match="row 1 of the attention mask is not one run of ones"):
+            list(run_each(ssm, ids, [()], attention_mask=hole))
+        with pytest.raises(si.HookError, match=r"the attention mask is \[2, 4\], but input_ids are \[2, 9\]"):
+            run_each(ssm, ids, [()], attention_mask=torch.ones(2, 4, dtype=torch.long))

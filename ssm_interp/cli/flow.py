@@ -35,15 +35,12 @@ def _option(field: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=Study.model_fields[field].description, **more)
 
 
-def _default(field: str) -> Any:
-    return Study.model_fields[field].default
+DEFAULT: dict[str, Any] = {name: field.default for name, field in Study.model_fields.items()}
 
 
 Models = Annotated[
     list[str] | None,
-    typer.Option(
-        "--model", help="Embedded name, local folder or hub id; repeatable.", show_default="both embedded ones"
-    ),
+    _option("model", "--model", show_default="the embedded ones"),
 ]
 Columns = Annotated[
     list[str] | None, _option("columns", "--column", metavar="FIELD=COLUMN", show_default="the fields' own names")
@@ -58,27 +55,25 @@ Through = Annotated[list[str] | None, _option("through", "--through", show_defau
 @app.command()
 def flow(
     model: Models = None,
-    facts: Annotated[str, _option("facts", "--facts", "--prompts")] = _default("facts"),
+    facts: Annotated[str, _option("facts", "--facts", "--prompts")] = DEFAULT["facts"],
     column: Columns = None,
-    skip_bad: Annotated[bool, _option("skip_bad", "--skip-bad")] = _default("skip_bad"),
-    limit: Annotated[int, _option("limit", min=0)] = _default("limit"),
-    seed: Annotated[int, _option("seed")] = _default("seed"),
+    skip_bad: Annotated[bool, _option("skip_bad", "--skip-bad")] = DEFAULT["skip_bad"],
+    limit: Annotated[int, _option("limit", min=0)] = DEFAULT["limit"],
+    seed: Annotated[int, _option("seed")] = DEFAULT["seed"],
     source: Sources = None,
     target: Targets = None,
     window: Windows = None,
-    align: Annotated[Align, _option("align")] = _default("align"),
+    align: Annotated[Align, _option("align")] = DEFAULT["align"],
     features: Features = None,
     through: Through = None,
-    revision: Annotated[str, _option("revision")] = _default("revision"),
-    dtype: Annotated[Dtype, _option("dtype")] = _default("dtype"),
-    device: Annotated[str, _option("device")] = _default("device"),
-    device_map: Annotated[DeviceMap | None, _option("device_map")] = _default("device_map"),
-    batch_size: Annotated[int, _option("batch_size", min=1)] = _default("batch_size"),
-    shard_size: Annotated[int, _option("shard_size", min=1)] = _default("shard_size"),
-    max_memory: Annotated[str | None, _option("max_memory", metavar="BYTES")] = _default("max_memory"),
-    out: Annotated[Path, typer.Option(help="Folder of the figures, the table, and each model's shards.")] = Path(
-        "flow"
-    ),
+    revision: Annotated[str, _option("revision")] = DEFAULT["revision"],
+    dtype: Annotated[Dtype, _option("dtype")] = DEFAULT["dtype"],
+    device: Annotated[str, _option("device")] = DEFAULT["device"],
+    device_map: Annotated[DeviceMap | None, _option("device_map")] = DEFAULT["device_map"],
+    batch_size: Annotated[int, _option("batch_size", min=1)] = DEFAULT["batch_size"],
+    shard_size: Annotated[int, _option("shard_size", min=1)] = DEFAULT["shard_size"],
+    max_memory: Annotated[str | None, _option("max_memory", metavar="BYTES")] = DEFAULT["max_memory"],
+    out: Annotated[Path, typer.Option(help="Folder for figures, table, shards.")] = Path("flow"),
 ) -> None:
     """Draw an information-flow map: where in the layers each part of a prompt reaches the answer.
 
@@ -86,11 +81,11 @@ def flow(
     Prints the largest drop of the answer's probability per source; writes figures and a table of every number.
     Interrupted, the same command goes on where it was; under torchrun or accelerate launch, ranks share the prompts.
 
-    Options that name one thing (--model, --source, --target, --window, --features, --through, --column) can be repeated.
+    Options that name one thing can be repeated: --model --source --target --window --features --through --column.
 
     Example:  [bold]ssm-interp flow --model tiny-mamba2 --source subject --source last --window 3 --out map[/bold]
     """
-    options = {
+    options: dict[str, Any] = {
         "facts": facts,
         "columns": _columns(column),
         "skip_bad": skip_bad,
@@ -151,7 +146,7 @@ def _columns(pairs: list[str] | None) -> dict[str, str] | None:
         return None
     if wrong := [pair for pair in pairs if "=" not in pair]:
         raise StudyError(f"--column {wrong[0]}: give FIELD=COLUMN, such as text=question")
-    return dict(pair.split("=", 1) for pair in pairs)  # type: ignore[misc]
+    return {field: column for field, _, column in (pair.partition("=") for pair in pairs)}
 
 
 class _Rate(ProgressColumn):

@@ -59,7 +59,7 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
         OSError: the folder cannot be written.
         Any error, or KeyboardInterrupt, in the course of the work has a note on what is stored and how to go on.
 
-    Cost: that of `sweep`; reading the weights once more for their sha256 (about a second per GB); and a shard in memory.
+    Cost: that of `sweep`; reading the weights once more for their sha256, about a second per GB. Memory for a shard.
 
     Example:
         >>> study = Study(model="tiny-mamba2", sources=["subject"], windows=[3])          # doctest: +SKIP
@@ -178,7 +178,7 @@ class _Facts:
                 self.bad.append(error)
         if self.bad and say:
             logger.warning(
-                "%s: left out %d rows that are no prompts, and %d prompts that the tokenizer cannot take; the first: %s",
+                "%s: left out %d rows that are no prompts and %d prompts that the tokenizer cannot take; first: %s",
                 self.study.facts, rows, len(self.bad) - rows, self.bad[0],
             )  # fmt: skip
         if not good:
@@ -255,15 +255,13 @@ def _in_prompts(progress: Callable[[int, int], None], before: int, prompts: int,
 def _tell_changed_versions(store: Store, versions: dict[str, str]) -> None:
     if store.ranks.index:
         return
-    others = {name: {record["versions"].get(name) for record in store.records.values()} for name in versions}
-    if different := [
-        f"{name} {', '.join(sorted(map(str, others[name])))}" for name in versions if others[name] - {versions[name]}
-    ]:
-        logger.warning(
-            "%s has shards of other versions (%s; now: %s): their numbers may differ by rounding; the manifest has the "
-            "versions of each shard",
-            store.folder, "; ".join(different), ", ".join(f"{name} {versions[name]}" for name in versions),
-        )  # fmt: skip
+    for name, now in versions.items():
+        others = {record["versions"][name] for record in store.records.values()} - {now}
+        if others:
+            logger.warning(
+                "%s has shards made with %s %s (now: %s), which may differ by rounding; the manifest says which",
+                store.folder, name, ", ".join(sorted(others)), now,
+            )  # fmt: skip
 
 
 @contextmanager

@@ -231,7 +231,7 @@ class Store:
 
 
 def _run(fields: dict[str, Any]) -> FlowRun:
-    return FlowRun(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return FlowRun(**fields | {name: tuple(value) for name, value in fields.items() if isinstance(value, list)})
 
 
 def _origin(path: Path) -> Any:

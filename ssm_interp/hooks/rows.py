@@ -45,10 +45,10 @@ class Answers(NamedTuple):
 
 def run_each(
     ssm: Attachment,
-    input_ids: Int[Tensor, "b t"],
-    variants: Sequence[Knockout | Sequence[Knockout]],
+    input_ids: Int[Tensor, "..."],
+    variants: Sequence[Any],
     *,
-    attention_mask: Int[Tensor, "b t"] | None = None,
+    attention_mask: Int[Tensor, "b s"] | None = None,
     max_memory: int | None = None,
 ) -> Iterator[Answers]:
     """Logits at the last token of every row under each of many knockouts, equal to those of a full forward for each.
@@ -81,7 +81,7 @@ def run_each(
     """
     if reason := obstacle(ssm):
         raise HookError(f"run_each cannot be exact here: {reason}; use one forward per knockout inside ssm.edit(...)")
-    sets = [(variant,) if isinstance(variant, Knockout) else tuple(variant) for variant in variants]
+    sets = [tuple(variant) if isinstance(variant, list | tuple) else (variant,) for variant in variants]
     if not sets:
         raise HookError("run_each needs at least one variant; an empty one, (), is the clean run")
     if wrong := [knockout for group in sets for knockout in group if not isinstance(knockout, Knockout)]:
@@ -91,6 +91,8 @@ def run_each(
     for knockout in {knockout: None for group in sets for knockout in group}:
         ssm.check(knockout)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise HookError(f"the attention mask is {list(mask.shape)}, but input_ids are {list(input_ids.shape)}")
     plan = resolve(sets, ssm.streams, mask, ssm.default_stream)
     return _each_length(ssm, input_ids, mask, plan, max_memory or _free_memory(input_ids.device) // FRACTION)
 

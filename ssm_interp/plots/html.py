@@ -27,6 +27,13 @@ MARKERS = {
     ">": "triangle-right",
 }
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+CONFIG = {
+    "displaylogo": False,
+    "showSendToCloud": False,  # numbers stay on the reader's machine
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+    "responsive": True,
+}
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>{title}</title></head>
@@ -66,12 +73,14 @@ def flow_page(
     rows, chosen = drawable(summary, statistic)
     layout = arrange(rows, FLOW_KEYS)
     height, width = layout.shape
+    gap = 90 + 20 * len(layout.panels[0].down)
+    area = 300 * height + gap * (height - 1)
     figure = make_subplots(
         height,
         width,
         shared_yaxes="all" if layout.wrapped else "rows",
         subplot_titles=_grid_titles(layout),
-        vertical_spacing=min(0.12, 0.3 / height),
+        vertical_spacing=gap / area if height > 1 else 0,
         horizontal_spacing=min(0.05, 0.3 / width),
     )
     styles, drawn = source_styles(rows["source"].unique()), set[str]()
@@ -83,9 +92,19 @@ def flow_page(
         x_label = (x_labels or {}).get(panel.rows["model"].iloc[0], "Layer of the window")
         if layout.lowest(panel):
             figure.update_xaxes(title_text=escape(x_label), row=panel.row + 1, col=panel.column + 1)
-    figure.update_yaxes(title_text=chosen.label, col=1, zerolinecolor=INK)
-    figure.update_layout(legend={"title": {"text": f"{legend_title('Source', chosen, rows)}<br>"}, "orientation": "h"})
-    return _page(figure, title, 480 + 330 * (height - 1), max(700, 420 * width))
+    figure.update_yaxes(title_text=chosen.label, col=1)
+    figure.update_yaxes(zerolinecolor=INK)
+    figure.update_xaxes(zeroline=False)
+    text = legend_title("Source knocked out", chosen, rows)
+    legend = {
+        "orientation": "h",
+        "yref": "container",
+        "y": 0,
+        "yanchor": "bottom",
+        "title": {"text": text, "side": "top"},
+    }
+    figure.update_layout(legend=legend)
+    return _page(figure, title, area, max(700, 420 * width))
 
 
 def _grid_titles(layout: Layout) -> list[str]:
@@ -163,20 +182,26 @@ def heatmap_page(*maps: TokenMap, limit: float | None = None, title: str = "Sour
         >>> Path("tokens.html").write_text(heatmap_page(token_map), encoding="utf-8")       # doctest: +SKIP
     """
     end = colour_limit(maps, limit)
-    heights = [80 + 20 * len(one.tokens) for one in maps]
-    total = sum(heights) + 90 * len(maps)
+    heights, gap = [60 + 20 * len(one.tokens) for one in maps], 120
+    area = sum(heights) + gap * (len(maps) - 1)
     titles = ["<br>".join(escape(part) for part in (one.title, one.caption) if part) for one in maps]
-    figure = make_subplots(
-        len(maps), 1, subplot_titles=titles, row_heights=heights, vertical_spacing=min(90 / total, 1 / len(maps))
-    )
+    spacing = gap / area if len(maps) > 1 else 0
+    figure = make_subplots(len(maps), 1, subplot_titles=titles, row_heights=heights, vertical_spacing=spacing)
     for row, one in enumerate(maps, start=1):
         figure.add_trace(_cells(one), row, 1)
         labels = [_row_label(one, index) for index in range(len(one.tokens))]
         figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, autorange="reversed", row=row)
         figure.update_xaxes(type="category", title_text="Layer of the window", row=row)
     figure.update_yaxes(tickfont={"family": "monospace"}, title_text="Source token", showgrid=False)
-    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -end, "cmax": end, "colorbar": {"title": LABEL}})
-    return _page(figure, title, total + 60, 1000)
+    figure.update_layout(
+        coloraxis={
+            "colorscale": "RdBu_r",
+            "cmin": -end,
+            "cmax": end,
+            "colorbar": {"title": {"text": LABEL, "side": "right"}},
+        }
+    )
+    return _page(figure, title, area, 1000)
 
 
 def _cells(one: TokenMap) -> Any:
@@ -203,15 +228,10 @@ def _row_label(one: TokenMap, row: int) -> str:
     return f"<b>{label}</b>" if row in one.subject else label
 
 
-def _page(figure: Any, title: str, height: int, width: int) -> str:
-    figure.update_layout(
-        height=height, template="plotly_white", font={"color": INK}, margin={"l": 80, "r": 30, "t": 60}
-    )
-    body = figure.to_html(
-        full_html=False,
-        include_plotlyjs=True,
-        include_mathjax=False,
-        div_id="figure",
-        config={"displaylogo": False, "responsive": True},
-    )
+def _page(figure: Any, title: str, area: int, width: int) -> str:
+    """A page around a figure whose panels and the gaps between them are `area` pixels high."""
+    margin = {"l": 80, "r": 30, "t": 110, "b": 130}
+    figure.update_layout(height=area + margin["t"] + margin["b"], margin=margin, template="plotly_white")
+    figure.update_layout(font={"color": INK})
+    body = figure.to_html(full_html=False, include_plotlyjs=True, include_mathjax=False, div_id="figure", config=CONFIG)
     return PAGE.format(title=escape(title), width=width, ink=INK, body=body)

@@ -49,13 +49,15 @@ def load_prompts(
     """Read prompts from a file or a data set: a row has `text`, `subject`, `target`, and maybe `relation` and `id`.
 
     Args:
-        source: `"geo"`, the embedded facts (geography, in templates that the embedded models were not trained on; data
-            from GeoNames, CC BY 4.0); a path: `.csv`, `.tsv` (with a header) and `.parquet` are read as tables, other
-            files as JSONL, an object a line; a folder with a data set that `datasets` can read, or `"owner/name"`, one on
-            the hub, both with `":split"` behind where there are several; `"counterfact"`, the hub's NeelNanda/counterfact-tracing. The
-            last one's layout is known wherever it is met, and its prompts' ids are their `original_idx`, see
-            `ssm_interp.prompts.hub_row` (row numbers in a file that holds only some of its rows, unless it has a
-            column of that name).
+        source: what to read:
+            `"geo"`: the embedded facts (geography, in templates that the embedded models were not trained on; data from
+            GeoNames, CC BY 4.0);
+            a file: `.csv`, `.tsv` (with a header) and `.parquet` are tables, others JSONL, an object a line;
+            a folder that `datasets` can read, or `"owner/name"`, a data set on the hub; `":split"` behind it names one
+            of several splits;
+            `"counterfact"`: the hub's NeelNanda/counterfact-tracing. Its layout is known wherever it is met, and its
+            prompts' ids are their `original_idx`, see `ssm_interp.prompts.hub_row` (row numbers in a file of only
+            some of its rows, unless that has a column `original_idx`).
         columns: field of a prompt -> name of its column; then other columns are ignored.
         on_bad: called with the error of a row that is no prompt (its subject does not occur once in its text, ...),
             which is then left out; None: raise it.
