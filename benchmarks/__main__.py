@@ -33,7 +33,7 @@ WINDOW = range(8, 17)  # 9 of 24 layers
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if name == "mamba1-130m":
-        return MambaForCausalLM(MambaConfig()).eval()
+        return MambaForCausalLM(MambaConfig(hidden_size=768, num_hidden_layers=24)).eval()
     shape = {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24, "head_dim": 64, "n_groups": 1}
     return Mamba2ForCausalLM(Mamba2Config(**shape, vocab_size=50280)).eval()
 

@@ -1,21 +1,27 @@
 """The command line, run in this process; the model is a small random one in a folder."""
 
+import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 from tiny_flow import World, world
 from typer.testing import CliRunner, Result
 
 import ssm_interp as si
-from ssm_interp import cli
-from ssm_interp.flow import FlowResult
+from ssm_interp import cli, plots
+from ssm_interp.cli import flow, look
+from ssm_interp.flow import FlowResult, Study, run_study
+from ssm_interp.flow.study_store import Store
 from ssm_interp.hooks.check import Row
+from ssm_interp.models import EMBEDDED
 from ssm_interp.prompts import save_prompts
 
 
@@ -56,8 +62,10 @@ def test_flow_writes_a_picture_and_every_number(model: str, prompts: str, tmp_pa
     result = run("flow", "--model", model, "--prompts", prompts, "--window", 2, "--out", tmp_path / "new" / "map")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""  # quiet when it is no terminal
-    assert "6 of 8 prompts answered correctly and kept; windows of 2 of its 4 SSM layers" in result.stdout
+    assert "6 of 8 prompts answered correctly and kept; windows of 2 of 4 layers" in result.stdout
     assert (tmp_path / "new" / "map" / "flow.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "new" / "map" / "flow.svg").read_text()
+    assert "Plotly.newPlot" in (tmp_path / "new" / "map" / "flow.html").read_text()
     found = FlowResult.load(tmp_path / "new" / "map" / "flow.parquet")
     assert len(found.frame) == 6 * 4 * 3
     assert found.runs[0].model == model
@@ -95,20 +103,111 @@ def test_flow_takes_several_models_roles_and_a_seeded_draw(
 def test_flow_asks_the_embedded_models_by_default(tmp_path: Path) -> None:
     result = run("flow", "--limit", 12, "--source", "subject", "--window", 5, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert set(pd.read_parquet(tmp_path / "flow.parquet")["model"]) == {"tiny-mamba1", "tiny-mamba2"}
+    assert set(pd.read_parquet(tmp_path / "flow.parquet")["model"]) == set(EMBEDDED)
+
+
+def test_flow_takes_every_option_of_a_study(
+    model: str, scene: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Study] = []
+
+    def spy(study: Study, *positional: object, **options: object) -> FlowResult:
+        given.append(study)
+        return run_study(study, *positional, **options)
+
+    monkeypatch.setattr(flow, "run_study", spy)
+    rows = [{"question": p.text, "subject": p.subject, "target": p.target, "n": p.id} for p in scene.prompts]
+    pd.DataFrame(rows).to_csv(tmp_path / "facts.csv", index=False)
+    wanted = Study(
+        model=model,
+        revision="v1",
+        dtype="float64",
+        device="cpu",
+        device_map="auto",
+        facts=str(tmp_path / "facts.csv"),
+        columns={"text": "question", "id": "n"},
+        skip_bad=True,
+        limit=5,
+        seed=3,
+        ids=[f"p{number}" for number in range(6)],
+        sources=["subject", 0],
+        targets=["last"],
+        windows=[1, 3],
+        align="centre",
+        features=["all", "top third"],
+        through=["ssm"],
+        batch_size=3,
+        shard_size=2,
+        max_memory=2_000_000,
+    )
+    assert [name for name, field in Study.model_fields.items() if getattr(wanted, name) == field.default] == ["targets"]
+    words = ["--column", "text=question", "--column", "id=n", "--skip-bad", "--max-memory", "2MB"]
+    singular = {"sources": "source", "targets": "target", "windows": "window", "ids": "id"}
+    for name, value in wanted.model_dump(exclude={"columns", "skip_bad", "max_memory"}).items():
+        for one in value if isinstance(value, tuple) else [value]:
+            words += [f"--{singular.get(name, name).replace('_', '-')}", str(one)]
+    result = run("flow", *words, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert given == [wanted]
+    found = FlowResult.load(tmp_path / "out" / "flow.parquet")
+    assert (found.runs[0].asked, found.runs[0].windows) == (5, (1, 3))
+    assert set(found.frame["source"]) == {"subject", "0"}
+    for label in ("subject → last, all", "subject → last, top third", "0 → last, all", "0 → last, top third"):
+        assert label in result.stdout
+
+
+def test_flow_goes_on_where_it_was_and_refuses_other_options(
+    model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["flow", "--model", model, "--prompts", prompts, "--shard-size", 3, "--out", tmp_path]
+
+    with monkeypatch.context() as patch:
+        writes, write = [], Store.write
+
+        def stops(self: Store, *arguments: object) -> None:
+            write(self, *arguments)
+            writes.append(arguments)
+            if len(writes) == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(Store, "write", stops)
+        result = run(*words)
+    assert result.exit_code == 130
+    line = result.stderr.strip()
+    assert line.startswith("interrupted. Nothing that was stored is lost: 2 of 3 shards are in ")
+    assert line.endswith("the same command continues from there")
+    assert run(*words).exit_code == 0
+    assert len(FlowResult.load(tmp_path / "flow.parquet").frame) == 6 * 4 * 3
+    refused(run(*words, "--window", 1), "windows (stored: null, given: [1])")
+
+
+def test_flow_shows_prompts_per_second_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(flow, "Console", lambda **options: Console(file=screen, force_terminal=True, width=120))
+    with flow.progress_bar(shown=True) as progress:
+        task = progress.add_task("model", total=None)
+        for done in (0, 10, 20):
+            progress.update(task, completed=done, total=40)
+            time.sleep(0.01)
+    assert "20/40" in screen.getvalue()
+    assert "prompts/s" in screen.getvalue()
+    screen.truncate(0)
+    with flow.progress_bar(shown=False) as progress:
+        progress.add_task("model", total=1)
+    assert "model" not in screen.getvalue()
 
 
 def test_attention_draws_what_the_hooks_read(
     model: str, scene: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[torch.Tensor] = []
-    draw = cli.plots.attention_figure
+    draw = plots.attention_figure
 
     def spy(shown: torch.Tensor, *args: object, **options: object) -> Figure:
         drawn.append(shown)
         return draw(shown, *args, **options)
 
-    monkeypatch.setattr(cli.plots, "attention_figure", spy)
+    monkeypatch.setattr(plots, "attention_figure", spy)
     text = scene.prompts[0].text
     for words in (["--head", 3], ["--reduce", "mean"], ["--reduce", "mean_abs"], ["--reduce", "norm"], []):
         out = tmp_path / "pictures" / "map.png"
@@ -136,7 +235,7 @@ def test_check_prints_a_table_and_fails_with_1(model: str, monkeypatch: pytest.M
     assert "passed" in result.stdout
     assert "FAILED" not in result.stdout
     rows = [Row("good", 0.0, True, "fine"), Row("bad", 0.5, False, "must be 0")]
-    monkeypatch.setattr(cli, "check_model", lambda model: rows)
+    monkeypatch.setattr(look, "check_model", lambda model: rows)
     result = run("check", model)
     assert result.exit_code == 1
     (line,) = [line for line in result.stdout.splitlines() if "bad" in line]
@@ -171,10 +270,17 @@ def test_it_runs_as_a_module() -> None:
     ("options", "message"),
     [
         (["--prompts", "missing.jsonl"], "there is no prompt file 'missing.jsonl'"),
-        (["--source", "subjct"], "there is no role 'subjct': did you mean 'subject'?"),
+        (["--facts", "missing.csv"], "there is no prompt file 'missing.csv'"),
+        (["--source", "subjct"], "sources.0: there is no role 'subjct': did you mean 'subject'?"),
         (["--target", "lst"], "did you mean 'last'?"),
-        (["--window", 5], "a window of 5 layers does not fit: this model has 4 SSM layers; give 1 to 4"),
-        (["--window", 0], "give 1 to 4"),
+        (["--window", 5], "a window of 5 layers does not fit: this model has 4 "),
+        (["--window", 0], "windows.0: input should be greater than 0, got 0"),
+        (["--max-memory", "4XB"], "max_memory: could not interpret byte unit: XB"),
+        (["--features", "tpo third"], "there is no feature group 'tpo third'"),
+        (["--through", "attention"], "has no attention layers"),
+        (["--device", "cuda:99"], "there is no device 'cuda:99'"),
+        (["--column", "text"], "--column text: give FIELD=COLUMN, such as text=question"),
+        (["--column", "txt=a"], "did you mean 'text'?"),
         (["--batch-size", 0], "Invalid value for '--batch-size'"),
         (["--limit", -1], "Invalid value for '--limit'"),
         (["--align", "right"], "'right' is not one of 'left', 'centre'"),
@@ -258,7 +364,7 @@ def test_a_fault_of_our_own_is_not_dressed_up(model: str, monkeypatch: pytest.Mo
     def broken(model: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "check_model", broken)
+    monkeypatch.setattr(look, "check_model", broken)
     assert isinstance(run("check", model).exception, ZeroDivisionError)
 
 
@@ -266,7 +372,7 @@ def test_control_c_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(model: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "check_model", interrupt)
+    monkeypatch.setattr(look, "check_model", interrupt)
     result = run("check", model)
     assert result.exit_code == 130
     assert result.stderr.strip() == "interrupted"

@@ -1,83 +1,18 @@
-"""Figures: that they show the numbers, and survive awkward ones."""
+"""Attention heat maps, and what all figures share."""
 
 import io
 import sys
+from pathlib import Path
 
+import matplotlib
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from matplotlib.colors import to_hex
+from drawn import png, summary
 from matplotlib.figure import Figure
 
 from ssm_interp.plots import STYLES, attention_figure, flow_figure, token_label
 from ssm_interp.prompts import ROLES
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    assert buffer.getvalue().startswith(b"\x89PNG")
-    return buffer.getvalue()
-
-
-def summary(models: list[str], sources: list[str], targets: list[str], layers: int = 4) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
-    keys = [(m, s, t, layer) for m in models for t in targets for s in sources for layer in range(layers)]
-    frame = pd.DataFrame(keys, columns=["model", "source", "target", "layer"])
-    frame["mean"] = rng.normal(-20, 10, len(frame))
-    return frame.assign(n=12, low=frame["mean"] - 3, high=frame["mean"] + 4)
-
-
-def test_a_panel_per_model_and_a_line_per_source_with_the_numbers() -> None:
-    frame = summary(["one", "two"], ["subject", "last"], ["last"])
-    figure = flow_figure(frame, x_labels={"one": "First layer", "two": "Centre layer"})
-    png(figure)
-    assert [axes.get_title() for axes in figure.axes] == ["one   (12 prompts)", "two   (12 prompts)"]
-    assert [axes.get_xlabel() for axes in figure.axes] == ["First layer", "Centre layer"]
-    assert "answer's probability (%)" in figure.axes[0].get_ylabel()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["subject", "last"]
-    for axes, model in zip(figure.axes, ["one", "two"], strict=True):
-        lines = {line.get_label(): line for line in axes.get_lines() if line.get_label() in ROLES}
-        bands = {to_hex(band.get_facecolor()[0]): band for band in axes.collections}
-        assert any(np.all(np.asarray(line.get_ydata()) == 0) for line in axes.get_lines())  # the zero line
-        for source in ("subject", "last"):
-            rows = frame[(frame["model"] == model) & (frame["source"] == source)]
-            np.testing.assert_allclose(lines[source].get_xdata(), rows["layer"])
-            np.testing.assert_allclose(lines[source].get_ydata(), rows["mean"])
-            corners = bands[STYLES[source][0].lower()].get_paths()[0].get_extents()
-            np.testing.assert_allclose([corners.y0, corners.y1], [rows["low"].min(), rows["high"].max()])
-
-
-def test_a_row_per_target_and_every_role_told_apart() -> None:
-    figure = flow_figure(summary(["one"], list(ROLES), ["last", "subject_last"]))
-    png(figure)
-    assert len(figure.axes) == 2
-    assert "subject last" in figure.axes[1].get_ylabel()
-    for part in (0, 1):  # colours, markers
-        assert len({STYLES[role][part] for role in ROLES}) == len(ROLES)
-
-
-def test_lines_are_drawn_in_the_order_of_the_layers() -> None:
-    frame = summary(["one"], ["last"], ["last"]).sample(frac=1, random_state=1)
-    (line,) = [line for line in flow_figure(frame).axes[0].get_lines() if line.get_label() == "last"]
-    assert list(line.get_xdata()) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("layers", [1, 2, 64])
-def test_one_window_one_prompt_and_an_odd_name(layers: int) -> None:
-    frame = summary(["a$b_c/" * 9], ["unheard_of"], ["last"], layers=layers).assign(n=1, low=np.nan, high=np.nan)
-    title = flow_figure(frame).axes[0].get_title()
-    png(flow_figure(frame))
-    assert title.startswith("…")
-    assert title.endswith("(1 prompt)")
-
-
-def test_a_summary_that_cannot_be_drawn_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"these are missing: \['low', 'high'\]"):
-        flow_figure(summary(["one"], ["last"], ["last"]).drop(columns=["low", "high"]))
-    with pytest.raises(ValueError, match="the summary is empty"):
-        flow_figure(summary(["one"], ["last"], ["last"]).head(0))
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 63, 257])
@@ -130,3 +65,36 @@ def test_pyplot_stays_out_of_it() -> None:
     png(attention_figure(torch.eye(2), ["a", "b"]))
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_attention_in_axes_of_ones_own() -> None:
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert attention_figure(torch.eye(3), ["a", "b", "c"], ax=right) is figure
+    assert (len(left.get_images()), len(right.get_images())) == (0, 1)
+    png(figure)
+
+
+def test_every_role_has_a_look_of_its_own() -> None:
+    for part in range(3):  # colours, markers, dashes; two of the dashes are solid
+        assert len({STYLES[role][part] for role in ROLES}) == len(ROLES) - (part == 2)
+
+
+def test_an_svg_keeps_its_text_and_is_the_same_each_time(tmp_path: Path) -> None:
+    before = matplotlib.rcParams["svg.fonttype"]
+    for name in ("one.svg", "two.svg"):
+        flow_figure(summary(["a model"], ["subject", "last"])).savefig(tmp_path / name)
+    one = (tmp_path / "one.svg").read_text(encoding="utf-8")
+    assert one == (tmp_path / "two.svg").read_text(encoding="utf-8")
+    assert ">subject</text>" in one
+    assert "<dc:date>" not in one
+    assert matplotlib.rcParams["svg.fonttype"] == before
+    buffer = io.BytesIO()
+    flow_figure(summary(["a model"], ["last"])).savefig(buffer, format="svg", metadata={"Title": "Flow"})
+    assert b"<dc:title>Flow" in buffer.getvalue()
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf"])
+def test_other_files_are_written_too(tmp_path: Path, ending: str) -> None:
+    flow_figure(summary(["one"], ["last"])).savefig(str(tmp_path / f"flow.{ending}"))
+    assert (tmp_path / f"flow.{ending}").stat().st_size > 1000

@@ -1,6 +1,6 @@
-"""The command line: `ssm-interp flow`, `check` and `attention`."""
+"""The command line: `ssm-interp flow`, `run`, `check` and `attention`."""
 
-from ssm_interp.cli import flow, look  # noqa: F401 - each adds its commands to the app
+from ssm_interp.cli import flow, look, run  # noqa: F401 - each adds its commands to the app
 from ssm_interp.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -31,7 +31,7 @@ class _Commands(TyperGroup):
         try:
             code = super().main([word for word in given if word != "--debug"] or ["--help"], *positional, **options)
         except typer.Abort as error:
-            _complain("interrupted", error.__cause__)
+            _complain("interrupted", error)
             code = INTERRUPTED
         except Exception as error:
             explained = getattr(
@@ -43,6 +43,13 @@ class _Commands(TyperGroup):
             code = 2
         sys.exit(code or 0)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # typer keeps nothing of it but the exit code
+            _complain("interrupted", error)
+            raise typer.Exit(INTERRUPTED) from None
+
 
 def _message(error: Exception) -> str:
     return (explain(error) if isinstance(error, ValidationError) else str(error)) or type(error).__name__
@@ -50,7 +57,9 @@ def _message(error: Exception) -> str:
 
 def _complain(message: str, error: BaseException | None) -> None:
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    typer.echo(rank + " ".join(" ".join([message, *getattr(error, "__notes__", ())]).split()), err=True)
+    parts = [message, *getattr(error, "__notes__", ())]
+    text = parts[0] if len(parts) == 1 else ". ".join(part.removesuffix(".") for part in parts)
+    typer.echo(rank + " ".join(text.split()), err=True)
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, rich_markup_mode="rich")

@@ -30,7 +30,7 @@ RATE_OVER = 600.0
 """Seconds over which the progress bar averages: prompts come in bursts."""
 
 
-def _option(field: str, *names: str, **more: Any) -> Any:
+def option(field: str, *names: str, **more: Any) -> Any:
     """An option of a study, with the description that it has there."""
     return typer.Option(*names, help=Study.model_fields[field].description, **more)
 
@@ -38,41 +38,40 @@ def _option(field: str, *names: str, **more: Any) -> Any:
 DEFAULT: dict[str, Any] = {name: field.default for name, field in Study.model_fields.items()}
 
 
-Models = Annotated[
-    list[str] | None,
-    _option("model", "--model", show_default="the embedded ones"),
-]
+Models = Annotated[list[str] | None, option("model", "--model", show_default="the embedded ones")]
 Columns = Annotated[
-    list[str] | None, _option("columns", "--column", metavar="FIELD=COLUMN", show_default="the fields' own names")
+    list[str] | None, option("columns", "--column", metavar="FIELD=COLUMN", show_default="the fields' own names")
 ]
-Sources = Annotated[list[str] | None, _option("sources", "--source", show_default="subject relation first last")]
-Targets = Annotated[list[str] | None, _option("targets", "--target", show_default="last")]
-Windows = Annotated[list[int] | None, _option("windows", "--window", show_default="three in eight of the layers")]
-Features = Annotated[list[str] | None, _option("features", "--features", show_default="all")]
-Through = Annotated[list[str] | None, _option("through", "--through", show_default="ssm where the model has it")]
+Ids = Annotated[list[str] | None, option("ids", "--id", show_default="all")]
+Sources = Annotated[list[str] | None, option("sources", "--source", show_default="subject relation first last")]
+Targets = Annotated[list[str] | None, option("targets", "--target", show_default="last")]
+Windows = Annotated[list[int] | None, option("windows", "--window", show_default="three in eight of the layers")]
+Features = Annotated[list[str] | None, option("features", "--features", show_default="all")]
+Through = Annotated[list[str] | None, option("through", "--through", show_default="ssm where the model has it")]
 
 
 @app.command()
 def flow(
     model: Models = None,
-    facts: Annotated[str, _option("facts", "--facts", "--prompts")] = DEFAULT["facts"],
+    facts: Annotated[str, option("facts", "--facts", "--prompts")] = DEFAULT["facts"],
     column: Columns = None,
-    skip_bad: Annotated[bool, _option("skip_bad", "--skip-bad")] = DEFAULT["skip_bad"],
-    limit: Annotated[int, _option("limit", min=0)] = DEFAULT["limit"],
-    seed: Annotated[int, _option("seed")] = DEFAULT["seed"],
+    skip_bad: Annotated[bool, option("skip_bad", "--skip-bad")] = DEFAULT["skip_bad"],
+    limit: Annotated[int, option("limit", min=0)] = DEFAULT["limit"],
+    seed: Annotated[int, option("seed")] = DEFAULT["seed"],
+    id: Ids = None,
     source: Sources = None,
     target: Targets = None,
     window: Windows = None,
-    align: Annotated[Align, _option("align")] = DEFAULT["align"],
+    align: Annotated[Align, option("align")] = DEFAULT["align"],
     features: Features = None,
     through: Through = None,
-    revision: Annotated[str, _option("revision")] = DEFAULT["revision"],
-    dtype: Annotated[Dtype, _option("dtype")] = DEFAULT["dtype"],
-    device: Annotated[str, _option("device")] = DEFAULT["device"],
-    device_map: Annotated[DeviceMap | None, _option("device_map")] = DEFAULT["device_map"],
-    batch_size: Annotated[int, _option("batch_size", min=1)] = DEFAULT["batch_size"],
-    shard_size: Annotated[int, _option("shard_size", min=1)] = DEFAULT["shard_size"],
-    max_memory: Annotated[str | None, _option("max_memory", metavar="BYTES")] = DEFAULT["max_memory"],
+    revision: Annotated[str, option("revision")] = DEFAULT["revision"],
+    dtype: Annotated[Dtype, option("dtype")] = DEFAULT["dtype"],
+    device: Annotated[str, option("device")] = DEFAULT["device"],
+    device_map: Annotated[DeviceMap | None, option("device_map")] = DEFAULT["device_map"],
+    batch_size: Annotated[int, option("batch_size", min=1)] = DEFAULT["batch_size"],
+    shard_size: Annotated[int, option("shard_size", min=1)] = DEFAULT["shard_size"],
+    max_memory: Annotated[str | None, option("max_memory", metavar="BYTES")] = DEFAULT["max_memory"],
     out: Annotated[Path, typer.Option(help="Folder for figures, table, shards.")] = Path("flow"),
 ) -> None:
     """Draw an information-flow map: where in the layers each part of a prompt reaches the answer.
@@ -81,7 +80,7 @@ def flow(
     Prints the largest drop of the answer's probability per source; writes figures and a table of every number.
     Interrupted, the same command goes on where it was; under torchrun or accelerate launch, ranks share the prompts.
 
-    Options that name one thing can be repeated: --model --source --target --window --features --through --column.
+    Options that name one thing can be repeated: --model --id --source --target --window --features --through --column.
 
     Example:  [bold]ssm-interp flow --model tiny-mamba2 --source subject --source last --window 3 --out map[/bold]
     """
@@ -91,6 +90,7 @@ def flow(
         "skip_bad": skip_bad,
         "limit": limit,
         "seed": seed,
+        "ids": id,
         "sources": source,
         "targets": target,
         "windows": window,
@@ -121,7 +121,7 @@ def run_studies(studies: Sequence[Study], out: Path) -> None:
     check_folder(out)
     with ranks() as peers:
         results = []
-        with _progress(shown=peers.index == 0) as progress:
+        with progress_bar(shown=peers.index == 0) as progress:
             for study in studies:
                 task = progress.add_task(study.model, total=None)
 
@@ -137,7 +137,7 @@ def run_studies(studies: Sequence[Study], out: Path) -> None:
     figure.savefig(out / "flow.png", dpi=200)
     figure.savefig(out / "flow.svg")
     (out / "flow.html").write_text(result.page(), encoding="utf-8")
-    _print_flow(result)
+    print_flow(result)
     typer.echo(f"\nwrote {out / 'flow.png'} (.svg, .html) and {out / 'flow.parquet'} ({len(result.frame)} rows)")
 
 
@@ -155,7 +155,8 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def _progress(*, shown: bool) -> Iterator[Progress]:
+def progress_bar(*, shown: bool) -> Iterator[Progress]:
+    """Prompts done, their rate and the time left, on stderr; nothing where that is no terminal, or not to be shown."""
     on_stderr = Console(stderr=True)
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
@@ -164,7 +165,7 @@ def _progress(*, shown: bool) -> Iterator[Progress]:
         yield progress
 
 
-def _print_flow(result: FlowResult) -> None:
+def print_flow(result: FlowResult) -> None:
     """A table per model: the window with the largest drop for each source and target."""
     drops = result.largest_drops()
     for run in result.runs:

@@ -8,7 +8,7 @@ from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_run import run_study, study_folder
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.sweep import FeatureGroups, sweep
-from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, Window, default_size, windows
+from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, Window, WindowError, default_size, windows
 
 __all__ = [
     "CLEAN",
@@ -25,6 +25,7 @@ __all__ = [
     "StudyError",
     "Variant",
     "Window",
+    "WindowError",
     "changes",
     "choose_engine",
     "default_size",

@@ -59,6 +59,12 @@ class FlowRun:
     kept: int
     engine: str
 
+    @property
+    def x_label(self) -> str:
+        """What the layer axis of its picture says."""
+        place = "First" if self.align == "left" else "Centre"
+        return f"{place} layer of the window ({', '.join(map(str, self.windows))} of {len(self.layers)} layers)"
+
 
 @dataclass(frozen=True, eq=False)
 class FlowResult:
@@ -113,11 +119,11 @@ class FlowResult:
 
     def plot(self) -> Figure:
         """A panel per model (and a row per target): mean relative change over the windows, a line per source."""
-        return plots.flow_figure(self.summary(), x_labels={run.model: _x_label(run) for run in self.runs})
+        return plots.flow_figure(self.summary(), x_labels={run.model: run.x_label for run in self.runs})
 
     def page(self) -> str:
         """The same as an interactive page of HTML, which opens in a browser offline."""
-        return plots.flow_page(self.summary(), x_labels={run.model: _x_label(run) for run in self.runs})
+        return plots.flow_page(self.summary(), x_labels={run.model: run.x_label for run in self.runs})
 
     def save(self, path: str | Path) -> None:
         """Write a Parquet file, the runs in its metadata.
@@ -149,8 +155,3 @@ class FlowResult:
         return FlowResult(
             table.to_pandas(), tuple(FlowRun(**run | {name: tuple(run[name]) for name in lists}) for run in runs)
         )
-
-
-def _x_label(run: FlowRun) -> str:
-    place = "First" if run.align == "left" else "Centre"
-    return f"{place} layer of the window ({', '.join(map(str, run.windows))} of {len(run.layers)} layers)"

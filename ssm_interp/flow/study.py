@@ -16,8 +16,7 @@ from pydantic import (
     ValidationError,
 )
 
-from ssm_interp.features import FeatureGroup
-from ssm_interp.features.groups import ALL
+from ssm_interp.flow.study_held import Group, Held
 from ssm_interp.flow.windows import Align, FlowError
 from ssm_interp.prompts import check_role
 from ssm_interp.prompts.facts_file import EMBEDDED, check_columns
@@ -62,13 +61,9 @@ def _fields(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-def _features(value: str) -> str:
-    if value != ALL:
-        FeatureGroup.named(value)
-    return value
-
-
 Source = Annotated[str | int, BeforeValidator(_source)]
+Target = Annotated[str, AfterValidator(_target)]
+Columns = Annotated[dict[str, str], AfterValidator(_fields)]
 
 
 class Study(BaseModel):
@@ -94,27 +89,27 @@ class Study(BaseModel):
     facts: str = Field(
         EMBEDDED, min_length=1, description="geo (embedded), counterfact, a JSONL, CSV or Parquet file, or a data set."
     )
-    columns: Annotated[dict[str, str], AfterValidator(_fields)] = Field(
+    columns: Columns = Field(
         {}, description="Field of a prompt (text, subject, target, relation, id) -> its column in the facts."
     )
     skip_bad: bool = Field(False, description="Leave out rows that are no prompt, and count them.")
     limit: int = Field(128, ge=0, description="Ask so many prompts, drawn at random; 0: all.")
     seed: int = Field(0, description="Of that draw.")
+    ids: tuple[str, ...] | None = Field(None, min_length=1, description="Ask the prompts with these ids alone.")
     sources: tuple[Source, ...] = Field(
         ("subject", "relation", "first", "last"), min_length=1, description="Roles, or positions, no longer read."
     )
-    targets: tuple[Annotated[str, AfterValidator(_target)], ...] = Field(
-        ("last",), min_length=1, description="Roles that no longer read them."
-    )
+    targets: tuple[Target, ...] = Field(("last",), min_length=1, description="Roles that no longer read them.")
     windows: tuple[PositiveInt, ...] | None = Field(
         None, min_length=1, description="Layers per window, each size in turn; none: three in eight of the layers."
     )
     align: Align = Field("left", description="left: never truncated. centre: truncated at both ends.")
-    features: tuple[Annotated[str, AfterValidator(_features)], ...] = Field(
-        ("all",), min_length=1, description="Feature groups, a knockout each."
-    )
+    features: tuple[Group, ...] = Field(("all",), min_length=1, description="Feature groups, a knockout each.")
     through: tuple[Stream, ...] | None = Field(
         None, min_length=1, description="Streams in which edges are removed; none: ssm where the model has it."
+    )
+    held: tuple[Held, ...] = Field(
+        (), description="Edits held on in the clean run and under every knockout, which each take a full forward then."
     )
     batch_size: PositiveInt = Field(32, description="Prompts per forward pass.")
     shard_size: PositiveInt = Field(256, description="Prompts per file: as many are lost when a run is killed.")

@@ -24,13 +24,14 @@ import ssm_interp
 from ssm_interp.features import feature_groups
 from ssm_interp.flow.result import FlowResult
 from ssm_interp.flow.study import Study, StudyError
+from ssm_interp.flow.study_held import held_on
 from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_store import Store, digest
 from ssm_interp.flow.sweep import FeatureGroups, Progress, sweep
 from ssm_interp.flow.windows import FlowError, NothingAnswered, windows
 from ssm_interp.hooks import Attachment, attach
 from ssm_interp.models import load
-from ssm_interp.prompts import Prompt, PromptError, load_prompts, tokenize
+from ssm_interp.prompts import Prompt, PromptError, load_prompts, tokenize, with_ids
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
             }
             store = Store(study_folder(folder, study.model), identity, len(job.shards), peers)
             versions = _versions()
-            with store.opened(versions):
+            with ssm.edit(*held_on(study.held, ssm)), store.opened(versions):
                 _tell_changed_versions(store, versions)
                 with _noted(store):
                     job.run(store, versions, progress)
@@ -157,6 +158,8 @@ class _Facts:
         self.bad: list[PromptError] = []
         on_bad = self.bad.append if study.skip_bad else None
         prompts = load_prompts(study.facts, columns=study.columns, on_bad=on_bad)
+        if study.ids is not None:
+            prompts = with_ids(prompts, study.ids)
         if 0 < study.limit < len(prompts):
             chosen = random.Random(study.seed).sample(range(len(prompts)), study.limit)
             prompts = [prompts[index] for index in sorted(chosen)]

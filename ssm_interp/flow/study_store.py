@@ -72,6 +72,7 @@ class Store:
         if self.ranks.index:
             self.ranks.barrier()  # rank 0 prepares the folder
             self.manifest = self._read_json("manifest.json")
+            self._compare(self.manifest)
             yield
             return
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)

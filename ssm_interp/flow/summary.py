@@ -54,7 +54,7 @@ def summarise(
         The interval of a mean is not defined (NaN) for a single prompt.
 
     Raises:
-        FlowError: missing columns; no rows; a level that is not between 0 and 1; no such interval; fewer than 1 resample.
+        FlowError: missing columns; no rows; a level not between 0 and 1; no such interval; fewer than 1 resample.
 
     Cost: the bootstrap multiplies a matrix `[resamples, n]` with one `[n, rows]`, in pieces; 768 rows over 1,000
         prompts take about half a second.

@@ -13,6 +13,10 @@ class FlowError(ValueError):
     """A sweep that cannot be run, or a result that cannot be used, as it is."""
 
 
+class WindowError(FlowError):
+    """A window of more layers than the model has, or of none."""
+
+
 class NothingAnswered(FlowError):  # noqa: N818 - what happened, not a fault
     """The model answers none of the prompts correctly.
 
@@ -52,7 +56,8 @@ def windows(layers: Sequence[int], size: int, align: Align = "left") -> list[Win
             ends, n of them (Geva et al. 2023).
 
     Raises:
-        FlowError: no layers; a size below 1 or above n; another alignment.
+        WindowError: no layers; a size below 1 or above n.
+        FlowError: another alignment.
 
     Example:
         >>> [window.layers for window in windows(range(4), 3)]
@@ -63,7 +68,7 @@ def windows(layers: Sequence[int], size: int, align: Align = "left") -> list[Win
     layers = tuple(layers)
     n = len(layers)
     if not 1 <= size <= n:
-        raise FlowError(f"a window of {size} layers does not fit: this model has {n} of them; give 1 to {n}")
+        raise WindowError(f"a window of {size} layers does not fit: this model has {n} of them; give 1 to {n}")
     if align == "left":
         return [Window(layers[s], layers[s : s + size]) for s in range(n - size + 1)]
     if align == "centre":

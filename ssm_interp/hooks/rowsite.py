@@ -15,7 +15,7 @@ from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.plan import Cell, Plan, feature_mask
 from ssm_interp.hooks.points import HookPoints
-from ssm_interp.scan import Terms, one_step, read_initial, removed, scan
+from ssm_interp.scan import Terms, leave, one_step, read_initial, removed, scan
 
 _rows: ContextVar[Rows | None] = ContextVar("ssm_interp_rows", default=None)
 
@@ -140,24 +140,30 @@ class RowSite:
         operands, plan = operator.operands, self.rows.plan
         wanted = sorted({cell.sources for cell in plan.at("ssm", self.layer).values()})
         masks = [plan.positions[index][:, : self.rows.start].to(operands.x.device) for index in wanted]
-        y, state, written = self._scan(operator, [mask[:, :, None, None] for mask in masks])
+        y, state = self._scan(operator)
+        written = self._written(operator, masks)
         self.rows.starts[self.layer, heads.start] = Start(
             state, dict(zip(wanted, written, strict=True)), operator.dt_limit
         )
         return operator.finish(y, state, operands.x, operator.z)
 
-    def _scan(self, operator: Operator, masks: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """y, the state, and the state of x masked, for each mask: in one pass where the recurrence is our own."""
+    def _scan(self, operator: Operator) -> tuple[Tensor, Tensor]:
+        """y and the final state."""
+        return scan(operator.operands.terms()) if self._is_own(operator) else _run(operator, operator.operands)
+
+    def _written(self, operator: Operator, masks: list[Tensor]) -> Sequence[Tensor]:
+        """The part of the final state that each set of positions wrote."""
         operands = operator.operands
-        if self.points.own_operator or operator.is_reference:
-            terms, p = operands.terms(), operands.x.shape[3]
-            x = torch.cat([terms.x, *(torch.where(mask, terms.x, 0) for mask in masks)], dim=3)
-            y, state = scan(terms.with_x(x))
-            found, *written = state.split(p, dim=2)
-            return y[..., :p], found, written
-        y, state = _run(operator, operands)
-        masked = [_run(operator, replace(operands, x=torch.where(mask, operands.x, 0)))[1] for mask in masks]
-        return y, state, masked
+        if not masks:
+            return ()
+        if self._is_own(operator):
+            return leave(operands.terms(), torch.stack(masks).to(operands.x.device, torch.float32)).unbind()
+        kept = [torch.where(mask[:, :, None, None], operands.x, 0) for mask in masks]
+        return [_run(operator, replace(operands, x=x))[1] for x in kept]
+
+    def _is_own(self, operator: Operator) -> bool:
+        """Whether our own recurrence runs: it is quicker than a host's reference, and slower than its kernels."""
+        return self.points.own_operator or operator.is_reference
 
     def _step(self, operator: Operator, heads: slice) -> Any:
         rows, operands = self.rows, operator.operands

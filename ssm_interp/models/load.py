@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -40,19 +42,46 @@ def load(
     Example:
         >>> model, tokenizer = load("tiny-mamba1")
     """
+    with _place(name) as (place, local):
+        options = {} if local else {"revision": revision}
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map=device_map, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    return (model.to(device) if device_map is None else model).eval(), tokenizer
+
+
+def load_tokenizer(name: str | Path, *, revision: str = "main") -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone.
+
+    Args:
+        name, revision: as of `load`.
+
+    Raises:
+        LoadError: nothing of that name, or no tokenizer in it.
+
+    Example:
+        >>> load_tokenizer("tiny-mamba1").is_fast
+        True
+    """
+    with _place(name) as (place, local):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, **({} if local else {"revision": revision})
+        )
+    return tokenizer
+
+
+@contextmanager
+def _place(name: str | Path) -> Iterator[tuple[str, bool]]:
+    """Where a model is, and whether that is a local folder; errors inside become LoadErrors."""
     embedded = str(name) in EMBEDDED
     place = str(files("ssm_interp.models") / "data" / str(name)) if embedded else str(name)
     local = Path(place).is_dir()
     if not local and (str(name).startswith((".", "/", "~")) or Path(place).exists()):
         raise LoadError(f"{str(name)!r} is not a folder that holds a model")
     try:
-        options = {} if local else {"revision": revision}
-        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map=device_map, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        yield place, local
     except Exception as error:  # whatever a damaged file makes transformers, safetensors or tokenizers raise
         reason = " ".join(str(error).split())[:300]
         raise LoadError(
             f"cannot load {str(name)!r}: it is none of the embedded models ({', '.join(EMBEDDED)}), and as a "
             f"{'local folder' if local else 'hub id'} it gives: {reason}"
         ) from error
-    return (model.to(device) if device_map is None else model).eval(), tokenizer

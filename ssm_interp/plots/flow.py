@@ -86,8 +86,7 @@ def _one_panel(
     _layer_axis(axes)
     axes.set_title(f"{panel.across}   ({header(panel.rows)})", fontsize=10, color=INK, parse_math=False)
     axes.set_xlabel(x_labels.get(panel.rows["model"].iloc[0], "Layer of the window"), fontsize=9, parse_math=False)
-    target = readable(panel.rows["target"].iloc[0])
-    axes.set_ylabel(f"{chosen.label}\nsource \N{RIGHTWARDS ARROW} {target}", fontsize=9)
+    axes.set_ylabel("\n".join((chosen.label, *panel.lane)), fontsize=9, color=INK)
     axes.legend(_handles(styles.values()), list(map(readable, styles)), title="Source knocked out", **_LEGEND)
 
 
@@ -113,9 +112,7 @@ def _titles(axes: Axes, panel: Panel, layout: Layout) -> None:
         count = f"   ({header(panel.rows)})" if layout.across == "model" else ""
         axes.set_title(f"{panel.across}{count}", fontsize=9.5, color=INK, parse_math=False)
     if panel.column == 0:
-        known = layout.across == "target" or any("\N{RIGHTWARDS ARROW}" in words for words in panel.down)
-        cut = () if known else (f"source \N{RIGHTWARDS ARROW} {readable(panel.rows['target'].iloc[0])}",)
-        axes.set_ylabel("\n".join((*cut, *panel.down)), fontsize=9, color=INK, parse_math=False)
+        axes.set_ylabel("\n".join(panel.lane), fontsize=9, color=INK, parse_math=False)
 
 
 def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -> Figure:
@@ -181,7 +178,7 @@ def _lines(axes: Axes, rows: pd.DataFrame, key: str, x: str, styles: Mapping[str
             markersize=4.5,
             markeredgecolor="white",
             markeredgewidth=0.5,
-            label=readable(str(name)),
+            label=str(name),
             zorder=3,
         )
     axes.yaxis.set_major_formatter(FuncFormatter(signed if statistic.unchanged == 0 else "{:.4g}".format))

@@ -15,6 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ssm_interp.plots.style import (
+    ARROW,
     FAINT,
     INK,
     MOST_LABELS,
@@ -98,9 +99,7 @@ class TokenMap:
         _check_rows(rows)
         positions = rows["source"].astype(str)
         if bad := [name for name in positions.unique() if not name.isdigit()]:
-            raise ValueError(
-                f"a token map needs token positions as sources; {bad[0]!r} is none, use `flow_figure` for it"
-            )
+            raise ValueError(f"a token map needs token positions as sources, got {bad[0]!r}; `flow_figure` draws roles")
         kept = rows.assign(source=positions.astype(int), change=rows["p"] - rows["p_base"])
         kept = kept[(kept["source"] < len(tokens)) | (kept["n_edges"] > 0)]
         if len(kept) and (most := int(kept["source"].max())) >= len(tokens):
@@ -110,7 +109,7 @@ class TokenMap:
         table = kept.assign(change=change).pivot(index="source", columns="layer", values="change")
         values = table.reindex(index=range(len(tokens)), columns=layers).to_numpy(float)
         first = rows.iloc[0]
-        title = f"{short(str(first['model']), 32)}: token \N{RIGHTWARDS ARROW} {readable(first['target'])}"
+        title = f"{short(str(first['model']), 32)}: token {ARROW} {readable(first['target'])}"
         return cls(values, tokens, layers, subject, title, answer, float(first["p_base"]))
 
     @property

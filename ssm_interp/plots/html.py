@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from ssm_interp.plots.flow import FLOW_KEYS
 from ssm_interp.plots.heatmap import LABEL, TokenMap, colour_limit
 from ssm_interp.plots.panels import Layout, Panel, Statistic, StatisticName, arrange, drawable, header, legend_title
-from ssm_interp.plots.style import INK, Style, readable, source_styles, token_label
+from ssm_interp.plots.style import ARROW, INK, Style, readable, source_styles, token_label
 
 MARKERS = {
     "o": "circle",
@@ -30,7 +30,6 @@ DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
 CONFIG = {
     "displaylogo": False,
     "showSendToCloud": False,  # numbers stay on the reader's machine
-    "plotlyServerURL": "",
     "modeBarButtonsToRemove": ["select2d", "lasso2d"],
     "responsive": True,
 }
@@ -73,7 +72,7 @@ def flow_page(
     rows, chosen = drawable(summary, statistic)
     layout = arrange(rows, FLOW_KEYS)
     height, width = layout.shape
-    gap = 90 + 20 * len(layout.panels[0].down)
+    gap = 90 + 20 * len(layout.panels[0].lane)
     area = 300 * height + gap * (height - 1)
     figure = make_subplots(
         height,
@@ -85,25 +84,25 @@ def flow_page(
     )
     styles, drawn = source_styles(rows["source"].unique()), set[str]()
     for panel in layout.panels:
+        where = {"row": panel.row + 1, "col": panel.column + 1}
         for source, line in panel.rows.groupby("source", sort=False):
-            for trace in _traces(str(source), line, styles[str(source)], chosen, first=source not in drawn):
-                figure.add_trace(trace, panel.row + 1, panel.column + 1)
-            drawn.add(str(source))
-        x_label = (x_labels or {}).get(panel.rows["model"].iloc[0], "Layer of the window")
+            figure.add_traces(
+                _traces(source, line, styles[source], chosen, first=source not in drawn),
+                [where["row"]] * 2,
+                [where["col"]] * 2,
+            )
+            drawn.add(source)
         if layout.lowest(panel):
-            figure.update_xaxes(title_text=escape(x_label), row=panel.row + 1, col=panel.column + 1)
+            x_label = (x_labels or {}).get(panel.rows["model"].iloc[0], "Layer of the window")
+            figure.update_xaxes(title_text=escape(x_label), **where)
     figure.update_yaxes(title_text=chosen.label, col=1)
     figure.update_yaxes(zerolinecolor=INK)
     figure.update_xaxes(zeroline=False)
-    text = legend_title("Source knocked out", chosen, rows)
-    legend = {
-        "orientation": "h",
-        "yref": "container",
-        "y": 0,
-        "yanchor": "bottom",
-        "title": {"text": text, "side": "top"},
-    }
-    figure.update_layout(legend=legend)
+    legend = {"text": legend_title("Source knocked out", chosen, rows), "side": "top"}
+    figure.update_layout(legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "title": legend})
+    if layout.across != "model":  # the same layers in all panels
+        figure.update_xaxes(matches="x").layout.xaxis.matches = None
+        title = f"{title}: {rows['model'].iloc[0]}, {header(rows)}"
     return _page(figure, title, area, max(700, 420 * width))
 
 
@@ -116,7 +115,7 @@ def _grid_titles(layout: Layout) -> list[str]:
 
 def _title(panel: Panel, layout: Layout) -> str:
     count = (header(panel.rows),) if layout.across == "model" else ()
-    return "<br>".join(escape(words) for words in (", ".join((panel.across, *count)), *panel.down))
+    return "<br>".join(escape(words) for words in (", ".join((panel.across, *count)), *panel.lane))
 
 
 def _traces(source: str, line: pd.DataFrame, style: Style, statistic: Statistic, *, first: bool) -> list[Any]:
@@ -138,10 +137,7 @@ def _traces(source: str, line: pd.DataFrame, style: Style, statistic: Statistic,
         x=list(line["layer"]),
         y=list(line["value"]),
         mode="lines+markers",
-        line={
-            "color": style.colour,
-            "dash": DASHES.get(style.dash, "longdash") if isinstance(style.dash, str) else "longdash",
-        },
+        line={"color": style.colour, "dash": DASHES.get(str(style.dash), "longdash")},
         marker={"symbol": MARKERS[style.marker], "size": 7},
         text=[_hover(row, statistic) for _, row in line.iterrows()],
         hovertemplate="%{text}<extra></extra>",
@@ -154,13 +150,11 @@ def _traces(source: str, line: pd.DataFrame, style: Style, statistic: Statistic,
 def _hover(row: pd.Series, statistic: Statistic) -> str:
     size = int(row["window_size"])
     features = "" if row["feature_group"] == "all" else f"features: {row['feature_group']}\n"
-    interval = (
-        "" if pd.isna(row["low"]) else f", {100 * row['level']:g} % interval {row['low']:.4g} to {row['high']:.4g}"
-    )
+    bounds = f", {100 * row['level']:g} % interval {row['low']:.4g} to {row['high']:.4g}"
     text = (
-        f"{row['model']}\n{readable(row['source'])} \N{RIGHTWARDS ARROW} {readable(row['target'])}\n{features}"
+        f"{row['model']}\n{readable(row['source'])} {ARROW} {readable(row['target'])}\n{features}"
         f"{size} layer{'' if size == 1 else 's'} from layer {row['window_start']}\n"
-        f"{row['value']:.4g} ({statistic.line}){interval}\n{header(row.to_frame().T)}"
+        f"{row['value']:.4g} ({statistic.line}){'' if pd.isna(row['low']) else bounds}\n{header(row.to_frame().T)}"
     )
     return escape(text).replace("\n", "<br>")
 
@@ -193,14 +187,8 @@ def heatmap_page(*maps: TokenMap, limit: float | None = None, title: str = "Sour
         figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, autorange="reversed", row=row)
         figure.update_xaxes(type="category", title_text="Layer of the window", row=row)
     figure.update_yaxes(tickfont={"family": "monospace"}, title_text="Source token", showgrid=False)
-    figure.update_layout(
-        coloraxis={
-            "colorscale": "RdBu_r",
-            "cmin": -end,
-            "cmax": end,
-            "colorbar": {"title": {"text": LABEL, "side": "right"}},
-        }
-    )
+    bar = {"title": {"text": LABEL, "side": "right"}}
+    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -end, "cmax": end, "colorbar": bar})
     return _page(figure, title, area, 1000)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from ssm_interp.plots.style import readable, short
+from ssm_interp.plots.style import ARROW, readable, short
 
 StatisticName = Literal["mean", "median", "accuracy", "logprob_difference"]
 APART = ["model", "source", "target", "feature_group"]
@@ -70,6 +70,12 @@ class Panel:
     across: str  # words for what varies from column to column
     down: tuple[str, ...]  # and from row to row
     rows: pd.DataFrame
+
+    @property
+    def lane(self) -> tuple[str, ...]:
+        """Words for its row of the grid: what is knocked out for which target, and what varies down."""
+        said = any(ARROW in words for words in (self.across, *self.down))
+        return self.down if said else (_words("target", self.rows["target"].iloc[0]), *self.down)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def _words(key: str, value: Any) -> str:
     if key == "window":
         return f"windows of {value} layer{'' if value == 1 else 's'}"
     if key == "target":
-        return f"source \N{RIGHTWARDS ARROW} {readable(value)}"
+        return f"source {ARROW} {readable(value)}"
     if key == "source":
         return f"source: {readable(value)}"
     return short(str(value), 32) if key == "model" else f"features: {short(str(value), 24)}"

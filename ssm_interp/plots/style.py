@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
 INK, FAINT = "#222222", "#DDDDDD"
+ARROW = "\N{RIGHTWARDS ARROW}"
 MOST_LABELS = 64  # more tokens than these on one axis could not be read
 
 
@@ -59,9 +60,7 @@ def model_styles(models: Iterable[str]) -> dict[str, Style]:
     """
     models, styles = list(models), list(STYLES.values())
     if len(models) > len(styles):
-        raise ValueError(
-            f"{len(models)} models in one picture cannot be told apart; draw at most {len(styles)} of them"
-        )
+        raise ValueError(f"{len(models)} models cannot be told apart in one picture; draw at most {len(styles)}")
     return dict(zip(models, styles, strict=False))
 
 

@@ -2,7 +2,7 @@
 
 from ssm_interp.prompts.counterfact import hub_row, original_idx
 from ssm_interp.prompts.facts_file import load_prompts, save_prompts
-from ssm_interp.prompts.prompt import Fact, Prompt, PromptError
+from ssm_interp.prompts.prompt import Fact, Prompt, PromptError, with_ids
 from ssm_interp.prompts.roles import ROLES, Batch, Encoding, TokenizedPrompt, check_role, encode, pad, tokenize
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "pad",
     "save_prompts",
     "tokenize",
+    "with_ids",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 
 class PromptError(ValueError):
@@ -81,3 +83,22 @@ class Prompt:
             raise PromptError(f"the template {template!r} has no {{}}, the place of the subject")
         text = (template[0].upper() + template[1:]).replace("{}", fact.subject, 1)
         return cls(text, fact.subject, fact.target, fact.relation, id)
+
+
+def with_ids(prompts: Sequence[Prompt], ids: Sequence[str]) -> list[Prompt]:
+    """The prompts that have these ids, in their order; a prompt without an id has its text as one.
+
+    Raises:
+        PromptError: no prompt has one of them; the message gives the nearest.
+
+    Example:
+        >>> [prompt.id for prompt in with_ids(load_prompts("geo"), ["capital/France/0"])]       # doctest: +SKIP
+        ['capital/France/0']
+    """
+    known = {prompt.id or prompt.text: prompt for prompt in prompts}
+    for name in ids:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0) or list(known)[:3]
+            there = ", ".join(map(repr, near))
+            raise PromptError(f"there is no prompt {name!r} among these {len(known)}; there are {there}, ...")
+    return [known[name] for name in ids]

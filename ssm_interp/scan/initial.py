@@ -1,10 +1,11 @@
-"""What an initial state alone gives to the positions after it, without running the recurrence."""
+"""States at the border of two runs of positions: what is read of one after it, and what positions leave in it."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
 
@@ -60,13 +61,62 @@ def _own_decays(terms: Terms, state: Float[Tensor, "m h p n"]) -> Float[Tensor, 
     A, state = terms.A.reshape(terms.groups, -1, n), state.reshape(m, 1, terms.groups, -1, p, n)
     y = terms.x.new_empty(b // m, m, t, terms.groups, h // terms.groups, p)
     each = max(1, SLAB // (m * t * h * n))
+    tracked = any(part.requires_grad for part in (terms.dt, terms.A, terms.C, state))
+    room = None if tracked else terms.x.new_empty(min(each, b // m), *steps.shape[1:-1], n)  # fresh memory is slow
     for first in range(0, b // m, each):
         rows = slice(first, first + each)
-        decay = (steps[rows] * A).exp_()  # rows m t g h/g n
+        decay = torch.mul(steps[rows], A, out=None if room is None else room[: b // m - first]).exp_()
         C = group[rows].transpose(-1, -2)  # rows m t g n 1
         for column in range(p):
-            y[rows, ..., column] = ((decay * state[..., column, :]) @ C)[..., 0]
+            into = decay if room is not None and column == p - 1 else None
+            y[rows, ..., column] = (torch.mul(decay, state[..., column, :], out=into) @ C)[..., 0]
     return y.reshape(b, t, h, p)
+
+
+@in_full_precision
+def leave(terms: Terms, weights: Float[Tensor, "k b t"]) -> Float[Tensor, "k b h p n"]:
+    """The states that positions leave behind when each of them is weighted: `sum_s w_s prod_{r>s} exp(dt_r A) dt_s B_s x_s`.
+
+    Args:
+        terms: the operands.
+        weights: k sets of weights, for example masks of positions as numbers.
+
+    Returns:
+        `[k, b, h, p, n]`, in fp32 at least; with all weights 1 the final state of `scan(terms)`.
+
+    Raises:
+        TermsError: weights of another shape.
+
+    Cost: O(L H N) factors, in blocks of positions of constant memory, and O(k L H P N) in matrix products.
+    Source: linearity of the recurrence in x.
+
+    Example:
+        >>> masks = torch.eye(terms.length)[:, None].expand(-1, terms.batch, -1)
+        >>> leave(terms, masks)[3]                                  # what position 3 wrote, decayed to the end
+    """
+    if weights.shape[1:] != terms.x.shape[:2]:
+        raise TermsError(f"the weights must be [k b t] = {['k', *terms.x.shape[:2]]}, got {list(weights.shape)}")
+    later = pad(terms.dt[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # b t h: the steps after a position
+    each = max(1, SLAB // (terms.batch * terms.heads * terms.A.shape[1]))
+    found = terms.x.new_zeros(len(weights), *terms.x[:, 0].shape, terms.state_size)
+    for first in range(0, terms.length, each):
+        span = slice(first, first + each)
+        found = found + _left(terms.at(span), later[:, span], weights[..., span].to(terms.x))
+    return found
+
+
+def _left(terms: Terms, later: Tensor, weights: Tensor) -> Float[Tensor, "k b h p n"]:
+    b, t, h, p = terms.x.shape
+    g, n, k = terms.groups, terms.state_size, len(weights)
+    u = (terms.dt[..., None] * terms.x).reshape(b, t, g, -1, p)  # b t g h/g p
+    decay = torch.exp(later[..., None] * terms.A)  # b t h #n
+    if terms.scalar_decay:
+        u = (u * decay.reshape(b, t, g, -1, 1)).permute(0, 2, 3, 4, 1)  # b g h/g p t
+        weighted = terms.B.transpose(1, 2) * weights[..., None, :, None]  # k b g t n
+        return (u.reshape(b, g, -1, t) @ weighted).reshape(k, b, h, p, n)
+    B = terms.B[:, :, :, None, None] * decay.reshape(b, t, g, -1, 1, n)  # b t g h/g 1 n
+    written = (u[..., None] * B).reshape(b, t, -1)
+    return (weights.transpose(0, 1) @ written).transpose(0, 1).reshape(k, b, h, p, n)
 
 
 @in_full_precision

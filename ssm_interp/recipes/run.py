@@ -1,0 +1,239 @@
+"""Running a recipe: its studies one after the other, what they found together, and the files that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ssm_interp import plots
+from ssm_interp.features.groups import FeatureError
+from ssm_interp.flow import FlowResult, FlowRun, WindowError, run_study, study_folder, summarise
+from ssm_interp.flow.sweep import Progress
+from ssm_interp.hooks import InterventionError
+from ssm_interp.models import LoadError, load_tokenizer
+from ssm_interp.plots import TokenMap
+from ssm_interp.prompts import PromptError, TokenizedPrompt, load_prompts, tokenize, with_ids
+from ssm_interp.recipes.lines import Key
+from ssm_interp.recipes.schema import HeatMap, Recipe, RecipeError
+
+Started = Callable[[str], Progress]
+"""Called with the name of a study as it begins; gives what is told of its progress."""
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What a recipe found.
+
+    Attributes:
+        recipe: as it was run.
+        result: every model's rows, a run for each model and name of an operation.
+        maps: of a heat map, in the order of models, operations, prompts, targets, feature groups, window sizes.
+        unanswered: "model: prompt" of those that a heat map cannot show, since the model answers them wrongly.
+    """
+
+    recipe: Recipe
+    result: FlowResult
+    maps: tuple[tuple[str, TokenMap], ...] = ()
+    unanswered: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> FlowResult:
+        """The part of the result that pictures show: all of it, or the prompts that all models answer.
+
+        Raises:
+            RecipeError: there is no such prompt.
+        """
+        if self.recipe.metrics.prompts == "own":
+            return self.result
+        frame = self.result.frame
+        models = frame.groupby("prompt_id", sort=False)["model"].nunique()
+        common = models.index[models == len(self.result.runs)]
+        if common.empty:
+            message = 'no prompt is answered by all of the models; "own" shows those that each of them answers'
+            raise blamed(self.recipe, ("metrics", "prompts"), message)
+        runs = tuple(replace(run, kept=len(common)) for run in self.result.runs)
+        return FlowResult(frame[frame["prompt_id"].isin(common)].reset_index(drop=True), runs)
+
+    def summary(self) -> pd.DataFrame:
+        """Over prompts, with the recipe's interval; see `summarise`."""
+        metrics = self.recipe.metrics
+        return summarise(self.shown.frame, level=metrics.level, interval=metrics.interval)
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write `table.parquet` (every row), and the picture in the recipe's formats; a heat map's, one per model.
+
+        Returns:
+            The files, the table first.
+
+        Raises:
+            RecipeError: no prompt is answered by all models, where those were asked for; no heat map to draw.
+            OSError: the folder cannot be written.
+        """
+        folder, plot = Path(folder), self.recipe.plot
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / "table.parquet"]
+        self.result.save(written[0])
+        figures = self._figures()
+        for suffix in plot.formats:
+            if suffix == "html":
+                written.append(folder / f"{plot.kind}.html")
+                written[-1].write_text(self._page(), encoding="utf-8")
+                continue
+            for name, figure in figures.items():
+                written.append(folder / f"{name}.{suffix}")
+                figure.savefig(written[-1], dpi=200, metadata={"Title": self.recipe.title})
+        return written
+
+    def _figures(self) -> dict[str, Figure]:
+        """By file name."""
+        plot, statistic = self.recipe.plot, self.recipe.metrics.statistic
+        if plot.kind == "flow":
+            return {"flow": plots.flow_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)}
+        if plot.kind == "depth":
+            return {"depth": plots.depth_figure(self.summary(), statistic=statistic)}
+        labels = dict.fromkeys(label for label, _ in self._drawn())
+        return {
+            f"heatmap-{study_folder('', label)}": plots.heatmap_figure(
+                *(one for name, one in self.maps if name == label), limit=plot.colour_limit
+            )
+            for label in labels
+        }
+
+    def _page(self) -> str:
+        recipe = self.recipe
+        if isinstance(recipe.plot, HeatMap):
+            maps = (one for _, one in self._drawn())
+            return plots.heatmap_page(*maps, limit=recipe.plot.colour_limit, title=recipe.title)
+        statistic = recipe.metrics.statistic
+        return plots.flow_page(self.summary(), x_labels=self._x_labels(), statistic=statistic, title=recipe.title)
+
+    def _x_labels(self) -> dict[str, str]:
+        return {run.model: run.x_label for run in self.result.runs}
+
+    def _drawn(self) -> tuple[tuple[str, TokenMap], ...]:
+        if not self.maps:
+            message = f"none of these prompts is answered correctly: {', '.join(self.unanswered)}"
+            raise blamed(self.recipe, ("plot", "prompts"), message)
+        return self.maps
+
+
+def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = None, **how: Any) -> Findings:
+    """Run the studies of a recipe, one per model and operation, or what is left of them.
+
+    Each is stored in `folder/operation-<number>/<model>` as soon as it is there, see `run_study`: interrupted, the same
+    call goes on where it was; the ranks of `torchrun` or `accelerate launch` share the prompts.
+
+    Args:
+        recipe: from `read_recipe`, or made in Python.
+        folder: for the studies.
+        started: called as a study begins, with what it is called.
+        how: options of a study that change how it is computed and not what is found: device, device_map, batch_size,
+            max_memory.
+
+    Raises:
+        RecipeError: what the models or the facts do not allow: a model or a file that cannot be loaded, a window of
+            more layers than there are, a stream, a feature group or a prompt that does not exist.
+        Else as `run_study`.
+
+    Cost: that of `run_study`, for each model and operation.
+
+    Example:
+        >>> run_recipe(read_recipe("hooks/tiny-flow.toml"), "out").write("out")        # doctest: +SKIP
+    """
+    results: dict[str, list[FlowResult]] = {}
+    maps: list[tuple[str, TokenMap]] = []
+    unanswered: dict[str, None] = {}
+    for place, knockout in recipe.knockouts.items():
+        for model in recipe.model.names:
+            label = recipe.label(model, knockout)
+            with _blaming(recipe, place):
+                prompts = _prompts(recipe, model) if isinstance(recipe.plot, HeatMap) else []
+                longest = max((len(prompt) for prompt in prompts), default=0)
+                study = recipe.study(model, knockout, positions=longest, **how)
+                progress = started(label) if started else None
+                found = run_study(study, Path(folder) / f"operation-{place + 1}", progress=progress)
+            results.setdefault(label, []).append(found)
+            for prompt in prompts:
+                drawn = list(_maps(found, prompt, label))
+                maps += [(label, one) for one in drawn]
+                unanswered |= {} if drawn else {f"{model}: {prompt.prompt.id or prompt.prompt.text}": None}
+    joined = FlowResult.join([_as_one(label, parts) for label, parts in results.items()])
+    return Findings(recipe, joined, tuple(maps), tuple(unanswered))
+
+
+def _as_one(label: str, parts: list[FlowResult]) -> FlowResult:
+    """The results of several operations on one model, under one name."""
+    frame = pd.concat([part.frame for part in parts], ignore_index=True).assign(model=label)
+    runs = [part.runs[0] for part in parts]
+    engine = "; ".join(dict.fromkeys(run.engine for run in runs))
+    return FlowResult(frame, (replace(runs[0], model=label, engine=engine),))
+
+
+def _prompts(recipe: Recipe, model: str) -> list[TokenizedPrompt]:
+    """A heat map's prompts, in the model's tokens."""
+    plot, facts = recipe.plot, recipe.facts
+    tokenizer = load_tokenizer(model, revision=recipe.model.revision)
+    prompts = load_prompts(facts.source, columns=facts.columns, on_bad=_leave_out if facts.skip_bad else None)
+    try:
+        chosen = with_ids(prompts, plot.prompts if isinstance(plot, HeatMap) else ())
+    except PromptError as error:
+        raise blamed(recipe, ("plot", "prompts"), str(error)) from error
+    return [tokenize(prompt, tokenizer) for prompt in chosen]
+
+
+def _leave_out(_: PromptError) -> None:
+    """`run_study` says how many."""
+
+
+def _maps(found: FlowResult, prompt: TokenizedPrompt, label: str) -> Iterator[TokenMap]:
+    """A map per target, feature group and window size; none if the model answers the prompt wrongly."""
+    frame, run = found.frame, found.runs[0]
+    rows = frame[frame["prompt_id"] == (prompt.prompt.id or prompt.prompt.text)].assign(model=label)
+    groups = rows["feature_group"].unique()
+    for (_, group), part in rows.groupby(["target", "feature_group"], sort=False):
+        for size in run.windows:
+            one = part if len(run.windows) == 1 else part[part["window_size"] == size]
+            drawn = TokenMap.of(one, prompt.tokens, subject=prompt.roles["subject"], answer=prompt.prompt.target)
+            yield replace(drawn, title="\n".join([drawn.title, *_notes(run, size, str(group), len(groups))]))
+
+
+def _notes(run: FlowRun, size: int, group: str, groups: int) -> Iterator[str]:
+    """What tells a map from the others of its prompt."""
+    if len(run.windows) > 1:
+        yield f"windows of {size} layer{'' if size == 1 else 's'}"
+    if groups > 1:
+        yield f"features: {group}"
+
+
+@contextmanager
+def _blaming(recipe: Recipe, place: int) -> Iterator[None]:
+    """Errors that only the models or the facts bring to light become those of the key that they come from."""
+    operation: Key = ("operation", place)
+    keys: dict[type[Exception], Key] = {
+        LoadError: ("model", "names"),
+        WindowError: ("sweep", "windows"),
+        FeatureError: (*operation, "features"),
+        InterventionError: (*operation, "through"),
+        PromptError: ("facts", "source"),
+    }
+    try:
+        yield
+    except tuple(keys) as error:
+        key = next(key for kind, key in keys.items() if isinstance(error, kind))
+        told = blamed(recipe, key, str(error))
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        raise told from error
+
+
+def blamed(recipe: Recipe, key: Key, message: str) -> RecipeError:
+    """The error of a key of a recipe, with its file and line where it was read from one."""
+    if recipe._blame:
+        return recipe._blame(key, message)
+    return RecipeError(f"{'.'.join(part for part in key if isinstance(part, str))}: {message}")

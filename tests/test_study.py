@@ -1,0 +1,307 @@
+"""Studies: their options, their table, and what they refuse."""
+
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from accelerate import disk_offload
+from filelock import FileLock
+from pydantic import ValidationError
+from tiny_study import Scene, manifest, same, scene, shards
+
+import ssm_interp as si
+from ssm_interp.features import feature_groups
+from ssm_interp.flow import FlowError, NothingAnswered, Study, StudyError, explain, run_study, study_folder, sweep
+from ssm_interp.flow import study_run as running
+from ssm_interp.prompts import PromptError, load_prompts, save_prompts
+
+CPU = {"model": "tiny-mamba2"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return scene(tmp_path_factory.mktemp("study"))
+
+
+def test_a_study_is_a_sweep_over_all_its_prompts(tiny: Scene) -> None:
+    model, tokenizer = si.load(tiny.options["model"], dtype=torch.float64)
+    with si.attach(model) as ssm:
+        expected = sweep(
+            ssm,
+            tokenizer,
+            load_prompts(tiny.options["facts"]),
+            sources=["subject", "last"],
+            window=[1, 2],
+            features=feature_groups(ssm, ["all", "top half"]),
+            name=tiny.options["model"],
+        )
+    pd.testing.assert_frame_equal(tiny.result.frame, expected.frame, rtol=1e-9, atol=1e-9)
+    assert tiny.result.runs == expected.runs
+    assert (expected.runs[0].asked, expected.runs[0].kept) == (10, 8)
+
+
+def test_the_manifest_says_what_the_study_is(tiny: Scene) -> None:
+    stored = manifest(tiny.study(), tiny.folder)
+    assert stored["options"]["windows"] == [1, 2]
+    assert stored["versions"].keys() == {"ssm_interp", "torch", "transformers", "python"}
+    assert len(stored["weights"]) == len(stored["prompts"]) == 64
+    records = stored["shards"]
+    assert [path.stem for path in shards(tiny.study(), tiny.folder)] == list(records)
+    assert [record["asked"] for record in records.values()] == [2, 2, 2, 2, 2]
+    assert sum(record["rows"] for record in records.values()) == len(tiny.result.frame)
+
+
+def test_a_finished_study_is_read_and_not_computed(tiny: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "sweep", None)
+    same(run_study(tiny.study(), tiny.folder), tiny.result)
+    same(run_study(tiny.study(batch_size=1, max_memory="1GB", device="auto"), tiny.folder), tiny.result)
+
+
+def test_shards_without_a_right_answer_do_not_stop_a_study(tiny: Scene, tmp_path: Path) -> None:
+    result = run_study(tiny.study(shard_size=1), tmp_path)
+    pd.testing.assert_frame_equal(result.frame, tiny.result.frame, rtol=1e-9, atol=1e-9)
+    kept = [record["kept"] for record in manifest(tiny.study(), tmp_path)["shards"].values()]
+    assert kept == [1, 1, 1, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_a_study_without_any_right_answer_is_an_error(tiny: Scene, tmp_path: Path) -> None:
+    save_prompts([prompt for prompt in load_prompts(tiny.options["facts"]) if "wrong" in prompt.id], tmp_path / "p")
+    for _ in range(2):
+        with pytest.raises(NothingAnswered, match="answers none of the 2 prompts correctly"):
+            run_study(tiny.study(facts=str(tmp_path / "p"), shard_size=1), tmp_path)
+
+
+def test_progress_counts_the_prompts_that_are_left(tiny: Scene, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run_study(tiny.study(), tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1] == (10, 10)
+    shards(tiny.study(), tmp_path)[3].unlink()
+    seen.clear()
+    run_study(tiny.study(), tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert (seen[0][1], seen[-1]) == (2, (2, 2))
+
+
+def test_changed_options_are_refused_with_what_differs(tiny: Scene) -> None:
+    with pytest.raises(StudyError, match="what differs") as refusal:
+        run_study(tiny.study(windows=[1, 3], align="centre", batch_size=3), tiny.folder)
+    message = str(refusal.value)
+    assert "windows (stored: [1, 2], given: [1, 3])" in message
+    assert 'align (stored: "left", given: "centre")' in message
+    assert "batch_size" not in message
+    assert "sources" not in message
+
+
+def test_changed_weights_and_prompts_are_refused(tiny: Scene, tmp_path: Path) -> None:
+    model, tokenizer = si.load(tiny.options["model"], dtype=torch.float64)
+    prompts = load_prompts(tiny.options["facts"])
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    save_prompts(prompts, tmp_path / "p")
+    study = tiny.study(model=str(tmp_path / "tiny"), facts=str(tmp_path / "p"))
+    run_study(study, tmp_path)
+    save_prompts(prompts[1:], tmp_path / "p")
+    with pytest.raises(StudyError, match="what differs: the prompts"):
+        run_study(study, tmp_path)
+    save_prompts(prompts, tmp_path / "p")
+    next(model.parameters()).data[0, 0] += 1
+    model.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(StudyError, match="what differs: the model's weights"):
+        run_study(study, tmp_path)
+
+
+def test_damaged_and_foreign_shards_are_named(tiny: Scene, tmp_path: Path) -> None:
+    run_study(tiny.study(), tmp_path)
+    folder, third = study_folder(tmp_path, tiny.options["model"]) / "shards", shards(tiny.study(), tmp_path)[2]
+    whole = third.read_bytes()
+    third.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(StudyError, match=r"00002.parquet is damaged: .* delete it, and give the same command again"):
+        run_study(tiny.study(), tmp_path)
+    third.unlink()
+    same(run_study(tiny.study(), tmp_path), tiny.result)
+    other = tiny.study(sources=["first"])
+    run_study(other, tmp_path / "other")
+    for name, content in (("00007", shards(other, tmp_path / "other")[0].read_bytes()), ("notes", b"text")):
+        (folder / f"{name}.parquet").write_bytes(content)
+        with pytest.raises(StudyError, match=f"{name}.parquet is no shard of this study: .* delete it or move it"):
+            run_study(tiny.study(), tmp_path)
+        (folder / f"{name}.parquet").unlink()
+    same(run_study(tiny.study(), tmp_path), tiny.result)
+
+
+def test_a_shard_of_this_study_without_a_record_is_computed_anew(tiny: Scene, tmp_path: Path) -> None:
+    run_study(tiny.study(), tmp_path)
+    path = study_folder(tmp_path, tiny.options["model"]) / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["shards"]["00001"]
+    path.write_text(json.dumps(content))
+    same(run_study(tiny.study(), tmp_path), tiny.result)
+
+
+def test_a_damaged_manifest_is_named(tiny: Scene, tmp_path: Path) -> None:
+    path = study_folder(tmp_path, tiny.options["model"]) / "manifest.json"
+    path.parent.mkdir(parents=True)
+    for content in ("", "[]", '{"study": "x"}'):
+        path.write_text(content)
+        with pytest.raises(StudyError, match=r"manifest.json is damaged; delete .*tiny, and give the same command"):
+            run_study(tiny.study(), tmp_path)
+
+
+def test_two_processes_do_not_work_on_one_study(tiny: Scene) -> None:
+    with (
+        FileLock(study_folder(tiny.folder, tiny.options["model"]) / ".lock"),
+        pytest.raises(StudyError, match="another process is at work on the study in .*; wait for it"),
+    ):
+        run_study(tiny.study(), tiny.folder)
+    same(run_study(tiny.study(), tiny.folder), tiny.result)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space, then the same command continues"),
+        (torch.OutOfMemoryError("out of memory"), "with a smaller max_memory or batch_size, which change no result"),
+        (KeyboardInterrupt(), "the same command continues from there"),
+        (FlowError("the logits are not numbers"), "the same command continues from there"),
+    ],
+)
+def test_an_error_loses_nothing_and_says_so(
+    tiny: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, advice: str
+) -> None:
+    swept: list[Any] = []
+
+    def fails_at_the_third(*positional: Any, **options: Any) -> Any:
+        swept.append(positional)
+        if len(swept) == 3:
+            raise error
+        return sweep(*positional, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "sweep", fails_at_the_third)
+        with pytest.raises(type(error)) as raised:
+            run_study(tiny.study(), tmp_path)
+    (note,) = raised.value.__notes__
+    assert note.startswith("Nothing that was stored is lost: 2 of 5 shards are in ")
+    assert advice in note
+    del raised.value.__notes__
+    assert [path.name for path in shards(tiny.study(), tmp_path)] == ["00000.parquet", "00001.parquet"]
+    same(run_study(tiny.study(), tmp_path), tiny.result)
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tiny: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run_study(tiny.study(), tmp_path)
+    assert not list(tmp_path.rglob(".*.tmp"))
+    same(run_study(tiny.study(), tmp_path), tiny.result)
+
+
+def test_versions_that_changed_are_told(
+    tiny: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_study(tiny.study(), tmp_path)
+    shards(tiny.study(), tmp_path)[0].unlink()
+    now = running._versions() | {"torch": "9.9"}
+    monkeypatch.setattr(running, "_versions", lambda: now)
+    with caplog.at_level(logging.WARNING):
+        run_study(tiny.study(), tmp_path)
+    (told,) = caplog.messages
+    assert "has shards made with torch 2." in told
+    assert "(now: 9.9)" in told
+    assert manifest(tiny.study(), tmp_path)["shards"]["00000"]["versions"]["torch"] == "9.9"
+
+
+def test_rows_that_are_no_prompts_are_left_out_on_request(
+    tiny: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = Path(tiny.options["facts"]).read_text().splitlines()
+    bad = ['{"text": "ban kit", "subject": "dus", "target": "lox"}', '{"text": "ban", "subject": "ban", "target": "q"}']
+    (tmp_path / "p").write_text("\n".join([bad[0], *lines, bad[1]]))
+    with pytest.raises(PromptError, match="p, line 1: the subject 'dus' occurs 0 times"):
+        run_study(tiny.study(facts=str(tmp_path / "p")), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        found = run_study(tiny.study(facts=str(tmp_path / "p"), skip_bad=True), tmp_path)
+    assert "left out 1 rows that are no prompts and 1 prompts that the tokenizer cannot take" in caplog.messages[0]
+    same(found, tiny.result)
+
+
+def test_nothing_is_written_before_the_options_are_known_to_fit(tiny: Scene, tmp_path: Path) -> None:
+    with pytest.raises(FlowError, match="a window of 9 layers does not fit"):
+        run_study(tiny.study(windows=[1, 9]), tmp_path / "new")
+    with pytest.raises(PromptError, match="there is no prompt file"):
+        run_study(tiny.study(facts="missing.csv"), tmp_path / "new")
+    with pytest.raises(StudyError, match="there is no device 'cuda:99'"):
+        run_study(tiny.study(device="cuda:99"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_studies_survive_json() -> None:
+    study = Study(**CPU, windows=[3], sources=["subject", "4"], max_memory="4GB", columns={"text": "question"})
+    assert Study.model_validate_json(study.model_dump_json()) == study
+    assert study.sources == ("subject", 4)
+    assert study.max_memory == 4_000_000_000
+    assert study.options().keys() == Study.model_fields.keys() - {"device", "device_map", "batch_size", "max_memory"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": -1}, "limit: input should be greater than or equal to 0, got -1"),
+        ({"windos": [3]}, "windos: extra inputs are not permitted"),
+        ({"windows": [0]}, "windows.0: input should be greater than 0, got 0"),
+        ({"windows": []}, "windows: tuple should have at least 1 item"),
+        ({"sources": ["subjct"]}, "sources.0: there is no role 'subjct': did you mean 'subject'?"),
+        ({"sources": [-1]}, "sources.0: there is no position -1"),
+        ({"targets": [3]}, "targets.0: input should be a valid string, got 3"),
+        ({"features": ["tpo third"]}, "features.0: there is no feature group 'tpo third'"),
+        ({"through": ["ss"]}, "through.0: input should be 'ssm' or 'attention', got 'ss'"),
+        ({"device": "gpu"}, "device: there is no device 'gpu'; give auto, cpu"),
+        ({"device_map": "all"}, "device_map: input should be 'auto'"),
+        ({"columns": {"txt": "a"}}, "columns: a prompt has no field 'txt' to read a column into: did you mean 'text'?"),
+        ({"max_memory": "4XB"}, "max_memory: could not interpret byte unit: XB"),
+    ],
+)
+def test_wrong_options_are_explained_in_a_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Study(**CPU | options)
+    assert explain(error.value).startswith(message)
+    assert "\n" not in explain(error.value)
+
+
+def test_folders_of_models_are_file_names() -> None:
+    assert study_folder("out", "state-spaces/mamba-130m-hf") == Path("out/state-spaces--mamba-130m-hf")
+    assert study_folder("out", "../models/a b/") == Path("out/models--a--b")
+    assert study_folder("out", "/") == Path("out/model")
+    long = [study_folder("out", f"{letter}/{'x' * 300}").name for letter in "ab"]
+    assert len(set(long)) == 2
+    assert max(map(len, long)) < 128
+
+
+def test_weights_have_one_hash_wherever_they_are(tmp_path: Path) -> None:
+    model, tokenizer = si.load("tiny-mamba2")
+    expected = running.weights_hash(model)
+    assert running.weights_hash(si.load("tiny-mamba2", device_map="auto")[0]) == expected
+    assert running.weights_hash(si.load("tiny-mamba2", dtype=torch.float64)[0]) != expected
+    disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    assert running.weights_hash(model) == expected
+    prompts = load_prompts()[:3]
+    with si.attach(model) as ssm:
+        found = sweep(ssm, tokenizer, prompts, sources=["subject"])
+    model, tokenizer = si.load("tiny-mamba2")
+    with si.attach(model) as ssm:
+        pd.testing.assert_frame_equal(found.frame, sweep(ssm, tokenizer, prompts, sources=["subject"]).frame)
