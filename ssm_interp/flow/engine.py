@@ -51,7 +51,7 @@ class Variant:
         return tuple(Knockout(**edges, layers=layer, features=self.features[layer]) for layer in self.window.layers)
 
 
-CLEAN = Variant("all", "all", Window(at=-1, layers=()))
+CLEAN = Variant("all", "all", Window(at=-1, layers=(), size=0))
 
 
 class Answers(NamedTuple):

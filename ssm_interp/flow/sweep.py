@@ -186,8 +186,7 @@ class _Run:
         return rows.drop(columns=["variant", "index"])
 
     def _batches(self, prompts: list[TokenizedPrompt]) -> Iterator[tuple[list[int], Batch]]:
-        parameters = self.ssm.model.parameters()  # those on meta are offloaded, and come where the others are
-        device = next((weight.device for weight in parameters if not weight.is_meta), torch.device("cpu"))
+        device = device_of(self.ssm.model)
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for start in range(0, len(prompts), self.batch_size):
             indices = by_length[start : start + self.batch_size]
@@ -208,6 +207,11 @@ class _Run:
             if self.progress:
                 self.progress(self.done, self.total)
         return logprob, hit
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens: with its first weight that is not offloaded."""
+    return next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
 
 
 def _check_numbers(logprob: NDArray[np.float64], found: Answers, batch: Batch, variants: Sequence[Variant]) -> None:
@@ -236,7 +240,7 @@ def _labels(batch: Batch, variants: Sequence[Variant]) -> pd.DataFrame:
         "feature_group": [variant.feature_group for variant in variants],
         "layer": [variant.window.at for variant in variants],
         "window_start": [variant.window.layers[0] for variant in variants],
-        "window_size": [len(variant.window.layers) for variant in variants],
+        "window_size": [variant.window.size for variant in variants],
     }
     repeated = {name: np.repeat(values, len(ids)) for name, values in columns.items()}
     counts = [count for variant in variants for count in edges[variant.source, variant.target]]

@@ -39,10 +39,12 @@ class Window:
     Attributes:
         at: the layer that it is drawn at: its first one (aligned left), or the one that it is centred on.
         layers: the model's layer numbers in it, ascending.
+        size: w, how many layers it was to have; a centred one has fewer at the ends.
     """
 
     at: int
     layers: tuple[int, ...]
+    size: int
 
 
 def windows(layers: Sequence[int], size: int, align: Align = "left") -> list[Window]:
@@ -70,9 +72,9 @@ def windows(layers: Sequence[int], size: int, align: Align = "left") -> list[Win
     if not 1 <= size <= n:
         raise WindowError(f"a window of {size} layers does not fit: this model has {n} of them; give 1 to {n}")
     if align == "left":
-        return [Window(layers[s], layers[s : s + size]) for s in range(n - size + 1)]
+        return [Window(layers[s], layers[s : s + size], size) for s in range(n - size + 1)]
     if align == "centre":
-        return [Window(layers[i], layers[max(0, i - size // 2) : min(n, i - (-size // 2))]) for i in range(n)]
+        return [Window(layers[i], layers[max(0, i - size // 2) : min(n, i - (-size // 2))], size) for i in range(n)]
     raise FlowError(f"there is no alignment {align!r}: a window is aligned 'left' or 'centre'")
 
 
