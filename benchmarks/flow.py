@@ -131,7 +131,9 @@ def main(
     for name in ("mamba1-130m", "mamba2-130m"):
         table.add_row(*ratios(name, repeats, profile, console))
     console.print(table)
-    table = Table("prompts", "ms per prompt", "peak MB", "of it in the sweep MB", title="tiny-mamba2, 28 knockouts each")
+    table = Table(
+        "prompts", "ms per prompt", "peak MB", "of it in the sweep MB", title="tiny-mamba2, 28 knockouts each"
+    )
     for count in PROMPTS:
         command = [sys.executable, "-m", "benchmarks.flow", "--prompts", str(count)]
         done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()

@@ -12,7 +12,6 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from support import cache_name, decode, edited, logits, relative_error
 from tiny_hosts import build, inputs, padded
 from torch import nn
-
 from transformers import AutoModelForCausalLM
 
 import ssm_interp as si

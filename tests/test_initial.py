@@ -12,7 +12,10 @@ from ssm_interp.scan.naive import naive_scan
 
 def joined(first: Terms, second: Terms) -> Terms:
     """The positions of both, one after the other, with the decays of the first."""
-    x, dt, _, B, C = (torch.cat(pair, dim=1) if pair[0].ndim > 2 else pair[0] for pair in zip(parts(first), parts(second), strict=True))
+    x, dt, _, B, C = (
+        torch.cat(pair, dim=1) if pair[0].ndim > 2 else pair[0]
+        for pair in zip(parts(first), parts(second), strict=True)
+    )
     return Terms(x, dt, first.A, B, C)
 
 
@@ -68,7 +71,9 @@ def test_gradients_reach_everything(shape: str) -> None:
 def test_bad_shapes_are_named() -> None:
     terms = random_terms("mamba2", 5, batch=4)
     with as_users_run_it():
-        with pytest.raises(TermsError, match=r"\[m h p n\] = \['m', 4, 3, 3\] with m a divisor of the 4 rows, got \[3,"):
+        with pytest.raises(
+            TermsError, match=r"\[m h p n\] = \['m', 4, 3, 3\] with m a divisor of the 4 rows, got \[3,"
+        ):
             read_initial(terms, torch.zeros(3, 4, 3, 3))
         with pytest.raises(TermsError, match=r"the weights must be \[k b t\] = \['k', 4, 5\], got \[2, 4, 6\]"):
             leave(terms, torch.zeros(2, 4, 6))

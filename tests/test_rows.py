@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.hooks import rows as rows_module
 from ssm_interp.hooks import obstacle, run_each
+from ssm_interp.hooks import rows as rows_module
 from ssm_interp.hooks.operators import OPERATORS, Operator
 
 LENGTH = 9
@@ -61,7 +61,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def precise(name: str) -> PreTrainedModel:
-    """In float64. Nemotron-H routes to its experts in fp32, whatever its dtype: a product that varies with the batch."""
+    """In float64. Nemotron-H would route to experts in fp32 all the same, by a product that varies with the batch."""
     dense = {"layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]}
     return build(name, dtype=torch.float64, **(dense if name == "nemotron_h" else {}))
 

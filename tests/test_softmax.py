@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -133,3 +134,126 @@ def test_attention_of_a_hybrid_by_hand(name: str) -> None:
             expected = ssm.model(input_ids=ids, use_cache=False).logits
         assert error(found, expected) < 1e-5
         assert error(found, clean) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_decode_and_generate_under_a_knockout_equal_full_forwards(name: str) -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    for knockout in (si.Knockout(sources=[2, 3], layers=[1, 2]), si.Knockout(sources=[2], targets=[4, 6])):
+        with si.attach(transformer(name)) as ssm, torch.no_grad(), ssm.edit(knockout):
+            full = ssm.model(input_ids=ids, use_cache=False).logits
+            output = ssm.model(input_ids=ids[:, :7], use_cache=True)
+            found = [output.logits]
+            for step in (7, 8):
+                output = ssm.model(input_ids=ids[:, step : step + 1], past_key_values=output.past_key_values)
+                found.append(output.logits)
+            assert error(torch.cat(found, dim=1), full) < 1e-5
+            ssm.model.generation_config.eos_token_id = None
+            generated = ssm.model.generate(ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))
+            for end in range(LENGTH, generated.shape[1]):
+                best = ssm.model(input_ids=generated[:, :end], use_cache=False).logits[:, -1].argmax(-1)
+                assert torch.equal(best, generated[:, end])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_target_that_is_left_with_nothing_reads_nothing(implementation: str) -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    with si.attach(transformer("llama", implementation)) as ssm, torch.no_grad():
+        seen: list[Tensor] = []
+        handle = ssm.attention[1].o_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        with ssm.edit(si.Knockout(sources=range(LENGTH), targets=[0, 5], layers=1)):
+            ssm.model(input_ids=ids)
+        handle.remove()
+        assert (seen[0][:, [0, 5]] == 0).all()
+        assert (seen[0][:, [1, 4, 6]] != 0).any(-1).all()
+
+
+def test_single_edges_heads_and_both_streams_in_a_plain_forward() -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    with si.attach(transformer("gpt2")) as ssm, torch.no_grad():
+        with ssm.edit(si.Knockout(edges=[(8, 2), (8, 3), (5, 7)])):
+            by_edges = ssm.model(input_ids=ids).logits
+        with ssm.edit(si.Knockout(sources=[2, 3], targets=8)):
+            assert torch.equal(ssm.model(input_ids=ids).logits, by_edges)
+        with ssm.edit(
+            si.Knockout(sources=[[2], [3]], targets=8, features=[0, 1]),
+            si.Knockout(sources=[[2], [3]], targets=8, features=[2, 3]),
+        ):
+            by_heads = ssm.model(input_ids=ids).logits
+        with ssm.edit(si.Knockout(sources=[[2], [3]], targets=8)):
+            assert torch.equal(ssm.model(input_ids=ids).logits, by_heads)
+    with si.attach(build("falcon_h1")) as ssm, torch.no_grad():
+        both = si.Knockout(sources=[2, 3], targets=8, through=["attention", "ssm"])
+        with ssm.edit(both):
+            found = ssm.model(input_ids=ids, use_cache=False).logits
+        with ssm.edit(*(si.Knockout(sources=[2, 3], targets=8, through=stream) for stream in ("ssm", "attention"))):
+            assert torch.equal(ssm.model(input_ids=ids, use_cache=False).logits, found)
+        assert si.Intervention.from_dict(both.to_dict()) == both
+        assert both.through == ("ssm", "attention")
+
+
+def test_threads_have_their_own_knockouts() -> None:
+    model = transformer("llama")
+    ids = inputs(batch=1, length=LENGTH)["input_ids"]
+    with si.attach(model) as ssm:
+        knockouts = [(), si.Knockout(sources=2, targets=-1), si.Knockout(sources=3, targets=-1)]
+        expected = forwards(ssm, ids, knockouts)
+        wrong: list[int] = []
+
+        def run(number: int) -> None:
+            for _ in range(20):
+                if not torch.equal(forwards(ssm, ids, [knockouts[number]])[0], expected[number]):
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert model.config._attn_implementation == "eager"
+
+
+def test_bad_knockouts_in_attention() -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    with si.attach(transformer("gpt2")) as ssm, torch.no_grad():
+        for knockout, message in [
+            (si.Knockout(sources=0, targets=9), "Knockout.targets names position 9, but the prompt has 9 positions"),
+            (si.Knockout(sources=0, features=[4]), "names 4, but in softmax attention a feature is a head, 0 to 3"),
+            (
+                si.Knockout(sources=0, features=[(0, 1)]),
+                r"names \(0, 1\), but in softmax attention a feature is a head",
+            ),
+            (si.Knockout(sources=0, layers=[3]), r"no such layer \[3\]; this model has \[0, 1, 2\] \(attention\)"),
+            (si.Knockout(sources=0, through="ssm"), "GPT2LMHeadModel has no ssm layers"),
+            (si.PatchState(position=0, state=0.0), "GPT2LMHeadModel has no ssm layers"),
+        ]:
+            with pytest.raises(si.InterventionError, match=message), ssm.edit(knockout):
+                ssm.model(input_ids=ids)
+        cache = ssm.model(input_ids=ids, use_cache=True).past_key_values
+        with ssm.edit(si.Knockout(sources=0)), pytest.raises(si.InterventionError, match="this cache read without it"):
+            ssm.model(input_ids=ids[:, :1], past_key_values=cache)
+        with pytest.raises(si.HookError, match="run takes hook points|no SSM layer"):
+            ssm.run(ids, read="attn", layers=[0])
+        with ssm.edit(si.Knockout(sources=0)), pytest.raises(si.HookError, match="inside `with ssm.edit"):
+            ssm.detach()
+    with pytest.raises(si.InterventionError, match=r"through must name streams, out of 'ssm', 'attention'; got 'mlp'"):
+        si.Knockout(sources=0, through="mlp")
+    sliding = transformer("gemma2")
+    with si.attach(sliding) as ssm, torch.no_grad(), ssm.edit(si.Knockout(sources=0)):
+        cache = ssm.model(input_ids=ids, use_cache=True).past_key_values
+        with pytest.raises(si.HookError, match="after 9 positions this cache gives .* keys for 1 new ones"):
+            ssm.model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_an_implementation_without_masks_of_edges_is_refused() -> None:
+    model = transformer("llama")
+    with si.attach(model) as ssm:
+        model.config._attn_implementation = "flex_attention"
+        refused = pytest.raises(si.HookError, match=r"computed by 'flex_attention'.*set_attn_implementation\('sdpa'\)")
+        with refused, ssm.edit(si.Knockout(sources=0)):
+            pass
+        model.config._attn_implementation = "eager"
+        with ssm.edit(si.Knockout(sources=0)):
+            assert model.config._attn_implementation != "eager"
+        assert model.config._attn_implementation == "eager"

@@ -210,6 +210,23 @@ def test_a_full_disk_leaves_no_half_of_a_file(tiny: Scene, tmp_path: Path, monke
     same(run_study(tiny.study(), tmp_path), tiny.result)
 
 
+def test_a_study_keeps_the_memory_that_it_began_with(
+    tiny: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def spy(*positional: Any, **options: Any) -> Any:
+        given.append(options["max_memory"])
+        return sweep(*positional, **options)
+
+    monkeypatch.setattr(running, "sweep", spy)
+    for free, study in ((10**6, tiny.study()), (10**7, tiny.study()), (10**7, tiny.study(max_memory="2MB"))):
+        monkeypatch.setattr(running, "default_memory", lambda device, free=free: free)
+        run_study(study, tmp_path)
+        shards(study, tmp_path)[4].unlink()
+    assert given == [10**6] * 6 + [2 * 10**6]
+
+
 def test_versions_that_changed_are_told(
     tiny: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

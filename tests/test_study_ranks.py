@@ -58,10 +58,10 @@ def test_ranks_with_other_weights_or_another_disk_are_refused(tiny: Scene, tmp_p
     identity = {name: stored[name] for name in ("model", "commit", "options", "weights", "prompts")}
     folder = study_folder(tiny.folder, tiny.options["model"])
     other = Store(folder, identity | {"weights": "others"}, 5, Ranks(index=1))
-    with pytest.raises(StudyError, match="what differs: the model's weights"), other.opened({}):
+    with pytest.raises(StudyError, match="what differs: the model's weights"), other.opened({}, 1):
         pass
     elsewhere = Store(tmp_path, identity, 5, Ranks())
-    with elsewhere.opened({}), pytest.raises(StudyError, match="shards 00000, .* must see the same folder"):
+    with elsewhere.opened({}, 1), pytest.raises(StudyError, match="shards 00000, .* must see the same folder"):
         elsewhere.collect()
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssm_interp.cli.app import app, check_folder, console
-from ssm_interp.flow import Align, FlowError, FlowResult, FlowRun, Study, StudyError, ranks, run_study
+from ssm_interp.flow import Align, FlowError, FlowResult, FlowRun, Study, StudyError, ranks, run_study, windows
 from ssm_interp.flow.study import DeviceMap, Dtype
 from ssm_interp.models import EMBEDDED
 
@@ -186,14 +186,14 @@ def print_flow(result: FlowResult) -> None:
 
 
 def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
-    first = run.layers.index(row["window_start"])
-    last = run.layers[first + row["window_size"] - 1]
+    places = windows(run.layers, row["window_size"], run.align)
+    layers = next(place.layers for place in places if place.at == row["layer"])
     cells = {
         "largest\ndrop %": _signed(row["mean"]),
         "95 %\ninterval": f"{_signed(row['low'])} to {_signed(row['high'])}" if row["n"] > 1 else "(one prompt)",
         "\nmedian %": _signed(row["median"]),
         "still\nright %": f"{100 * row['accuracy']:.0f}",
-        "in\nlayers": f"{row['window_start']} to {last}" if row["window_size"] > 1 else str(last),
+        "in\nlayers": f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0]),
     }
     return cells | ({"without\nsource": f"{row['n_empty']} of {row['n']}"} if some_empty else {})
 

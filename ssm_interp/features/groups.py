@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor
 
@@ -135,8 +136,8 @@ def feature_groups(ssm: Attachment, names: Sequence[str]) -> dict[str, dict[int,
 
 @torch.no_grad()
 def _norms(mixer: Any, heads: int) -> Tensor:
-    A_log: Tensor = mixer.A_log
-    decay = torch.exp(-torch.exp(A_log.double().cpu()))
+    with align_module_device(mixer):  # an offloaded layer has its weights elsewhere
+        decay = torch.exp(-torch.exp(mixer.A_log.double().cpu()))
     return decay.reshape(heads, -1).sum(1)
 
 

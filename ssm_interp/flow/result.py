@@ -72,9 +72,10 @@ class FlowResult:
 
     Attributes:
         frame: one row per prompt, source, target, feature group and window, with the columns `prompt_id`, `model`,
-            `revision`, `source`, `target`, `feature_group` ("all": all features); `layer`, the one that the window is drawn at (its first or its centre); `window_start`, its first layer;
-            `window_size`, how many layers it has; `n_edges`, edges removed in each of them; `p_base`, `p`,
-            `relative_change` in %, `logprob_difference`, `hit` (see `answer_metrics`).
+            `revision`, `source`, `target`, `feature_group` ("all": all features); `layer`, the one that the window is
+            drawn at (its first or its centre); `window_start`, its first layer; `window_size`, w (centred windows have
+            fewer layers at the ends); `n_edges`, edges removed in each of them; `p_base`, `p`, `relative_change` in %,
+            `logprob_difference` (see `changes`); `hit`, whether the target is (still) the most likely token.
         runs: how each model was swept.
 
     Raises:

@@ -57,8 +57,8 @@ def held_on(held: Sequence[ScaleFeatures | SetDelta], ssm: Attachment) -> list[I
 
 
 def _interventions(edit: ScaleFeatures | SetDelta, ssm: Attachment) -> list[Intervention]:
-    number: dict[str, Any] = edit.model_dump(include={"factor", "value"})
-    kind = {"ScaleFeatures": hooks.ScaleFeatures, "SetDelta": hooks.SetDelta}[edit.kind]
+    number = edit.model_dump(include={"factor", "value"})
+    kind: Any = getattr(hooks, edit.kind)
     features = feature_groups(ssm, [edit.features])[edit.features]
     if features is None:
         return [kind(**number, layers=edit.layers)]

@@ -27,9 +27,10 @@ from ssm_interp.flow.study import Study, StudyError
 from ssm_interp.flow.study_held import held_on
 from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_store import Store, digest
-from ssm_interp.flow.sweep import FeatureGroups, Progress, sweep
+from ssm_interp.flow.sweep import FeatureGroups, Progress, device_of, sweep
 from ssm_interp.flow.windows import FlowError, NothingAnswered, windows
 from ssm_interp.hooks import Attachment, attach
+from ssm_interp.hooks.rows import default_memory
 from ssm_interp.models import load
 from ssm_interp.prompts import Prompt, PromptError, load_prompts, tokenize, with_ids
 
@@ -88,7 +89,8 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
             }
             store = Store(study_folder(folder, study.model), identity, len(job.shards), peers)
             versions = _versions()
-            with ssm.edit(*held_on(study.held, ssm)), store.opened(versions):
+            memory = default_memory(device_of(model))
+            with ssm.edit(*held_on(study.held, ssm)), store.opened(versions, memory):
                 _tell_changed_versions(store, versions)
                 with _noted(store):
                     job.run(store, versions, progress)
@@ -213,16 +215,18 @@ class _Job:
         """Compute and store the shards of this rank that are not there yet."""
         mine = range(store.ranks.index, len(self.shards), store.ranks.count)
         left = [number for number in mine if store.names[number] not in store.records]
+        memory = self.study.max_memory or store.manifest["max_memory"]
         total, done = sum(len(self.shards[number]) for number in left), 0
         for number in left:
             prompts = self.shards[number]
             report = _in_prompts(progress, done, len(prompts), total) if progress else None
-            store.write(store.names[number], len(prompts), self._sweep(prompts, report), versions)
+            result = self._sweep(prompts, memory, report)
+            store.write(store.names[number], len(prompts), result, versions)
             done += len(prompts)
             if progress:
                 progress(done, total)
 
-    def _sweep(self, prompts: list[Prompt], progress: Progress | None) -> FlowResult | None:
+    def _sweep(self, prompts: list[Prompt], max_memory: int, progress: Progress | None) -> FlowResult | None:
         study = self.study
         try:
             return sweep(
@@ -236,7 +240,7 @@ class _Job:
                 features=self.features,
                 through=study.through,
                 batch_size=study.batch_size,
-                max_memory=study.max_memory,
+                max_memory=max_memory,
                 progress=progress,
                 name=study.model,
             )

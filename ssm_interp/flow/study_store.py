@@ -61,8 +61,13 @@ class Store:
         return shards
 
     @contextmanager
-    def opened(self, versions: dict[str, str]) -> Iterator[None]:
+    def opened(self, versions: dict[str, str], max_memory: int) -> Iterator[None]:
         """Create or continue the folder: its shards are checked, and other processes kept out while this one works.
+
+        Args:
+            versions: of the packages, for the manifest of a new study.
+            max_memory: the same: what a step may take decides how rows are batched, which decides the last bit of a
+                number. So it is kept for the whole study, where it is not given.
 
         Raises:
             StudyError: a process works in it; it holds another study (what differs is named), or a damaged or foreign
@@ -84,7 +89,7 @@ class Store:
                 f"another process is at work on the study in {self.folder}; wait for it, end it, or give another folder"
             ) from None
         try:
-            self._prepare(versions)
+            self._prepare(versions, max_memory)
             self.ranks.barrier()
             yield
         finally:
@@ -137,14 +142,15 @@ class Store:
         frame = _in_order(frames, [run.kept for run in runs])
         return FlowResult(frame, (replace(runs[0], asked=asked, kept=kept, engine=engine),))
 
-    def _prepare(self, versions: dict[str, str]) -> None:
+    def _prepare(self, versions: dict[str, str], max_memory: int) -> None:
         for trace in [*self.folder.glob(".*.tmp"), *self.folder.glob("shards/.*.tmp")]:
             trace.unlink()
         if (self.folder / "manifest.json").is_file():
             self.manifest = self._read_json("manifest.json")
             self._compare(self.manifest)
         else:
-            self.manifest = {"study": self.study, **self.identity, "versions": versions, "shards": {}}
+            started = {"versions": versions, "max_memory": max_memory, "shards": {}}
+            self.manifest = {"study": self.study, **self.identity, **started}
         self._take_over_parts()
         self._verify()
 

@@ -131,10 +131,10 @@ def _check(model: nn.Module, sources: Sequence[str | int], targets: Sequence[str
         if isinstance(roles, str) or not roles:
             raise FlowError(f"{kind} must be a sequence of at least one role, such as ('last',), got {roles!r}")
         for role in roles:
-            if not (isinstance(role, int) and kind == "sources"):
+            if isinstance(role, str):
                 check_role(role)
-            elif role < 0:
-                raise FlowError(f"sources names position {role}; positions in a prompt count from 0")
+            elif role < 0 or kind == "targets":
+                raise FlowError(f"{kind} names position {role}; only sources can be positions, which count from 0")
     if batch_size < 1:
         raise FlowError(f"the batch size must be at least 1, got {batch_size}")
     if model.training:
@@ -234,7 +234,7 @@ def _labels(batch: Batch, variants: Sequence[Variant]) -> pd.DataFrame:
         if (key := (variant.source, variant.target)) not in edges:
             pairs = zip(batch.positions(variant.target), batch.positions(variant.source), strict=True)
             edges[key] = [sum(s <= t for t in targets for s in sources) for targets, sources in pairs]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "source": [str(variant.source) for variant in variants],
         "target": [variant.target for variant in variants],
         "feature_group": [variant.feature_group for variant in variants],

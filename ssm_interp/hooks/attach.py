@@ -85,7 +85,7 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        kinds = {"SSM": self.layers, "attention": self.attention}
+        kinds: dict[str, Any] = {"SSM": self.layers, "attention": self.attention}
         state = ", ".join(f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers)
         return f"Attachment({type(self.model).__name__}, {state or 'detached'})"
 
@@ -245,7 +245,9 @@ class Attachment:
         known = self.layers_with(streams)
         layers = known if intervention.layers is None else intervention.layers
         if missing := [layer for layer in layers if layer not in known]:
-            raise InterventionError(f"{kind}: no such layer {missing}; this model has {list(known)} ({', '.join(streams)})")
+            raise InterventionError(
+                f"{kind}: no such layer {missing}; this model has {list(known)} ({', '.join(streams)})"
+            )
         if "ssm" not in streams:
             return  # how many heads attention has is known when it is called
         for points in (self.layers[layer] for layer in layers if layer in self.layers):

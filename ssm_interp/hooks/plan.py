@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Plan:
 
 
 def resolve(
-    variants: Sequence[Sequence[Knockout]], streams: dict[str, Sequence[int]], mask: Tensor, default: str
+    variants: Sequence[Sequence[Knockout]], streams: Mapping[str, Sequence[int]], mask: Tensor, default: str
 ) -> Plan:
     """The plan of some variants.
 

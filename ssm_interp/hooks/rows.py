@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ssm_interp.hooks.attach import Attachment
 from ssm_interp.hooks.blocks import OWN, blocks_of, entering
@@ -45,7 +46,7 @@ class Answers(NamedTuple):
 
 def run_each(
     ssm: Attachment,
-    input_ids: Int[Tensor, "..."],
+    input_ids: Int[Tensor, ...],
     variants: Sequence[Any],
     *,
     attention_mask: Int[Tensor, "b s"] | None = None,
@@ -94,11 +95,13 @@ def run_each(
     if mask.shape != input_ids.shape:
         raise HookError(f"the attention mask is {list(mask.shape)}, but input_ids are {list(input_ids.shape)}")
     plan = resolve(sets, ssm.streams, mask, ssm.default_stream)
-    return _each_length(ssm, input_ids, mask, plan, max_memory or _free_memory(input_ids.device) // FRACTION)
+    return _each_length(ssm, input_ids, mask, plan, max_memory or default_memory(input_ids.device))
 
 
 def obstacle(ssm: Attachment) -> str | None:
     """Why `run_each` cannot stand in for full forwards here; None: it can."""
+    if not isinstance(ssm.model, PreTrainedModel):
+        return f"{type(ssm.model).__name__} is no model of transformers"
     if ssm.model.training:
         return f"{type(ssm.model).__name__} is in training mode"
     if any(active_edits(place) for place in ssm.places()):
@@ -127,7 +130,7 @@ def _each_length(ssm: Attachment, ids: Tensor, mask: Tensor, plan: Plan, memory:
             starts.setdefault(length - 1 if start is None else start, []).append(variant)
         for start, members in starts.items():
             each = max(1, memory // 2 // max(1, _state_bytes(ssm, part, set(members))))
-            for some in torch.arange(len(rows)).split(each):
+            for some in (torch.arange(first, min(first + each, len(rows))) for first in range(0, len(rows), each)):
                 group = _Group(ssm, ids[rows[some]][:, columns], part.narrow(some, slice(None), members), start, memory)
                 for answers in group.answers(members):
                     yield Answers(answers.variants, rows[some][answers.rows].tolist(), answers.logits)
@@ -149,7 +152,8 @@ class _Group:
     """Prompts of one length and variants with one first target."""
 
     def __init__(self, ssm: Attachment, ids: Tensor, plan: Plan, start: int, memory: int) -> None:
-        self.model, self.ids, self.plan, self.start, self.memory = ssm.model, ids, plan, start, memory
+        self.model: Any = ssm.model
+        self.ids, self.plan, self.start, self.memory = ids, plan, start, memory
         self.blocks = blocks_of(ssm.model)
         self.takes = inspect.signature(ssm.model.forward).parameters
         self.attends = any(stream == "attention" and found for (stream, _), found in plan.cells.items())
@@ -225,12 +229,12 @@ class _Group:
 
     def _row_bytes(self) -> int:
         """What a row takes, about: its logits three times over, and its activations in one layer."""
-        config: Any = self.model.config.get_text_config()
+        config = self.model.config.get_text_config()
         columns = self.ids.shape[1] - self.start
         states = max((start.state[0].numel() for start in self.rows.starts.values()), default=0)
         wide = 40 * config.hidden_size * columns + (4 * states if columns > 1 else 0)
         attended = 4 * config.hidden_size * self.ids.shape[1]
-        return 4 * (3 * config.vocab_size + wide + attended)
+        return int(4 * (3 * config.vocab_size + wide + attended))
 
 
 class _Growing:
@@ -297,6 +301,11 @@ def _state_bytes(ssm: Attachment, plan: Plan, members: set[int]) -> int:
         sources = {cell.sources for variant, cell in plan.at("ssm", layer).items() if variant in members}
         total += 4 * points.heads * points.head_dim * points.state_size * (2 + len(sources))
     return total
+
+
+def default_memory(device: torch.device) -> int:
+    """Bytes that states and rows may take on a device where nobody says: a quarter of what is free."""
+    return _free_memory(device) // FRACTION
 
 
 def _free_memory(device: torch.device) -> int:

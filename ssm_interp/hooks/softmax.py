@@ -34,16 +34,17 @@ _users: Counter[int] = Counter()
 
 
 @contextmanager
-def knockable(model: PreTrainedModel) -> Iterator[None]:
+def knockable(module: nn.Module) -> Iterator[None]:
     """Inside, the attention of a model asks us which edges are knocked out. Nests, also across threads.
 
     Raises:
         HookError: an attention implementation that takes no mask of single edges.
     """
+    model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
     with _lock:
-        _users[id(model)] += 1
-        if _users[id(model)] == 1:
+        if not _users[id(model)]:
             _switch(model, PREFIX + _supported(model))
+        _users[id(model)] += 1
     try:
         yield
     finally:
@@ -83,7 +84,9 @@ def _routed(original: str) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Any]:
-        host = ALL_ATTENTION_FUNCTIONS.get(original) or host_forward(type(module)).__globals__["eager_attention_forward"]
+        host = (
+            ALL_ATTENTION_FUNCTIONS.get(original) or host_forward(type(module)).__globals__["eager_attention_forward"]
+        )
         removed = _removed(module, query, key)
         if removed is None:
             found: tuple[Tensor, Any] = host(module, query, key, value, attention_mask, **options)

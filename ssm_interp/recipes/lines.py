@@ -9,12 +9,15 @@ from typing import Any
 Key = tuple[str | int, ...]
 """From the top of a document down: names of tables and keys, and indices of arrays."""
 
+DEEPEST = 3
+"""Arrays in arrays, over several lines, whose items are told apart."""
+
 
 def key_lines(text: str) -> dict[Key, int]:
     """The line, counted from 1, that first gives each key, table and array item of a TOML document.
 
-    A table that others imply (`a` in `[a.b]`) is on the line of the first of them. An item of an array over several
-    lines is on the line on which it ends; all else is on the line on which its statement begins.
+    A table that others imply (`a` in `[a.b]`) is on the line of the first of them. An item of an array is on the line
+    on which it ends (an array in an array: on which it begins); all else on the line on which its statement begins.
 
     Args:
         text: a valid document.
@@ -33,8 +36,8 @@ def key_lines(text: str) -> dict[Key, int]:
     before, begin = frozenset[Key](found), 1
     for line in range(1, len(lines) + 1):
         so_far = "\n".join(lines[:line])
-        whole = _parsed(so_far)
-        content = whole if whole is not None else _parsed(f"{so_far}\n]")
+        whole, *cut = (_parsed(f"{so_far}\n{']' * opened}") for opened in range(DEEPEST + 1))
+        content = whole if whole is not None else next((part for part in cut if part is not None), None)
         for key in _keys(content):
             found.setdefault(key, line if _in_array(key, before) else begin)
         if whole is not None:

@@ -136,16 +136,15 @@ def _explained(error: ValidationError, data: dict[str, Any], source: _Text) -> R
         own = problem.get("ctx", {}).get("error")
         if isinstance(own, ContradictionError):
             contradiction = own
-        elif problem["type"] == "missing":
-            problems.setdefault((*key, problem["loc"][-1]), []).append(problem)
         else:
-            problems.setdefault(key, []).append(problem)
+            last = {"missing": problem["loc"][-1:], "union_tag_invalid": ("kind",)}.get(problem["type"], ())
+            problems.setdefault((*key, *last), []).append(problem)
     if contradiction:
         return source.blame(contradiction.key, str(contradiction))
-    within = {key[:-1] for key in problems}
+    within, lines = {key[:-1] for key in problems}, key_lines(source.text)
     found = [
-        source.blame(key, _message(key, several))
-        for key, several in problems.items()
+        source.blame(key, _message(several))
+        for key, several in sorted(problems.items(), key=lambda problem: lines.get(problem[0], 0))
         if not (several[0]["type"] == "too_short" and key in within)  # pydantic does not count items that are wrong
     ]
     first, *others = (str(one) for one in found)
@@ -162,13 +161,13 @@ def _in_data(location: tuple[int | str, ...], data: Any) -> Key:
     return key
 
 
-def _message(key: Key, problems: list[Any]) -> str:
+def _message(problems: list[Any]) -> str:
     problem = problems[0]
     context = problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
         return _unknown(problem["loc"])
     if problem["type"] in ("missing", "union_tag_not_found"):
-        return _missing(problem["loc"], key, context)
+        return _missing(problem)
     if "error" in context:
         return str(context["error"])
     if choices := re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags") or "")):
@@ -177,7 +176,7 @@ def _message(key: Key, problems: list[Any]) -> str:
     expected = [EXPECTED[one["type"]] for one in problems if one["type"] in EXPECTED]
     if expected:
         return f"it takes {_either(dict.fromkeys(expected))}, got {_toml(problem['input'])}"
-    return f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {_toml(problem['input'])}"
+    return f"{problem['msg'].replace('Input', 'it', 1)}, got {_toml(problem['input'])}"
 
 
 def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
@@ -188,15 +187,18 @@ def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
 def _unknown(location: tuple[int | str, ...]) -> str:
     section = _section(location)
     known = list(section.model_fields)
-    place = "recipe" if section is Recipe else f"[{location[0]}]"
-    return f"there is no such key: {_nearest(location[-1], known)}a {place} has {', '.join(known)}"
+    place = "a recipe" if section is Recipe else f"[{location[0]}]"
+    kind = next((f" of kind {part}" for part in location[:-1] if part in KINDS.get(str(location[0]), ())), "")
+    return f"there is no such key: {_nearest(location[-1], known)}{place}{kind} has {', '.join(known)}"
 
 
-def _missing(location: tuple[int | str, ...], key: Key) -> str:
-    if problem_of_kind := KINDS.get(str(location[0])) if len(location) < 3 and len(key) == len(location) else None:
-        return f"its kind is missing: it is {_either(map(_toml, problem_of_kind))}"
+def _missing(problem: Any) -> str:
+    location = problem["loc"]
+    if problem["type"] == "union_tag_not_found":
+        return f"its kind is missing: it is {_either(map(_toml, KINDS[location[0]]))}"
     if len(location) == 1 and location[0] != "title":
-        return f"this section is missing; a recipe needs {'[[operation]]' if location[0] == 'operation' else f'[{location[0]}]'}"
+        header = "[[operation]]" if location[0] == "operation" else f"[{location[0]}]"
+        return f"this section is missing; a recipe needs {header}"
     return f"this key is missing. {_section(location).model_fields[str(location[-1])].description}"
 
 

@@ -214,7 +214,8 @@ def _notes(run: FlowRun, size: int, group: str, groups: int) -> Iterator[str]:
 @contextmanager
 def _blaming(recipe: Recipe, place: int) -> Iterator[None]:
     """Errors that only the models or the facts bring to light become those of the key that they come from."""
-    operation: Key = ("operation", place)
+    held = len(recipe.operation) > len(recipe.knockouts)
+    operation: Key = ("operation",) if held else ("operation", place)
     keys: dict[type[Exception], Key] = {
         LoadError: ("model", "names"),
         WindowError: ("sweep", "windows"),

@@ -1,8 +1,8 @@
 """The published numbers of Mamba Knockout, with the real weights and prompts.
 
-    pytest -m hub tests/hub                                  # downloads 130M and 355M models and the facts
-    SSM_INTERP_HUB=/data/hub pytest -m hub tests/hub         # or finds them in a folder: /data/hub/OWNER/NAME, and the
-                                                             # facts as /data/hub/NeelNanda/counterfact-tracing
+pytest -m hub tests/hub                                  # downloads 130M and 355M models and the facts
+SSM_INTERP_HUB=/data/hub pytest -m hub tests/hub         # or finds them in a folder: /data/hub/OWNER/NAME, and the
+                                                         # facts as /data/hub/NeelNanda/counterfact-tracing
 """
 
 from __future__ import annotations
