@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import logits
+from test_softmax import transformer
 from tiny_hosts import build, inputs
 from transformers import PreTrainedModel
 
@@ -17,9 +18,20 @@ def test_every_family_passes(host: PreTrainedModel) -> None:
     native = logits(host, inputs())
     rows = check(host)
     assert [row.name for row in rows if not row.passed] == []
-    assert len(rows) == 7
+    assert len(rows) == 7 + 2 * (host.config.model_type not in ("mamba", "falcon_mamba", "mamba2"))
     assert torch.equal(logits(host, inputs()), native)
     si.attach(host).detach()
+
+
+def test_a_transformer_passes_what_it_has() -> None:
+    rows = check(transformer("llama"))
+    assert [row.name for row in rows] == [
+        "attached, idle == native",
+        "a knockout in the attention changes its target",
+        "and nothing before it",
+        "detached == native",
+    ]
+    assert all(row.passed for row in rows)
 
 
 def test_a_wrong_matrix_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +44,7 @@ def test_a_wrong_matrix_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_knockout_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.LayerEdits, "knocked_out", lambda _self, terms, _extra: terms.x.new_zeros(()))
     failed = [row.name for row in check(build("mamba")) if not row.passed]
-    assert failed == ["a knockout changes its target"]
+    assert failed == ["a knockout in the SSM changes its target"]
 
 
 def test_an_exception_leaves_the_model_detached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,3 +377,30 @@ def test_control_c_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("check", model)
     assert result.exit_code == 130
     assert result.stderr.strip() == "interrupted"
+
+
+def test_heatmap_draws_a_panel_for_each_prompt_and_model(model: str, prompts: str, scene: World, tmp_path: Path) -> None:
+    ids = [prompt.id for prompt in (scene.prompts[0], scene.wrong[0])]
+    words = ["heatmap", *ids, "--model", model, "--facts", prompts, "--window", 2]
+    picture = run(*words, "--out", tmp_path / "new" / "map")
+    assert picture.exit_code == 0, picture.output
+    assert picture.stdout == f"wrote {tmp_path / 'new' / 'map.png'}: 2 heat maps, token -> last\n"
+    assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
+    page = run(*words, "--out", tmp_path / "map.html", "--limit", 0.3)
+    assert page.exit_code == 0, page.output
+    assert "Plotly.newPlot" in (tmp_path / "map.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["p77"], "there is no prompt 'p77' among these 8"),
+        (["p0", "--target", "lst"], "there is no role 'lst': did you mean 'last'?"),
+        (["p0", "--window", 9], "a window of 9 layers does not fit: this model has 4 of them; give 1 to 4"),
+        (["p0", "--through", "attention"], "Mamba2ForCausalLM has no attention layers to knock out"),
+        (["p0", "--out", "."], "is a folder; name a picture, such as heatmap.png"),
+        (["p0", "--limit", -1], "the limit of the colours must be positive"),
+    ],
+)
+def test_heatmap_refuses(model: str, prompts: str, words: list[object], message: str) -> None:
+    refused(run("heatmap", *words[:1], "--model", model, "--facts", prompts, *words[1:]), message)

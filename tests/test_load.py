@@ -8,14 +8,14 @@ import pytest
 import torch
 from support import logits
 from tiny_hosts import build, inputs
-from transformers import Mamba2ForCausalLM, MambaForCausalLM
+from transformers import LlamaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 
 import ssm_interp as si
 from ssm_interp.models import EMBEDDED
 
 
 def test_embedded_models_are_ordinary_ones() -> None:
-    for name, cls in zip(EMBEDDED, (MambaForCausalLM, Mamba2ForCausalLM), strict=True):
+    for name, cls in zip(EMBEDDED, (MambaForCausalLM, Mamba2ForCausalLM, LlamaForCausalLM), strict=True):
         model, tokenizer = si.load(name)
         assert type(model) is cls
         assert not model.training

@@ -1,23 +1,21 @@
-"""The recipes that are shipped: each is run, those for hub models on small random models of the same class."""
+"""What running a recipe finds and writes, and what it refuses."""
 
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from tiny_recipes import IDS, family, zoo
+import torch
+from tiny_recipes import zoo
 from typer.testing import CliRunner, Result
 
 import ssm_interp as si
 from ssm_interp import cli
 from ssm_interp.flow import FlowResult, summarise, sweep
-from ssm_interp.models import EMBEDDED
 from ssm_interp.prompts import load_prompts, save_prompts
-from ssm_interp.recipes import Recipe, RecipeError, key_lines, read_recipe, run_recipe
+from ssm_interp.recipes import RecipeError, read_recipe, run_recipe
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "hooks").glob("*.toml"))
 RECIPE = """\
 title = "A title"
 
@@ -55,80 +53,6 @@ def run(*words: object) -> Result:
 def written(folder: Path, text: str, name: str = "x.toml") -> Path:
     (folder / name).write_text(text)
     return folder / name
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in SHIPPED if path.stem.startswith("tiny-")], ids=lambda path: path.stem
-)
-def test_recipes_for_the_embedded_models_run(path: Path, tmp_path: Path) -> None:
-    recipe = read_recipe(path)
-    assert set(recipe.model.names) <= set(EMBEDDED)
-    less = [] if recipe.plot.kind == "heatmap" else ["--limit", 4]
-    check(run(path, *less, "--out", tmp_path), recipe, recipe.model.names, tmp_path)
-    assert (tmp_path / "recipe.toml").read_text().endswith(path.read_text())
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in SHIPPED if not path.stem.startswith("tiny-")], ids=lambda path: path.stem
-)
-def test_recipes_for_hub_models_run_on_random_ones_of_the_same_class(
-    path: Path, models: dict[str, Path], tmp_path: Path
-) -> None:
-    recipe = read_recipe(path)
-    assert recipe.facts.source == "counterfact"
-    folders = []
-    for hub_id in recipe.model.names:
-        folders.append(tmp_path / hub_id.rpartition("/")[2])
-        folders[-1].symlink_to(models[family(hub_id)], target_is_directory=True)
-    facts = models["mamba"].parent / "facts.jsonl"
-    instead = [word for folder in folders for word in ("--model", folder)] + ["--facts", facts]
-    less = [] if recipe.plot.kind == "heatmap" else ["--limit", 3]
-    out = tmp_path / "out"
-    check(run(path, *instead, *less, "--out", out), recipe, list(map(str, folders)), out)
-
-
-def check(done: Result, recipe: Recipe, models: list[str], out: Path) -> None:
-    """Everything that a recipe names is in the table, on the screen and in the pictures."""
-    assert done.exit_code == 0, done.output
-    frame = FlowResult.load(out / "table.parquet").frame
-    assert list(frame["model"].unique()) == models
-    knockouts = recipe.knockouts.values()
-    edges = {(source, target) for one in knockouts for source in one.sources or () for target in one.targets}
-    if recipe.plot.kind == "heatmap":
-        edges = {(str(position), "last") for position in range(int(frame["source"].astype(int).max()) + 1)}
-        assert set(frame["prompt_id"]) == set(recipe.plot.prompts)
-    assert set(zip(frame["source"], frame["target"], strict=True)) == edges
-    assert set(frame["feature_group"]) == {group for one in knockouts for group in one.features}
-    assert set(frame["window_size"]) == set(recipe.sweep.windows or ())
-    assert np.isfinite(frame["p"]).all()
-    assert frame["p"].ne(frame["p_base"]).any()
-    for suffix, start in {"png": b"\x89PNG", "svg": b"<?xml", "html": b"<!DOCTYPE html>"}.items():
-        files = list(out.glob(f"{recipe.plot.kind}*.{suffix}"))
-        assert len(files) == (len(models) if recipe.plot.kind == "heatmap" and suffix != "html" else 1)
-        assert all(file.read_bytes().startswith(start) for file in files)
-    assert recipe.title in (out / f"{recipe.plot.kind}.html").read_text()
-    for model in models:
-        assert model[:20] in done.stdout
-
-
-def test_the_papers_studies_are_all_there() -> None:
-    recipes = {path.stem: read_recipe(path) for path in SHIPPED}
-    assert 10 <= len(recipes) <= 14
-    sizes = {name: recipes[name].model.names for name in ("mamba1", "mamba2", "gpt2")}
-    assert {name: len(hub_ids) for name, hub_ids in sizes.items()} == {"mamba1": 4, "mamba2": 3, "gpt2": 3}
-    for name in sizes:
-        assert recipes[name].knockouts[0].sources == ["subject", "relation", "first", "last"]
-        assert recipes[name].sweep.windows == [9]
-    assert recipes["windows"].sweep.windows == [1, 3, 5, 9, 12, 15]
-    assert {target for one in recipes["targets"].knockouts.values() for target in one.targets} == {
-        "subject",
-        "relation",
-    }
-    assert recipes["heatmaps"].plot.prompts == IDS[:4]
-    for name in ("features", "tiny-features"):
-        groups = {"all", "top third", "bottom third", "all but top third", "all but bottom third"}
-        assert set(recipes[name].knockouts[0].features) == groups
-    assert all(recipe.description for recipe in recipes.values())
 
 
 def test_operations_of_one_model_make_one_table(tmp_path: Path) -> None:
@@ -244,7 +168,7 @@ def test_a_heat_map_shows_each_token_of_a_prompt(tmp_path: Path) -> None:
     inputs = tokenizer("In Japan the seat of government is the capital, the city of", return_tensors="pt")
     target = tokenizer(" Tokyo")["input_ids"][0]
     assert one.values.shape == (inputs["input_ids"].shape[1], 8)
-    with si.attach(model) as ssm, ssm.edit(si.Knockout(sources=1, targets=-1, layers=[2, 3, 4])):
+    with torch.no_grad(), si.attach(model) as ssm, ssm.edit(si.Knockout(sources=1, targets=-1, layers=[2, 3, 4])):
         p = float(model(**inputs).logits[0, -1].softmax(-1)[target])
     np.testing.assert_allclose(one.values[1, 2], p - one.p_base, atol=1e-5)
 
@@ -284,7 +208,7 @@ def test_prompts_that_a_heat_map_cannot_show_are_named(models: dict[str, Path], 
         ),
         (
             RECIPE.replace("[sweep]", '[[operation]]\nkind = "SetDelta"\nvalue = 0\nlayers = [10]\n[sweep]'),
-            "operation.through: SetDelta: no such layer [10]",
+            "line 10: operation: SetDelta: no such layer [10]",
         ),
     ],
 )
@@ -326,16 +250,3 @@ def test_the_same_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
     changed = run(path, "--window", 2)
     assert changed.exit_code == 2
     assert "windows (stored: [4], given: [2])" in changed.stderr
-
-
-def test_the_page_on_recipes_names_every_key_and_its_example_is_one(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text()
-    example = page.split("```toml\n")[1].split("```")[0]
-    assert read_recipe(written(tmp_path, example)).knockouts
-    assert ("plot", "formats") in key_lines(example)
-    for section in Recipe.model_json_schema()["$defs"].values():
-        for key in section["properties"]:
-            assert f"`{key}`" in page, key
-    for path in SHIPPED:
-        assert f"`{path.name}`" in page
-        assert tomllib.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""`ssm-interp check` and `ssm-interp attention`: a look at one model."""
+"""`ssm-interp check`, `attention` and `heatmap`: a look at one model, one layer, single prompts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ssm_interp import plots
 from ssm_interp.cli.app import app, check_folder, console
+from ssm_interp.cli.flow import Through, option
+from ssm_interp.flow import Align, token_map
 from ssm_interp.hooks import HookError, attach
 from ssm_interp.hooks.check import check as check_model
 from ssm_interp.models import load
-from ssm_interp.prompts import encode
+from ssm_interp.prompts import check_role, encode, load_prompts, with_ids
 
 Reduction = Literal["mean", "mean_abs", "norm"]
 
@@ -56,14 +58,11 @@ def attention(
     """
     if head is not None and reduce is not None:
         raise HookError("give --head or --reduce, not both: one head needs no reduction over heads")
-    if out.is_dir():
-        raise IsADirectoryError(f"{out} is a folder; name a picture, such as {out / 'attention.png'}")
-    out = out if out.suffix else out.with_suffix(".png")
-    check_folder(out.parent)
+    out = _picture(out, "attention.png")
     loaded, tokenizer = load(model)
     encoding = encode(text, tokenizer)
     with attach(loaded) as ssm:
-        layers = sorted(ssm.layers)
+        layers = ssm.layers_with("ssm")
         number = layers[len(layers) // 2] if layer is None else layer
         inputs = {"input_ids": torch.tensor([encoding.ids])}
         matrix = ssm.run(inputs, read=["attn"], layers=[number])["attn", number][0]
@@ -72,6 +71,49 @@ def attention(
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=200)
     typer.echo(f"wrote {out}: layer {number} of {model}, {label}")
+
+
+@app.command()
+def heatmap(
+    id: Annotated[list[str], typer.Argument(help="Ids of prompts, a panel each.", metavar="ID...")],
+    model: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="tiny-mamba2")] = None,
+    facts: Annotated[str, option("facts", "--facts", "--prompts")] = "geo",
+    target: Annotated[str, typer.Option(help="Role that no longer reads the token.")] = "last",
+    window: Annotated[int | None, typer.Option(help="Layers per window.", show_default="three in eight")] = None,
+    align: Annotated[Align, option("align")] = "left",
+    through: Through = None,
+    limit: Annotated[float | None, typer.Option(help="Where the colours end.", show_default="the largest")] = None,
+    out: Annotated[Path, typer.Option(help="The picture (.png, .svg, .pdf) or page (.html).")] = Path("heatmap.png"),
+) -> None:
+    """Draw which single token of a prompt matters in which layers: each is knocked out alone, in every window.
+
+    Example:  [bold]ssm-interp heatmap capital/France/0 capital/Japan/1 --model tiny-mamba1 --window 3[/bold]
+    """
+    check_role(target)
+    prompts = with_ids(load_prompts(facts), id)
+    out = _picture(out, "heatmap.png")
+    maps = []
+    for name in model or ["tiny-mamba2"]:
+        loaded, tokenizer = load(name)
+        with attach(loaded) as ssm:
+            maps += [
+                token_map(ssm, tokenizer, prompt, target=target, window=window, align=align, through=through, name=name)
+                for prompt in prompts
+            ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".html":
+        out.write_text(plots.heatmap_page(*maps, limit=limit), encoding="utf-8")
+    else:
+        plots.heatmap_figure(*maps, limit=limit).savefig(out, dpi=200)
+    typer.echo(f"wrote {out}: {len(maps)} heat map{'s' if len(maps) > 1 else ''}, token -> {target}")
+
+
+def _picture(out: Path, example: str) -> Path:
+    """A file to draw into: with a suffix, in a folder that can be written."""
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; name a picture, such as {out / example}")
+    check_folder(out.parent)
+    return out if out.suffix else out.with_suffix(".png")
 
 
 def _one_map(

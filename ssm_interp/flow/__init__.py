@@ -8,6 +8,7 @@ from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_run import run_study, study_folder
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.sweep import FeatureGroups, sweep
+from ssm_interp.flow.tokens import token_map
 from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, Window, WindowError, default_size, windows
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "study_folder",
     "summarise",
     "sweep",
+    "token_map",
     "windows",
 ]

@@ -99,4 +99,6 @@ def rows_engine(max_memory: int | None = None) -> Engine:
 def choose_engine(ssm: Attachment, max_memory: int | None = None) -> tuple[Engine, str]:
     """The fast engine where it is exact, else the plain one; and a word on which and why, for the result."""
     reason = obstacle(ssm)
-    return (rows_engine(max_memory), "rows of one step") if reason is None else (full_forwards, f"full forwards: {reason}")
+    return (
+        (rows_engine(max_memory), "rows of one step") if reason is None else (full_forwards, f"full forwards: {reason}")
+    )

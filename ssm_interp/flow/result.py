@@ -47,7 +47,7 @@ class FlowRun:
         windows: layers per window, w; one number or several.
         align: `"left"` or `"centre"`.
         asked: how many prompts it was asked.
-        kept: how many of them it answered correctly; only these are in the table.
+        kept: how many of them are in the table: those that it answered correctly, unless all were asked for.
         engine: how the answers were computed: as rows of one step, or by full forwards and why.
     """
 

@@ -36,6 +36,7 @@ def sweep(
     align: Align = "left",
     features: FeatureGroups | None = None,
     through: str | Sequence[str] | None = None,
+    answered_only: bool = True,
     batch_size: int = 32,
     max_memory: int | None = None,
     progress: Progress | None = None,
@@ -57,6 +58,7 @@ def sweep(
         features: feature groups, each a knockout of its own, by name; None: one of all features, named "all".
         through: the streams in which edges are removed: "ssm", "attention", or both; None: "ssm" where the model has
             SSM layers, else "attention". Windows run over the layers that have one of them.
+        answered_only: leave out the prompts whose target is not the model's most likely next token.
         batch_size: prompts per forward pass; prompts of similar length go together.
         max_memory: bytes that the rows of a step may take; None: a quarter of what is free.
         progress: called with (done, total), counted in answers: prompts x knockouts.
@@ -97,7 +99,7 @@ def sweep(
     asked = _tokenized(prompts, tokenizer)
     chosen_engine, how = (engine, "given") if engine else choose_engine(ssm, max_memory)
     run = _Run(ssm, chosen_engine, batch_size, progress)
-    kept = run.answered(asked, per_kept=1 + len(variants))
+    kept = run.answered(asked, per_kept=1 + len(variants)) if answered_only else run.all_of(asked, 1 + len(variants))
     config = getattr(ssm.model, "config", None)
     model = name or getattr(config, "name_or_path", "") or type(ssm.model).__name__
     frame = run.knocked_out(kept, variants)
@@ -172,6 +174,11 @@ class _Run:
             raise NothingAnswered(len(prompts))
         self.total += per_kept * len(right)
         return [prompt for index, prompt in enumerate(prompts) if index in right]
+
+    def all_of(self, prompts: list[TokenizedPrompt], per_kept: int) -> list[TokenizedPrompt]:
+        """The prompts, whatever the model answers."""
+        self.total = per_kept * len(prompts)
+        return prompts
 
     def knocked_out(self, prompts: list[TokenizedPrompt], variants: list[Variant]) -> pd.DataFrame:
         """One row per variant and prompt, sorted so."""

@@ -31,8 +31,8 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
 
     Checked are: logits attached and idle (bit-identical), and with every hook point exposed, against the native ones;
     M x against the operator's y, and y with D-skip and gate against what the host goes on with (through the logits);
-    that every hook point of every layer fires; that a knockout in all layers changes the target and nothing before it;
-    that detaching restores the logits.
+    that every hook point of every layer fires; that a knockout in all layers, in the SSM and in the attention, changes the
+    target and nothing before it; that detaching restores the logits.
 
     Args:
         model: as `attach` takes it, not attached.
@@ -57,8 +57,15 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
 
 
 def _attached(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
-    idle = ssm.model(input_ids=ids).logits
-    yield _exact("attached, idle == native", idle, native)
+    yield _exact("attached, idle == native", ssm.model(input_ids=ids).logits, native)
+    if ssm.layers:
+        yield from _hook_points(ssm, ids, native)
+    for stream, layers in ssm.streams.items():
+        if layers:
+            yield from _knockout(ssm, ids, native, stream)
+
+
+def _hook_points(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
     fired: set[tuple[int, str]] = set()
     handles = [
         point.register_forward_hook(lambda _module, _args, _out, key=(layer, point.name): fired.add(key))
@@ -82,10 +89,14 @@ def _attached(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
         error = _relative(product, run["y", layer])
         worst, where = max((worst, where or layer), (error, layer))
     yield Row("M x == the operator's y", worst, worst <= TOLERANCE, f"worst relative error, in layer {where}")
-    with ssm.edit(Knockout(sources=[0, 1], targets=-1)):
+
+
+def _knockout(ssm: Attachment, ids: Tensor, native: Tensor, stream: str) -> Iterator[Row]:
+    with ssm.edit(Knockout(sources=[0, 1], targets=-1, through=stream)):
         edited = ssm.model(input_ids=ids).logits
     moved = _relative(edited[:, -1], native[:, -1])
-    yield Row("a knockout changes its target", moved, moved > 0, "relative change of its logits")
+    name = {"ssm": "SSM", "attention": "attention"}[stream]
+    yield Row(f"a knockout in the {name} changes its target", moved, moved > 0, "relative change of its logits")
     before = _relative(edited[:, :-1], native[:, :-1])
     yield Row("and nothing before it", before, before <= TOLERANCE, "relative change of the logits before")
 

@@ -214,13 +214,12 @@ def _notes(run: FlowRun, size: int, group: str, groups: int) -> Iterator[str]:
 @contextmanager
 def _blaming(recipe: Recipe, place: int) -> Iterator[None]:
     """Errors that only the models or the facts bring to light become those of the key that they come from."""
-    held = len(recipe.operation) > len(recipe.knockouts)
-    operation: Key = ("operation",) if held else ("operation", place)
+    held = len(recipe.operation) > len(recipe.knockouts)  # then it may be any operation
     keys: dict[type[Exception], Key] = {
         LoadError: ("model", "names"),
         WindowError: ("sweep", "windows"),
-        FeatureError: (*operation, "features"),
-        InterventionError: (*operation, "through"),
+        FeatureError: ("operation",) if held else ("operation", place, "features"),
+        InterventionError: ("operation",) if held else ("operation", place, "through"),
         PromptError: ("facts", "source"),
     }
     try:
