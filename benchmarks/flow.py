@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from transformers.utils import logging
 
 import ssm_interp as si
 from benchmarks.__main__ import build
+from benchmarks.memory import peak_megabytes
 from ssm_interp.features import feature_groups
 from ssm_interp.flow import sweep
 from ssm_interp.hooks import run_each
@@ -105,12 +105,11 @@ def cost_per_prompt(count: int) -> None:
     asked = [prompts[round(index * (len(prompts) - 1) / (count - 1))] for index in range(count)]
     with si.attach(model) as ssm:
         sweep(ssm, tokenizer, asked[:2], window=4)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_megabytes()
         start = time.perf_counter()
         sweep(ssm, tokenizer, asked, window=4)
         spent = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(1000 * spent / count, peak / 1024, (peak - before) / 1024)
+    print(1000 * spent / count, peak_megabytes(), peak_megabytes() - before)
 
 
 def main(

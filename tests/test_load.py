@@ -11,7 +11,7 @@ from tiny_hosts import build, inputs
 from transformers import LlamaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 
 import ssm_interp as si
-from ssm_interp.models import EMBEDDED
+from ssm_interp.models import EMBEDDED, load_tokenizer
 
 
 def test_embedded_models_are_ordinary_ones() -> None:
@@ -45,3 +45,10 @@ def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         si.load(tmp_path / "file")
     with pytest.raises(si.LoadError, match="as a local folder it gives"):
         si.load(tmp_path)
+
+
+def test_a_tokenizer_alone(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("tiny-mamba1")
+    assert tokenizer("Bern is")["input_ids"] == si.load("tiny-mamba1")[1]("Bern is")["input_ids"]
+    with pytest.raises(si.LoadError, match="is not a folder that holds a model"):
+        load_tokenizer(tmp_path / "missing")

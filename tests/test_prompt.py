@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_interp.prompts import Fact, Prompt, PromptError, load_prompts, save_prompts
+from ssm_interp.prompts import Fact, Prompt, PromptError, load_prompts, save_prompts, with_ids
 
 FRANCE = Prompt("The capital of France is", "France", "Paris", "capital", "capital/France")
 
@@ -107,3 +107,16 @@ def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes("São".encode("latin-1"))
     with pytest.raises(PromptError, match="is not UTF-8"):
         load_prompts(tmp_path / "latin.jsonl")
+
+
+def test_prompts_are_found_by_their_ids() -> None:
+    prompts = [
+        Prompt("ban dus", "dus", "lox", id="a"),
+        Prompt("kit dus", "dus", "lox"),
+        Prompt("x y", "x", "z", id="b"),
+    ]
+    assert with_ids(prompts, ["b", "kit dus"]) == [prompts[2], prompts[1]]
+    with pytest.raises(PromptError, match="there is no prompt 'kit dun' among these 3; there are 'kit dus'"):
+        with_ids(prompts, ["b", "kit dun"])
+    with pytest.raises(PromptError, match="2 of these 4 prompts have the id 'a'; ids must be distinct"):
+        with_ids([*prompts, prompts[0]], ["a"])

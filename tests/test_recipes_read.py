@@ -78,7 +78,7 @@ def test_reading_opens_nothing_else(tmp_path: Path) -> None:
         ('title = "A title"', 'titel = "A title"', ["line 1: titel: there is no such key: did you mean 'title'?"]),
         ('title = "A title"', "", ["title: this key is missing. What the experiment is called."]),
         ('title = "A title"', "title = 3", ["line 1: title: it takes text in quotes, got 3"]),
-        ('title = "A title"', 'title = ""', ["line 1: title: String should have at least 1 character"]),
+        ('title = "A title"', 'title = ""', ["line 1: title: it takes text that is not empty, got "]),
         ('title = "A title"', 'title = "A title', ["line 1: not TOML (Illegal character '\\n', column 17)"]),
         ("[plot]", "[plot", ["line 20: not TOML (Expected ']' at the end of a table declaration, column 6)"]),
         ('kind = "flow"', "kind = [", ["line 22: not TOML (Invalid value, column its end)"]),
@@ -90,7 +90,7 @@ def test_reading_opens_nothing_else(tmp_path: Path) -> None:
         ('names = ["tiny-mamba1"]', "", ["line 3: model.names: this key is missing. Embedded names, local folders"]),
         ('["tiny-mamba1"]', '"tiny-mamba1"', ['line 4: model.names: it takes a list in [ ], got "tiny-mamba1"']),
         ('["tiny-mamba1"]', '["a", "b", "a"]', ["line 4: model.names: 'a' occurs more than once"]),
-        ('["tiny-mamba1"]', "[]", ["line 4: model.names: List should have at least 1 item"]),
+        ('["tiny-mamba1"]', "[]", ["line 4: model.names: it takes at least one item, got []"]),
         (
             'source = "geo"',
             'source = "geo"\nlimit = -1',
@@ -110,6 +110,10 @@ def test_reading_opens_nothing_else(tmp_path: Path) -> None:
             + ['line 19: sweep.align: there is no "center": did you mean \'centre\'? it is "left" or "centre"'],
         ),
         ("[3]", "[3, 0]", ["line 18: sweep.windows: it should be greater than 0, got 0"]),
+        ('kind = "Knockout"', "kind = 3", ['line 10: operation.kind: there is no "3": it is "Knockout"']),
+        ("[3]", "[nan]", ["line 18: sweep.windows: it takes a whole number, got NaN"]),
+        ("[3]", "[2020-01-01]", ['line 18: sweep.windows: it takes a whole number, got "2020-01-01"']),
+        ("[sweep]", "[metrics]\nlevel = nan\n[sweep]", ["line 18: metrics.level: it should be less than 1, got NaN"]),
         ('kind = "Knockout"', "", ['line 9: operation: its kind is missing: it is "Knockout", "ScaleFeatures" or']),
         ('"Knockout"', '"Knockot"', ["line 10: operation.kind: there is no \"Knockot\": did you mean 'Knockout'?"]),
         (

@@ -29,7 +29,8 @@ def load(
     """Load a model in eval mode, and its tokenizer.
 
     Args:
-        name: an embedded model (`tiny-mamba1`, `tiny-mamba2`, `tiny-llama`), a local folder in transformers' layout, or a hub id.
+        name: an embedded model (`tiny-mamba1`, `tiny-mamba2`, `tiny-llama`), a local folder in transformers' layout,
+            or a hub id.
         dtype: of the parameters; the embedded models are stored in float16 and computed in this.
         device: where the model goes.
         device_map: how to spread a model larger than a device over all of them (and the host's memory, and the disk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -89,16 +90,21 @@ def with_ids(prompts: Sequence[Prompt], ids: Sequence[str]) -> list[Prompt]:
     """The prompts that have these ids, in their order; a prompt without an id has its text as one.
 
     Raises:
-        PromptError: no prompt has one of them; the message gives the nearest.
+        PromptError: no prompt has one of them (the message gives the nearest), or several have.
 
     Example:
         >>> [prompt.id for prompt in with_ids(load_prompts("geo"), ["capital/France/0"])]       # doctest: +SKIP
         ['capital/France/0']
     """
-    known = {prompt.id or prompt.text: prompt for prompt in prompts}
+    by_id = {prompt.id or prompt.text: prompt for prompt in prompts}
+    times = Counter(prompt.id or prompt.text for prompt in prompts)
     for name in ids:
-        if name not in known:
-            near = get_close_matches(name, known, n=3, cutoff=0) or list(known)[:3]
+        if name not in by_id:
+            near = get_close_matches(name, by_id, n=3, cutoff=0.4) or list(by_id)[:3]
             there = ", ".join(map(repr, near))
-            raise PromptError(f"there is no prompt {name!r} among these {len(known)}; there are {there}, ...")
-    return [known[name] for name in ids]
+            raise PromptError(f"there is no prompt {name!r} among these {len(prompts)}; there are {there}, ...")
+        if times[name] > 1:
+            raise PromptError(
+                f"{times[name]} of these {len(prompts)} prompts have the id {name!r}; ids must be distinct"
+            )
+    return [by_id[name] for name in ids]

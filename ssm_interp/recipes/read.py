@@ -52,6 +52,8 @@ EXPECTED = {
     "dict_type": "a table",
     "model_type": "a table",
     "model_attributes_type": "a table",
+    "string_too_short": "text that is not empty",
+    "too_short": "at least one item",
 }
 POSITION = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)")
 
@@ -148,7 +150,7 @@ def _explained(error: ValidationError, data: dict[str, Any], source: _Text) -> R
         if not (several[0]["type"] == "too_short" and key in within)  # pydantic does not count items that are wrong
     ]
     first, *others = (str(one) for one in found)
-    return RecipeError("; ".join([first, *(one.removeprefix(f"{source.path}, ") for one in others)]))
+    return RecipeError("; ".join([first, *(one.removeprefix(str(source.path)).lstrip(",: ") for one in others)]))
 
 
 def _in_data(location: tuple[int | str, ...], data: Any) -> Key:
