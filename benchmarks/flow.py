@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
@@ -26,7 +28,7 @@ import ssm_interp as si
 from benchmarks.__main__ import build
 from benchmarks.memory import peak_megabytes
 from ssm_interp.features import feature_groups
-from ssm_interp.flow import sweep
+from ssm_interp.flow import Study, run_study
 from ssm_interp.hooks import run_each
 
 LENGTH, WINDOW, LAYERS = 12, 9, 24
@@ -99,17 +101,13 @@ def ratios(name: str, repeats: int, profile: bool, console: Console) -> list[str
 
 
 def cost_per_prompt(count: int) -> None:
-    """Sweep some prompts with an embedded model; print milliseconds per prompt, and the process's peak in MB."""
-    model, tokenizer = si.load("tiny-mamba2")
-    prompts = si.load_prompts()
-    asked = [prompts[round(index * (len(prompts) - 1) / (count - 1))] for index in range(count)]
-    with si.attach(model) as ssm:
-        sweep(ssm, tokenizer, asked[:2], window=4)
-        before = peak_megabytes()
-        start = time.perf_counter()
-        sweep(ssm, tokenizer, asked, window=4)
+    """Run a study of an embedded model; print milliseconds per prompt, and how the process's peak grew, in MB."""
+    with TemporaryDirectory() as folder:
+        run_study(Study(model="tiny-mamba2", limit=8, seed=1), Path(folder, "warm"))
+        before, start = peak_megabytes(), time.perf_counter()
+        run_study(Study(model="tiny-mamba2", limit=count), Path(folder, "study"))
         spent = time.perf_counter() - start
-    print(1000 * spent / count, peak_megabytes(), peak_megabytes() - before)
+    print(1000 * spent / count, peak_megabytes() - before)
 
 
 def main(

@@ -141,10 +141,10 @@ def test_flow_takes_every_option_of_a_study(
         max_memory=2_000_000,
     )
     kept = [name for name, field in Study.model_fields.items() if getattr(wanted, name) == field.default]
-    assert kept == ["targets", "held"]  # edits that are held on are for recipes
+    assert kept == ["answered_only", "targets", "held"]  # the first and the last are for recipes
     words = ["--column", "text=question", "--column", "id=n", "--skip-bad", "--max-memory", "2MB"]
     singular = {"sources": "source", "targets": "target", "windows": "window", "ids": "id"}
-    for name, value in wanted.model_dump(exclude={"columns", "skip_bad", "max_memory"}).items():
+    for name, value in wanted.model_dump(exclude={"columns", "skip_bad", "max_memory", "answered_only"}).items():
         for one in value if isinstance(value, tuple) else [value]:
             words += [f"--{singular.get(name, name).replace('_', '-')}", str(one)]
     result = run("flow", *words, "--out", tmp_path / "out")
@@ -379,7 +379,9 @@ def test_control_c_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr.strip() == "interrupted"
 
 
-def test_heatmap_draws_a_panel_for_each_prompt_and_model(model: str, prompts: str, scene: World, tmp_path: Path) -> None:
+def test_heatmap_draws_a_panel_for_each_prompt_and_model(
+    model: str, prompts: str, scene: World, tmp_path: Path
+) -> None:
     ids = [prompt.id for prompt in (scene.prompts[0], scene.wrong[0])]
     words = ["heatmap", *ids, "--model", model, "--facts", prompts, "--window", 2]
     picture = run(*words, "--out", tmp_path / "new" / "map")

@@ -157,7 +157,6 @@ def test_a_heat_map_shows_each_token_of_a_prompt(tmp_path: Path) -> None:
     text = RECIPE.replace('sources = ["subject"]\n', "").replace("limit = 6\n", "").replace("[4]", "[3, 5]")
     text = text.replace('"flow"', f'"heatmap"\nprompts = ["{ids[0]}", "{ids[1]}"]')
     findings = run_recipe(read_recipe(written(tmp_path, text)), tmp_path / "out")
-    assert findings.unanswered == ()
     assert [(label, "windows of 3" in one.title) for label, one in findings.maps] == [
         ("tiny-mamba2", size == 3) for _ in ids for size in (3, 5)
     ]
@@ -173,14 +172,16 @@ def test_a_heat_map_shows_each_token_of_a_prompt(tmp_path: Path) -> None:
     np.testing.assert_allclose(one.values[1, 2], p - one.p_base, atol=1e-5)
 
 
-def test_prompts_that_a_heat_map_cannot_show_are_named(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_heat_map_shows_prompts_that_are_answered_wrongly_too(models: dict[str, Path], tmp_path: Path) -> None:
     prompts = load_prompts(models["mamba"].parent / "facts.jsonl")
     wrong = si.Prompt(prompts[0].text, prompts[0].subject, "dun", id="wrong")
     save_prompts([prompts[0], wrong], tmp_path / "facts.jsonl")
     options = ["--model", models["mamba"], "--facts", tmp_path / "facts.jsonl"]
-    done = run(ROOT / "hooks" / "heatmaps.toml", *options, "--prompt", "18566", "--prompt", "wrong", "--out", tmp_path)
+    done = run(ROOT / "hooks" / "heatmaps.toml", *options, "--prompt", "wrong", "--prompt", "18566", "--out", tmp_path)
     assert done.exit_code == 0, done.output
-    assert f"not shown, since it is answered wrongly: {models['mamba']}: wrong" in done.stdout.replace("\n", "")
+    frame = FlowResult.load(tmp_path / "table.parquet").frame
+    assert set(frame["prompt_id"]) == {"18566", "wrong"}
+    assert "dun" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -188,17 +189,17 @@ def test_prompts_that_a_heat_map_cannot_show_are_named(models: dict[str, Path], 
     [
         (
             RECIPE.replace("[4]", "[4, 11]"),
-            "line 16: sweep.windows: a window of 11 layers does not fit: this model has 10",
+            "line 16: sweep.windows: tiny-mamba2: a window of 11 layers does not fit: this model has 10",
         ),
         (RECIPE.replace("tiny-mamba2", "./nowhere"), "line 4: model.names: './nowhere' is not a folder"),
         (RECIPE.replace('"geo"', '"nowhere.csv"'), "line 7: facts.source: there is no prompt file 'nowhere.csv'"),
         (
             RECIPE.replace("tiny-mamba2", "tiny-llama").replace("[sweep]", 'features = ["top third"]\n[sweep]'),
-            "line 15: operation.features: LlamaForCausalLM has no SSM layers",
+            "line 15: operation.features: tiny-llama: LlamaForCausalLM has no SSM layers",
         ),
         (
             RECIPE.replace("[sweep]", 'through = ["attention"]\n[sweep]'),
-            "line 15: operation.through: Mamba2ForCausalLM has no attention layers",
+            "line 15: operation.through: tiny-mamba2: Mamba2ForCausalLM has no attention layers",
         ),
         (
             RECIPE.replace('sources = ["subject"]\n', "")
@@ -208,7 +209,7 @@ def test_prompts_that_a_heat_map_cannot_show_are_named(models: dict[str, Path], 
         ),
         (
             RECIPE.replace("[sweep]", '[[operation]]\nkind = "SetDelta"\nvalue = 0\nlayers = [10]\n[sweep]'),
-            "line 10: operation: SetDelta: no such layer [10]",
+            "line 10: operation: tiny-mamba2: SetDelta: no such layer [10]",
         ),
     ],
 )
@@ -218,6 +219,13 @@ def test_what_only_the_model_or_the_facts_forbid_names_its_line_too(tmp_path: Pa
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_answers_nothing_is_named(tmp_path: Path) -> None:
+    save_prompts([si.Prompt("The name of the capital city of France is", "France", "Rome")], tmp_path / "facts.jsonl")
+    recipe = read_recipe(written(tmp_path, RECIPE), {"facts.source": str(tmp_path / "facts.jsonl")})
+    with pytest.raises(RecipeError, match="line 4: model.names: tiny-mamba2: the model answers none of the 1 prompts"):
+        run_recipe(recipe, tmp_path / "out")
 
 
 def test_the_command_takes_the_place_of_what_is_written(tmp_path: Path) -> None:

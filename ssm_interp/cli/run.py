@@ -94,8 +94,6 @@ def _print(findings: Findings) -> None:
     for label, one in findings.maps:
         table.add_row(*map(Text, (label, *_strongest(one))))
     console().print(table)
-    for name in findings.unanswered:
-        typer.echo(f"not shown, since it is answered wrongly: {name}")
 
 
 def _strongest(one: TokenMap) -> tuple[str, ...]:

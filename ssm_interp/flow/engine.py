@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -71,9 +72,13 @@ def full_forwards(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) ->
 
     Cost: len(variants) forward passes of the batch; memory of one.
     """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    takes = inspect.signature(ssm.model.forward).parameters
+    if "position_ids" in takes and not batch.attention_mask.all():  # else padding would move learned positions
+        inputs["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
     for number, variant in enumerate(variants):
         with torch.no_grad(), ssm.edit(*variant.knockouts(batch)):
-            output = ssm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            output = ssm.model(**inputs, use_cache=False)
         yield Answers([number], list(range(len(batch.prompts))), output.logits[None, :, -1])
 
 

@@ -96,6 +96,7 @@ class Study(BaseModel):
     limit: int = Field(128, ge=0, description="Ask so many prompts, drawn at random; 0: all.")
     seed: int = Field(0, description="Of that draw.")
     ids: tuple[str, ...] | None = Field(None, min_length=1, description="Ask the prompts with these ids alone.")
+    answered_only: bool = Field(True, description="Leave out the prompts that the model answers wrongly.")
     sources: tuple[Source, ...] = Field(
         ("subject", "relation", "first", "last"), min_length=1, description="Roles, or positions, no longer read."
     )

@@ -239,6 +239,7 @@ class _Job:
                 align=study.align,
                 features=self.features,
                 through=study.through,
+                answered_only=study.answered_only,
                 batch_size=study.batch_size,
                 max_memory=max_memory,
                 progress=progress,
@@ -254,7 +255,7 @@ def _in_prompts(progress: Callable[[int, int], None], before: int, prompts: int,
 
     def report(done: int, answers: int) -> None:
         knockouts = answers - prompts
-        progress(before + (prompts * (done - prompts) // knockouts if knockouts else 0), total)
+        progress(before + (prompts * max(0, done - prompts) // knockouts if knockouts else 0), total)
 
     return report
 

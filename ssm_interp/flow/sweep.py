@@ -249,6 +249,6 @@ def _labels(batch: Batch, variants: Sequence[Variant]) -> pd.DataFrame:
         "window_start": [variant.window.layers[0] for variant in variants],
         "window_size": [variant.window.size for variant in variants],
     }
-    repeated = {name: np.repeat(values, len(ids)) for name, values in columns.items()}
+    repeated = {name: pd.Series(values).repeat(len(ids)).array for name, values in columns.items()}
     counts = [count for variant in variants for count in edges[variant.source, variant.target]]
-    return pd.DataFrame({"prompt_id": np.tile(ids, len(variants)), **repeated, "n_edges": counts})
+    return pd.DataFrame({"prompt_id": ids * len(variants), **repeated, "n_edges": counts})

@@ -265,9 +265,14 @@ class Attachment:
             return ("ssm",)
         return intervention.through or (self.default_stream,)
 
-    def _check_attached(self) -> None:
+    @property
+    def is_attached(self) -> bool:
+        """Whether it can be used: it was not detached."""
         gone = any(self.mixers[index]._modules.get("ssm") is not points for index, points in self.layers.items())
-        if gone or not (self.layers or self.attention):
+        return bool(self.layers or self.attention) and not gone
+
+    def _check_attached(self) -> None:
+        if not self.is_attached:
             raise HookError("this attachment was detached; call attach(model) again")
 
 

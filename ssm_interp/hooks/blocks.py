@@ -36,7 +36,8 @@ def is_attention(module: nn.Module) -> bool:
     """Whether a module is causal self-attention that asks the registry for its attention function."""
     body = host_forward(type(module))
     asks = inspect.isfunction(body) and "ALL_ATTENTION_FUNCTIONS" in body.__code__.co_names
-    return asks and hasattr(module, "layer_idx") and not getattr(module, "is_cross_attention", False)
+    causal = getattr(module, "is_causal", True) and not getattr(module, "is_cross_attention", False)
+    return asks and causal and hasattr(module, "layer_idx")
 
 
 def running_block() -> int | None:
@@ -58,7 +59,9 @@ def entering(blocks: nn.ModuleList, enter: Enter | None = None) -> Iterator[None
 
 
 def _hook(index: int, enter: Enter | None) -> Callable[..., Any]:
-    def before_block(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_block(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is None:
+            return None  # torch lost sight of a hook that another thread is adding or removing: it is not of this call
         _running.set(index)
         return enter(index, args, kwargs) if enter else None
 

@@ -133,6 +133,20 @@ class _Table:
         return self._known[positions]
 
 
+def attention_heads(features: Any, heads: int) -> Tensor:
+    """The heads of softmax attention that a knockout is restricted to, bool `[h 1 1]`.
+
+    Raises:
+        InterventionError: a head that there is not, or a (head, state dimension) pair.
+    """
+    for feature in features or ():
+        if isinstance(feature, tuple) or not 0 <= feature < heads:
+            raise InterventionError(
+                f"Knockout.features names {feature}, but in softmax attention a feature is a head, 0 to {heads - 1}"
+            )
+    return feature_mask(features, heads, 1, torch.device("cpu"))[..., None]
+
+
 def feature_mask(features: Any, heads: int, state_size: int, device: torch.device) -> Tensor:
     """Features as a mask: `[h 1]` for heads or `[h n]` for (head, state dimension) pairs."""
     if features is not None and isinstance(features[0], tuple):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -28,6 +29,10 @@ from ssm_interp.hooks.site import active_edits
 from ssm_interp.hooks.softmax import knockable
 
 FRACTION = 4  # of the free memory, one part in so many
+TRIAL_MEMORY = 2**30  # bytes, far more than a trial takes
+TRIAL_ERROR = 1e-3  # of the largest logit: far above rounding, far below what blocks give that rows do not fit
+
+_tried: WeakKeyDictionary[Attachment, str | None] = WeakKeyDictionary()
 
 
 class Answers(NamedTuple):
@@ -66,8 +71,8 @@ def run_each(
         Answers to some variants for some rows, in any order; every (variant, row) once.
 
     Raises:
-        HookError: something that the batched step cannot be exact with (`obstacle` says what); no variants; a mask
-            that is not one run of ones; not enough memory for a single row.
+        HookError: something that the batched step cannot be exact with (`obstacle` says what), then or before a later
+            step; no variants; a mask that is not one run of ones; not enough memory for a single row.
         InterventionError: a stream, layer, feature or position that does not exist; two knockouts of one variant in
             the same stream of a layer.
 
@@ -80,15 +85,19 @@ def run_each(
         >>> for answers in run_each(ssm, ids, every_layer):
         ...     print(answers.variants, answers.logits.shape)
     """
-    if reason := obstacle(ssm):
-        raise HookError(f"run_each cannot be exact here: {reason}; use one forward per knockout inside ssm.edit(...)")
+    _check_exact(ssm)
+    if isinstance(variants, Knockout):
+        raise HookError("run_each takes a sequence of variants, got one Knockout; write [knockout]")
+    if max_memory is not None and (not isinstance(max_memory, int) or max_memory < 1):
+        raise HookError(f"max_memory must be a whole number of bytes, at least 1, got {max_memory!r}")
     sets = [tuple(variant) if isinstance(variant, list | tuple) else (variant,) for variant in variants]
     if not sets:
         raise HookError("run_each needs at least one variant; an empty one, (), is the clean run")
     if wrong := [knockout for group in sets for knockout in group if not isinstance(knockout, Knockout)]:
         raise InterventionError(f"run_each takes knockouts, got {wrong[0]!r}")
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise HookError(f"input_ids must be [b t] with at least one token, got {list(input_ids.shape)}")
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
+        got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise HookError(f"input_ids must be [b t] with at least one token, got {got}")
     for knockout in {knockout: None for group in sets for knockout in group}:
         ssm.check(knockout)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -98,10 +107,19 @@ def run_each(
     return _each_length(ssm, input_ids, mask, plan, max_memory or default_memory(input_ids.device))
 
 
+def _check_exact(ssm: Attachment) -> None:
+    if reason := obstacle(ssm):
+        raise HookError(f"run_each cannot be exact here: {reason}; use one forward per knockout inside ssm.edit(...)")
+
+
 def obstacle(ssm: Attachment) -> str | None:
     """Why `run_each` cannot stand in for full forwards here; None: it can."""
+    if not ssm.is_attached:
+        return "this attachment was detached"
     if not isinstance(ssm.model, PreTrainedModel):
         return f"{type(ssm.model).__name__} is no model of transformers"
+    if ssm.model.get_output_embeddings() is None:
+        return f"{type(ssm.model).__name__} has no language-model head, and gives no logits"
     if ssm.model.training:
         return f"{type(ssm.model).__name__} is in training mode"
     if any(active_edits(place) for place in ssm.places()):
@@ -116,7 +134,34 @@ def obstacle(ssm: Attachment) -> str | None:
             return f"{name or 'the model'} has forward hooks, which would see rows of variants"
     if blocks_of(ssm.model) is None:
         return "the model keeps its decoder blocks in no list"
-    return None
+    if ssm not in _tried:
+        _tried[ssm] = None  # a trial does not ask for another
+        _tried[ssm] = None if ssm.layers else _trial(ssm)
+    return _tried[ssm]
+
+
+@torch.no_grad()
+def _trial(ssm: Attachment) -> str | None:
+    """Why rows do not fit a transformer, of which there are too many to know them all: found by trying; None: they do."""
+    device = next((weight.device for weight in ssm.model.parameters() if not weight.is_meta), torch.device("cpu"))
+    ids = torch.tensor([[5, 6, 7], [6, 5, 7]], device=device)
+    variants = [(), (Knockout(sources=0, targets=1),), (Knockout(sources=0, targets=-1, layers=max(ssm.attention)),)]
+    full = []
+    for knockouts in variants:
+        with ssm.edit(*knockouts):
+            full.append(ssm.model(input_ids=ids, use_cache=False).logits[:, -1].float())
+    off, largest = 0.0, float(torch.stack(full).abs().max())
+    plan = resolve(variants, ssm.streams, torch.ones_like(ids), ssm.default_stream)
+    try:
+        for variants_here, rows, logits in _each_length(ssm, ids, torch.ones_like(ids), plan, TRIAL_MEMORY):
+            for variant, found in zip(variants_here, logits.float(), strict=True):
+                off = max(off, float((found - full[variant][rows]).abs().max()))
+    except Exception as error:  # whatever its blocks raise when they get more rows than the model does
+        return f"the blocks of {type(ssm.model).__name__} take no rows of variants ({type(error).__name__}: {error})"
+    half = torch.finfo(logits.dtype).eps > TRIAL_ERROR or torch.is_autocast_enabled(device.type)
+    if off <= largest * (0.2 if half else TRIAL_ERROR):
+        return None
+    return f"rows of variants through {type(ssm.model).__name__} are off by {off / largest:.0e} of the largest logit"
 
 
 def _each_length(ssm: Attachment, ids: Tensor, mask: Tensor, plan: Plan, memory: int) -> Iterator[Answers]:
@@ -152,7 +197,7 @@ class _Group:
     """Prompts of one length and variants with one first target."""
 
     def __init__(self, ssm: Attachment, ids: Tensor, plan: Plan, start: int, memory: int) -> None:
-        self.model: Any = ssm.model
+        self.ssm, self.model = ssm, cast(Any, ssm.model)
         self.ids, self.plan, self.start, self.memory = ids, plan, start, memory
         self.blocks = blocks_of(ssm.model)
         self.takes = inspect.signature(ssm.model.forward).parameters
@@ -217,6 +262,7 @@ class _Group:
         return logits.reshape(-1, len(ids), logits.shape[-1])
 
     def _call(self, ids: Tensor, start: int, **options: Any) -> Any:
+        _check_exact(self.ssm)  # since the last answers somebody may have hooked, edited or detached
         if "logits_to_keep" in self.takes:
             options["logits_to_keep"] = 1
         if "position_ids" in self.takes:

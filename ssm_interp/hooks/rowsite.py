@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
-from ssm_interp.hooks.plan import Cell, Plan, feature_mask
+from ssm_interp.hooks.plan import Cell, Plan, attention_heads, feature_mask
 from ssm_interp.hooks.points import HookPoints
 from ssm_interp.scan import Terms, leave, one_step, read_initial, removed, scan
 
@@ -102,8 +102,7 @@ class Rows:
         for block, cell in cells:
             targets, sources = self.plan.positions[cell.targets], self.plan.positions[cell.sources]
             edges = targets[:, -queries:, None] & sources[:, None, -keys:]  # n q k
-            features = self.plan.features[cell.features]
-            closed[block] = edges[:, None] & feature_mask(features, closed.shape[2], 1, closed.device)[:, :, None]
+            closed[block] = edges[:, None] & attention_heads(self.plan.features[cell.features], closed.shape[2])
         return closed.flatten(0, 1)
 
     @contextmanager

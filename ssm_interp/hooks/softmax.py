@@ -19,9 +19,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ssm_interp.hooks.blocks import running_block
+from ssm_interp.hooks.blocks import blocks_of, running_block
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import Knockout
+from ssm_interp.hooks.plan import attention_heads
 from ssm_interp.hooks.routing import host_forward
 from ssm_interp.hooks.rowsite import rows_at_work
 from ssm_interp.hooks.site import ActiveEdit, active_edits, position_mask
@@ -38,21 +39,40 @@ def knockable(module: nn.Module) -> Iterator[None]:
     """Inside, the attention of a model asks us which edges are knocked out. Nests, also across threads.
 
     Raises:
-        HookError: an attention implementation that takes no mask of single edges.
+        HookError: an attention implementation that takes no mask of single edges; attention outside any model of
+            transformers; gradient checkpointing.
     """
-    model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+    model = _owner(module)
+    key = id(model.config)  # models may share one
     with _lock:
-        if not _users[id(model)]:
+        if not _users[key]:
             _switch(model, PREFIX + _supported(model))
-        _users[id(model)] += 1
+        _users[key] += 1
     try:
         yield
     finally:
         with _lock:
-            _users[id(model)] -= 1
-            if not _users[id(model)]:
-                del _users[id(model)]
-                _switch(model, _implementation(model).removeprefix(PREFIX))
+            _users[key] -= 1
+            if not _users[key]:
+                del _users[key]
+                _switch(model, _implementation(model))
+
+
+def _owner(module: nn.Module) -> PreTrainedModel:
+    """The innermost model of transformers around the decoder blocks: its config is the one that they look at."""
+    blocks = blocks_of(module)
+    around = [part for part in module.modules() if isinstance(part, PreTrainedModel) and blocks in part.modules()]
+    if not around:
+        raise HookError(
+            f"the attention in {type(module).__name__} is part of no model of transformers, whose config says how it is "
+            "computed; attach to the model that its blocks come from"
+        )
+    if any(part.training and getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        raise HookError(
+            f"{type(around[0]).__name__} uses gradient checkpointing, which would compute attention again without the "
+            "knockout; call model.gradient_checkpointing_disable() or model.eval() first"
+        )
+    return around[-1]
 
 
 def _supported(model: PreTrainedModel) -> str:
@@ -66,8 +86,9 @@ def _supported(model: PreTrainedModel) -> str:
 
 
 def _implementation(model: PreTrainedModel) -> str:
+    """The attention implementation that the model has, or had before we came (a copy made meanwhile has ours)."""
     name: str = model.config._attn_implementation
-    return name
+    return name.removeprefix(PREFIX)
 
 
 def _switch(model: PreTrainedModel, name: str) -> None:
@@ -98,7 +119,7 @@ def _routed(original: str) -> Callable[..., Any]:
         mask = mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
         output, weights = host(module, query, key, value, mask, **options)
         reads = allowed.any(-1).expand(-1, query.shape[1], -1).transpose(1, 2)[..., None]  # b q h 1
-        return torch.where(reads, output, 0), weights
+        return output.masked_fill(~reads, 0), weights
 
     return attend
 
@@ -124,7 +145,7 @@ def _removed(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
         knockout = edit.intervention
         if isinstance(knockout, Knockout) and (knockout.layers is None or layer in knockout.layers):
             prompt = _prompt(edit, module, layer, q, k)
-            piece = _edges(knockout, query.shape[0], prompt, q, k)[:, None] & _heads(knockout, query.shape[1])
+            piece = _edges(knockout, query.shape[0], prompt, q, k)[:, None] & attention_heads(knockout.features, query.shape[1])
             found = piece if found is None else found | piece
     return found
 
@@ -136,7 +157,7 @@ def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> 
     if not prompt:
         raise InterventionError(
             f"layer {layer}: Knockout names positions of a prompt that this cache read without it; "
-            "run the prompt and what follows inside the same `edit`"
+            "run the prompt and what follows inside the same `edit`, with a cache that grows (no StaticCache)"
         )
     if k != seen + q:
         raise HookError(
@@ -173,14 +194,3 @@ def _columns(positions: Any, batch: int, prompt: int, length: int, what: str) ->
     later = torch.full((batch, length - prompt), positions is None)
     return torch.cat([named, later], dim=1)
 
-
-def _heads(knockout: Knockout, heads: int) -> Tensor:
-    """The attention heads that a knockout is restricted to, bool `[h 1 1]`."""
-    chosen = torch.full((heads,), knockout.features is None)
-    for feature in knockout.features or ():
-        if isinstance(feature, tuple) or not 0 <= feature < heads:
-            raise InterventionError(
-                f"Knockout.features names {feature}, but in softmax attention a feature is a head, 0 to {heads - 1}"
-            )
-        chosen[feature] = True
-    return chosen[:, None, None]

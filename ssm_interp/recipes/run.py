@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ssm_interp import plots
 from ssm_interp.features.groups import FeatureError
-from ssm_interp.flow import FlowResult, FlowRun, WindowError, run_study, study_folder, summarise
+from ssm_interp.flow import FlowResult, NothingAnswered, WindowError, run_study, study_folder, summarise
 from ssm_interp.flow.sweep import Progress
 from ssm_interp.hooks import InterventionError
 from ssm_interp.models import LoadError, load_tokenizer
@@ -33,14 +33,12 @@ class Findings:
     Attributes:
         recipe: as it was run.
         result: every model's rows, a run for each model and name of an operation.
-        maps: of a heat map, in the order of models, operations, prompts, targets, feature groups, window sizes.
-        unanswered: "model: prompt" of those that a heat map cannot show, since the model answers them wrongly.
+        maps: of a heat map: what a model is called, and the map of a prompt, target, feature group and window size.
     """
 
     recipe: Recipe
     result: FlowResult
     maps: tuple[tuple[str, TokenMap], ...] = ()
-    unanswered: tuple[str, ...] = ()
 
     @property
     def shown(self) -> FlowResult:
@@ -72,7 +70,7 @@ class Findings:
             The files, the table first.
 
         Raises:
-            RecipeError: no prompt is answered by all models, where those were asked for; no heat map to draw.
+            RecipeError: no prompt is answered by all models, where those were asked for.
             OSError: the folder cannot be written.
         """
         folder, plot = Path(folder), self.recipe.plot
@@ -97,7 +95,7 @@ class Findings:
             return {"flow": plots.flow_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)}
         if plot.kind == "depth":
             return {"depth": plots.depth_figure(self.summary(), statistic=statistic)}
-        labels = dict.fromkeys(label for label, _ in self._drawn())
+        labels = dict.fromkeys(label for label, _ in self.maps)
         return {
             f"heatmap-{study_folder('', label)}": plots.heatmap_figure(
                 *(one for name, one in self.maps if name == label), limit=plot.colour_limit
@@ -108,19 +106,13 @@ class Findings:
     def _page(self) -> str:
         recipe = self.recipe
         if isinstance(recipe.plot, HeatMap):
-            maps = (one for _, one in self._drawn())
+            maps = (one for _, one in self.maps)
             return plots.heatmap_page(*maps, limit=recipe.plot.colour_limit, title=recipe.title)
         statistic = recipe.metrics.statistic
         return plots.flow_page(self.summary(), x_labels=self._x_labels(), statistic=statistic, title=recipe.title)
 
     def _x_labels(self) -> dict[str, str]:
         return {run.model: run.x_label for run in self.result.runs}
-
-    def _drawn(self) -> tuple[tuple[str, TokenMap], ...]:
-        if not self.maps:
-            message = f"none of these prompts is answered correctly: {', '.join(self.unanswered)}"
-            raise blamed(self.recipe, ("plot", "prompts"), message)
-        return self.maps
 
 
 def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = None, **how: Any) -> Findings:
@@ -148,23 +140,19 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
     """
     results: dict[str, list[FlowResult]] = {}
     maps: list[tuple[str, TokenMap]] = []
-    unanswered: dict[str, None] = {}
     for place, knockout in recipe.knockouts.items():
         for model in recipe.model.names:
             label = recipe.label(model, knockout)
-            with _blaming(recipe, place):
+            with _blaming(recipe, place, label):
                 prompts = _prompts(recipe, model) if isinstance(recipe.plot, HeatMap) else []
                 longest = max((len(prompt) for prompt in prompts), default=0)
                 study = recipe.study(model, knockout, positions=longest, **how)
                 progress = started(label) if started else None
                 found = run_study(study, Path(folder) / f"operation-{place + 1}", progress=progress)
             results.setdefault(label, []).append(found)
-            for prompt in prompts:
-                drawn = list(_maps(found, prompt, label))
-                maps += [(label, one) for one in drawn]
-                unanswered |= {} if drawn else {f"{model}: {prompt.prompt.id or prompt.prompt.text}": None}
+            maps += [(label, one) for prompt in prompts for one in _maps(found, prompt, label)]
     joined = FlowResult.join([_as_one(label, parts) for label, parts in results.items()])
-    return Findings(recipe, joined, tuple(maps), tuple(unanswered))
+    return Findings(recipe, joined, tuple(maps))
 
 
 def _as_one(label: str, parts: list[FlowResult]) -> FlowResult:
@@ -192,27 +180,20 @@ def _leave_out(_: PromptError) -> None:
 
 
 def _maps(found: FlowResult, prompt: TokenizedPrompt, label: str) -> Iterator[TokenMap]:
-    """A map per target, feature group and window size; none if the model answers the prompt wrongly."""
+    """A map per target, feature group and window size."""
     frame, run = found.frame, found.runs[0]
     rows = frame[frame["prompt_id"] == (prompt.prompt.id or prompt.prompt.text)].assign(model=label)
-    groups = rows["feature_group"].unique()
+    several = rows["feature_group"].nunique() > 1
     for (_, group), part in rows.groupby(["target", "feature_group"], sort=False):
         for size in run.windows:
             one = part if len(run.windows) == 1 else part[part["window_size"] == size]
             drawn = TokenMap.of(one, prompt.tokens, subject=prompt.roles["subject"], answer=prompt.prompt.target)
-            yield replace(drawn, title="\n".join([drawn.title, *_notes(run, size, str(group), len(groups))]))
-
-
-def _notes(run: FlowRun, size: int, group: str, groups: int) -> Iterator[str]:
-    """What tells a map from the others of its prompt."""
-    if len(run.windows) > 1:
-        yield f"windows of {size} layer{'' if size == 1 else 's'}"
-    if groups > 1:
-        yield f"features: {group}"
+            title = f"{drawn.title}, windows of {size} layer{'' if size == 1 else 's'}"
+            yield replace(drawn, title=f"{title}\nfeatures: {group}" if several else title)
 
 
 @contextmanager
-def _blaming(recipe: Recipe, place: int) -> Iterator[None]:
+def _blaming(recipe: Recipe, place: int, label: str) -> Iterator[None]:
     """Errors that only the models or the facts bring to light become those of the key that they come from."""
     held = len(recipe.operation) > len(recipe.knockouts)  # then it may be any operation
     keys: dict[type[Exception], Key] = {
@@ -221,12 +202,13 @@ def _blaming(recipe: Recipe, place: int) -> Iterator[None]:
         FeatureError: ("operation",) if held else ("operation", place, "features"),
         InterventionError: ("operation",) if held else ("operation", place, "through"),
         PromptError: ("facts", "source"),
+        NothingAnswered: ("model", "names"),
     }
     try:
         yield
     except tuple(keys) as error:
         key = next(key for kind, key in keys.items() if isinstance(error, kind))
-        told = blamed(recipe, key, str(error))
+        told = blamed(recipe, key, str(error) if isinstance(error, LoadError | PromptError) else f"{label}: {error}")
         for note in getattr(error, "__notes__", ()):
             told.add_note(note)
         raise told from error

@@ -224,7 +224,7 @@ class Recipe(Section):
             "held": [one for one in self.operation if not isinstance(one, Knockout)],
         }
         if isinstance(self.plot, HeatMap):
-            options |= {"sources": range(positions), "limit": 0, "ids": self.plot.prompts}
+            options |= {"sources": range(positions), "limit": 0, "ids": self.plot.prompts, "answered_only": False}
         return Study.model_validate(options | how)
 
 
