@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from random_terms import as_users_run_it
 from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 import ssm_interp as si
 from ssm_interp.hooks import obstacle, run_each
 from ssm_interp.hooks import rows as rows_module
+from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.operators import OPERATORS, Operator
 
 LENGTH = 9
@@ -236,6 +238,41 @@ def test_what_rows_cannot_be_exact_with_is_refused_by_name() -> None:
             run_each(ssm, ids, [knockout])
         ssm.model.eval()
         assert obstacle(ssm) is None
+    with pytest.raises(si.HookError, match="this attachment was detached"):
+        run_each(ssm, ids, [()])
+    with si.attach(ssm.model.backbone) as headless:
+        assert obstacle(headless) == "MambaModel has no language-model head, and gives no logits"
+
+
+@pytest.mark.parametrize("name", ["mamba2", "jamba"])
+def test_what_comes_up_between_two_answers_is_refused_too(name: str) -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    knockout = si.Knockout(sources=0, targets=-1)
+    with si.attach(build(name)) as ssm:
+        variants = [si.Knockout(sources=[2, 3], targets=-1, layers=window) for window in windows(ssm)]
+        expected = answers(ssm, ids, variants)
+        for variants_here, rows, logits in run_each(ssm, ids, variants, max_memory=1):
+            forwards(ssm, ids, [knockout])  # an edit that has ended by the next step
+            assert error(logits, expected[variants_here][:, rows]) < 1e-5
+        going = run_each(ssm, ids, variants, max_memory=1)
+        next(going)
+        with ssm.edit(knockout), pytest.raises(si.HookError, match="other edits are at work"):
+            next(going)
+        going = run_each(ssm, ids, variants, max_memory=1)
+        next(going)
+    with pytest.raises(si.HookError, match="this attachment was detached"):
+        next(going)
+
+
+def test_a_hook_that_another_thread_takes_off_meanwhile_does_nothing() -> None:
+    model = build("mamba2")
+    blocks = blocks_of(model)
+    assert blocks is not None
+    clean = model(**inputs()).logits
+    with entering(blocks, lambda *_: pytest.fail("not of this call")):
+        for block in blocks:
+            block._forward_pre_hooks_with_kwargs.clear()  # where torch is between the two tables of a hook
+        assert torch.equal(model(**inputs()).logits, clean)
 
 
 def test_bad_variants() -> None:
@@ -256,6 +293,15 @@ def test_bad_variants() -> None:
                 run_each(ssm, ids, given)
         with pytest.raises(si.HookError, match=r"input_ids must be \[b t\] with at least one token, got \[9\]"):
             run_each(ssm, ids[0], [()])
+        with as_users_run_it():
+            for bad_ids, given, options, message in [
+                (ids.tolist(), [()], {}, "at least one token, got list"),
+                (ids, si.Knockout(sources=0), {}, r"a sequence of variants, got one Knockout; write \[knockout\]"),
+                (ids, [()], {"max_memory": 0}, "max_memory must be a whole number of bytes, at least 1, got 0"),
+                (ids, [()], {"max_memory": 1e9}, "whole number of bytes, at least 1, got 1000000000.0"),
+            ]:
+                with pytest.raises(si.HookError, match=message):
+                    run_each(ssm, bad_ids, given, **options)
         hole = torch.ones_like(ids)
         hole[1, 4] = 0
         with pytest.raises(si.HookError, match="row 1 of the attention mask is not one run of ones"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,13 +12,15 @@ import pytest
 import torch
 from test_rows import LENGTH, ROLES, answers, error, forwards, windows
 from tiny_hosts import build, inputs
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel
 
 import ssm_interp as si
+from ssm_interp.hooks import obstacle, run_each
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "jetmoe": {"num_key_value_heads": 4, "kv_channels": 8, "num_local_experts": 4},
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
@@ -214,6 +217,55 @@ def test_threads_have_their_own_knockouts() -> None:
         assert model.config._attn_implementation == "eager"
 
 
+def test_copies_and_parts_of_a_model_under_a_knockout() -> None:
+    ids = inputs(batch=1, length=LENGTH)["input_ids"]
+    knockout, other = si.Knockout(sources=[1, 2], targets=-1), si.Knockout(sources=3, targets=-1)
+    model = transformer("llama")
+    with si.attach(model) as ssm, si.attach(model.model) as part, torch.no_grad():
+        expected = forwards(ssm, ids, [(knockout,), (knockout, other)])
+        with ssm.edit(knockout):
+            twin = copy.deepcopy(model)
+            with part.edit(other):
+                assert torch.equal(model(input_ids=ids).logits[:, -1], expected[1])
+            assert torch.equal(model(input_ids=ids).logits[:, -1], expected[0])
+        assert model.config._attn_implementation == "eager"
+    with si.attach(twin) as ssm:
+        assert torch.equal(forwards(ssm, ids, [(knockout,)]), expected[:1])
+    assert twin.config._attn_implementation == "eager"
+
+
+def test_attention_that_knockouts_cannot_act_on_is_refused() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    with pytest.raises(
+        si.UnsupportedModelError, match="BertForMaskedLM has no SSM layers.* no attention layers that are causal"
+    ):
+        si.attach(BertForMaskedLM(BertConfig(vocab_size=64, **sizes)))
+    llama = transformer("llama")
+    loose = nn.Module()
+    loose.layers = llama.model.layers
+    nowhere = pytest.raises(si.HookError, match="the attention in Module is part of no model of transformers")
+    with si.attach(loose) as ssm, nowhere, ssm.edit(si.Knockout(sources=0)):
+        pass
+    llama.train().gradient_checkpointing_enable()
+    again = pytest.raises(si.HookError, match="LlamaForCausalLM uses gradient checkpointing, which would compute")
+    with si.attach(llama) as ssm, again, ssm.edit(si.Knockout(sources=0)):
+        pass
+
+
+def test_blocks_that_take_no_rows_are_found_by_a_trial() -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+    bigcode = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_bigcode", **sizes)).eval()
+    with si.attach(bigcode) as ssm:
+        assert "the blocks of GPTBigCodeForCausalLM take no rows of variants (RuntimeError: " in str(obstacle(ssm))
+        with pytest.raises(si.HookError, match="take no rows of variants .*; use one forward per knockout inside"):
+            run_each(ssm, ids, [()])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    config = AutoConfig.for_model("roberta", vocab_size=64, is_decoder=True, **sizes)  # its positions count from 2
+    with si.attach(AutoModelForCausalLM.from_config(config).eval()) as ssm:
+        assert "rows of variants through RobertaForCausalLM are off by" in str(obstacle(ssm))
+
+
 def test_bad_knockouts_in_attention() -> None:
     ids = inputs(batch=2, length=LENGTH)["input_ids"]
     with si.attach(transformer("gpt2")) as ssm, torch.no_grad():
@@ -230,6 +282,9 @@ def test_bad_knockouts_in_attention() -> None:
         ]:
             with pytest.raises(si.InterventionError, match=message), ssm.edit(knockout):
                 ssm.model(input_ids=ids)
+            if isinstance(knockout, si.Knockout):
+                with pytest.raises(si.InterventionError, match=message):
+                    list(run_each(ssm, ids, [knockout]))
         cache = ssm.model(input_ids=ids, use_cache=True).past_key_values
         with ssm.edit(si.Knockout(sources=0)), pytest.raises(si.InterventionError, match="this cache read without it"):
             ssm.model(input_ids=ids[:, :1], past_key_values=cache)

@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_softmax import transformer
 from tiny_flow import LAYERS, World, tiny_model, word_tokenizer, world
 
 import ssm_interp as si
 from ssm_interp.flow import CLEAN, Answers, FlowError, FlowResult, FlowRun, Variant, default_size, sweep, windows
+from ssm_interp.flow.engine import full_forwards, rows_engine
 from ssm_interp.flow.result import COLUMNS
 from ssm_interp.prompts import Batch, Prompt, PromptError, tokenize
 
@@ -269,6 +271,17 @@ def test_bad_prompts_and_models_are_refused(scene: World) -> None:
         with pytest.raises(FlowError, match=r"is in training mode; call \.eval\(\)"):
             sweep(ssm, scene.tokenizer, scene.prompts)
         scene.model.eval()
+
+
+def test_padding_does_not_move_learned_positions() -> None:
+    prompts = [Prompt("ban dus", "dus", "kit"), Prompt("lot ban mex dus ral", "mex", "kit")]
+    with si.attach(transformer("gpt2")) as ssm:
+        found = [
+            sweep(ssm, word_tokenizer(), prompts, window=1, answered_only=False, engine=engine).frame
+            for engine in (full_forwards, rows_engine())
+        ]
+    assert np.allclose(found[0]["p_base"], found[1]["p_base"], rtol=1e-4)
+    assert np.allclose(found[0]["p"], found[1]["p"], rtol=1e-4)
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:

@@ -366,7 +366,7 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
             )
         raise UnsupportedModelError(
             f"{name} has no SSM layers: none of its modules is a Mamba-1 or Mamba-2 mixer, and it has no attention "
-            "layers of transformers either"
+            "layers that are causal and call transformers' registry of attention functions"
         )
     for mixer in mixers:
         where = f"{type(mixer).__name__} of layer {mixer.layer_idx}"

@@ -136,7 +136,11 @@ def obstacle(ssm: Attachment) -> str | None:
         return "the model keeps its decoder blocks in no list"
     if ssm not in _tried:
         _tried[ssm] = None  # a trial does not ask for another
-        _tried[ssm] = None if ssm.layers else _trial(ssm)
+        try:
+            _tried[ssm] = None if ssm.layers else _trial(ssm)
+        except BaseException:
+            del _tried[ssm]
+            raise
     return _tried[ssm]
 
 
@@ -157,6 +161,8 @@ def _trial(ssm: Attachment) -> str | None:
             for variant, found in zip(variants_here, logits.float(), strict=True):
                 off = max(off, float((found - full[variant][rows]).abs().max()))
     except Exception as error:  # whatever its blocks raise when they get more rows than the model does
+        if _out_of_memory(error):
+            raise
         return f"the blocks of {type(ssm.model).__name__} take no rows of variants ({type(error).__name__}: {error})"
     half = torch.finfo(logits.dtype).eps > TRIAL_ERROR or torch.is_autocast_enabled(device.type)
     if off <= largest * (0.2 if half else TRIAL_ERROR):
@@ -202,7 +208,7 @@ class _Group:
         self.blocks = blocks_of(ssm.model)
         self.takes = inspect.signature(ssm.model.forward).parameters
         self.attends = any(stream == "attention" and found for (stream, _), found in plan.cells.items())
-        self.rows = Rows(plan, len(ids), start)
+        self.rows = Rows(plan, *ids.shape, start)
 
     def answers(self, variants: list[int]) -> Iterator[Answers]:
         """The answers to some variants, in as many steps as the memory asks for."""
@@ -290,7 +296,7 @@ class _Growing:
         self.rows, self._filled = rows, cache
         self.cache = copy.copy(cache)
         if cache is not None:
-            self.cache.layers = [_repeated(layer, 1) for layer in cache.layers]
+            self.cache.layers = [self._repeated(layer, 1) for layer in cache.layers]
 
     def enter(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -299,7 +305,7 @@ class _Growing:
             return None  # another thread calls the same model
         before, now = self.rows.blocks(index - 1) if index else 1, self.rows.blocks(index)
         if self.cache is not None:
-            self.cache.layers[index] = _repeated(self._filled.layers[index], now)
+            self.cache.layers[index] = self._repeated(self._filled.layers[index], now)
             if index:
                 self.cache.layers[index - 1] = self._filled.layers[index - 1]
         named = not args
@@ -312,6 +318,19 @@ class _Growing:
             return args, grown | {"hidden_states": hidden}
         return (hidden, *(_for_blocks(value, n, now) for value in args[1:])), grown
 
+    def _repeated(self, layer: Any, blocks: int) -> Any:
+        """A layer of the cache for every block of the prompts. Its recurrent state stays as it is, and is not updated; nor
+        are the convolution's inputs where the step is one position, which all blocks share."""
+        found = copy.copy(layer)
+        for name in ("keys", "values"):
+            if isinstance(tensor := getattr(layer, name, None), Tensor) and tensor.numel():
+                setattr(found, name, _for_blocks(tensor, self.rows.prompts, blocks))
+        if hasattr(layer, "recurrent_states"):
+            shared = 1 if self.rows.is_single else blocks
+            found.conv_states = _for_blocks(layer.conv_states, self.rows.prompts, shared)
+            found.update_recurrent_state = lambda state, *_args, **_kwargs: state
+        return found
+
 
 def _for_blocks(value: Any, n: int, blocks: int) -> Any:
     """An argument that is given per prompt, for every block of the prompts."""
@@ -323,21 +342,6 @@ def _for_blocks(value: Any, n: int, blocks: int) -> Any:
     if isinstance(value, dict):
         return {name: _for_blocks(part, n, blocks) for name, part in value.items()}
     return value
-
-
-def _repeated(layer: Any, blocks: int) -> Any:
-    """A layer of a cache for every block of the prompts. Its recurrent state stays as it is, and is not updated."""
-    found = copy.copy(layer)
-    for name in ("keys", "values"):
-        if isinstance(tensor := getattr(layer, name, None), Tensor) and tensor.numel():
-            setattr(found, name, tensor.repeat(blocks, *[1] * (tensor.ndim - 1)))
-    if hasattr(layer, "recurrent_states"):
-        found.conv_states = {
-            slot: None if state is None else state.repeat(blocks, *[1] * (state.ndim - 1))
-            for slot, state in layer.conv_states.items()
-        }
-        found.update_recurrent_state = lambda state, *_args, **_kwargs: state
-    return found
 
 
 def _state_bytes(ssm: Attachment, plan: Plan, members: set[int]) -> int:

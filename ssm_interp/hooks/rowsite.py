@@ -49,14 +49,20 @@ class Rows:
     Attributes:
         plan: the variants.
         prompts: n.
+        length: how many columns they have.
         start: first column of the step; the prefill read those before it.
     """
 
-    def __init__(self, plan: Plan, prompts: int, start: int) -> None:
-        self.plan, self.prompts, self.start = plan, prompts, start
+    def __init__(self, plan: Plan, prompts: int, length: int, start: int) -> None:
+        self.plan, self.prompts, self.length, self.start = plan, prompts, length, start
         self.members: list[int] | None = None  # the variants of the step, by the layer that they join at
         self._joins: list[int] = []
         self.starts: dict[tuple[int, int], Start] = {}
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the step reads one column."""
+        return self.start == self.length - 1
 
     @contextmanager
     def prefill(self) -> Iterator[None]:

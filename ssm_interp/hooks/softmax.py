@@ -145,7 +145,9 @@ def _removed(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
         knockout = edit.intervention
         if isinstance(knockout, Knockout) and (knockout.layers is None or layer in knockout.layers):
             prompt = _prompt(edit, module, layer, q, k)
-            piece = _edges(knockout, query.shape[0], prompt, q, k)[:, None] & attention_heads(knockout.features, query.shape[1])
+            piece = _edges(knockout, query.shape[0], prompt, q, k)[:, None] & attention_heads(
+                knockout.features, query.shape[1]
+            )
             found = piece if found is None else found | piece
     return found
 
@@ -193,4 +195,3 @@ def _columns(positions: Any, batch: int, prompt: int, length: int, what: str) ->
     named = position_mask(positions, batch, prompt, what)
     later = torch.full((batch, length - prompt), positions is None)
     return torch.cat([named, later], dim=1)
-
