@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ssm-interp flow --out demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not gpu and not hub" --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not gpu and not hub" --durations 10
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

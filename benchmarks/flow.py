@@ -129,7 +129,7 @@ def main(
         table.add_row(*ratios(name, repeats, profile, console))
     console.print(table)
     table = Table(
-        "prompts", "ms per prompt", "peak MB", "of it in the sweep MB", title="tiny-mamba2, 28 knockouts each"
+        "prompts", "ms per prompt", "growth of the peak, MB", title="a study of tiny-mamba2, 28 knockouts each"
     )
     for count in PROMPTS:
         command = [sys.executable, "-m", "benchmarks.flow", "--prompts", str(count)]

@@ -11,9 +11,7 @@ def test_outcomes_and_changes_are_the_definitions() -> None:
     logits = torch.randn(2, 63, 17, generator=generator, dtype=torch.float64) * 5
     ids = torch.randint(17, (63,), generator=generator)
     logprob, hit = outcome(logits, ids)
-    p_base, p = (
-        (np.exp(x) / np.exp(x).sum(1, keepdims=True))[np.arange(63), ids.numpy()] for x in logits.numpy()
-    )
+    p_base, p = ((np.exp(x) / np.exp(x).sum(1, keepdims=True))[np.arange(63), ids.numpy()] for x in logits.numpy())
     found = changes(logprob[1].numpy(), logprob[0].numpy())
     np.testing.assert_allclose(found["p"], p, rtol=1e-12)
     np.testing.assert_allclose(found["p_base"], p_base, rtol=1e-12)

@@ -297,6 +297,7 @@ def test_bad_variants() -> None:
             for bad_ids, given, options, message in [
                 (ids.tolist(), [()], {}, "at least one token, got list"),
                 (ids, si.Knockout(sources=0), {}, r"a sequence of variants, got one Knockout; write \[knockout\]"),
+                (ids, [()], {"attention_mask": [1]}, r"the attention mask is a list, but input_ids are \[2, 9\]"),
                 (ids, [()], {"max_memory": 0}, "max_memory must be a whole number of bytes, at least 1, got 0"),
                 (ids, [()], {"max_memory": 1e9}, "whole number of bytes, at least 1, got 1000000000.0"),
             ]:

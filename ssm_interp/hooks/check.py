@@ -31,8 +31,8 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
 
     Checked are: logits attached and idle (bit-identical), and with every hook point exposed, against the native ones;
     M x against the operator's y, and y with D-skip and gate against what the host goes on with (through the logits);
-    that every hook point of every layer fires; that a knockout in all layers, in the SSM and in the attention, changes the
-    target and nothing before it; that detaching restores the logits.
+    that every hook point of every layer fires; that a knockout in all layers, in the SSM and in the attention, changes
+    the target and nothing before it; that detaching restores the logits.
 
     Args:
         model: as `attach` takes it, not attached.

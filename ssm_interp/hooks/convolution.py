@@ -23,6 +23,7 @@ def shared_update(
     taps = weight.shape[-1]
     before = (conv_state[..., conv_state.shape[-1] - (taps - 1) :] * weight[:, :-1]).sum(-1)  # n d
     before = before if bias is None else before + bias
-    rows = hidden_states.squeeze(-1).unflatten(0, (-1, len(conv_state)))  # blocks n d
-    found = (before + rows * weight[:, -1]).flatten(0, 1).unsqueeze(-1)
-    return (found if activation is None else ACT2FN[activation](found)).to(hidden_states.dtype)
+    rows = hidden_states.reshape(-1, *before.shape)  # blocks n d
+    found = (before + rows * weight[:, -1]).reshape(hidden_states.shape)
+    found = found if activation is None else ACT2FN[activation](found)
+    return found.to(hidden_states.dtype)

@@ -17,15 +17,14 @@ import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ssm_interp.hooks.attach import Attachment
-from ssm_interp.hooks.blocks import OWN, blocks_of, entering
+from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import Knockout
+from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.plan import Plan, resolve
 from ssm_interp.hooks.rowsite import Rows, rows_at_work
-from ssm_interp.hooks.site import active_edits
 from ssm_interp.hooks.softmax import knockable
 
 FRACTION = 4  # of the free memory, one part in so many
@@ -101,8 +100,9 @@ def run_each(
     for knockout in {knockout: None for group in sets for knockout in group}:
         ssm.check(knockout)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape:
-        raise HookError(f"the attention mask is {list(mask.shape)}, but input_ids are {list(input_ids.shape)}")
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+        got = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise HookError(f"the attention mask is {got}, but input_ids are {list(input_ids.shape)}")
     plan = resolve(sets, ssm.streams, mask, ssm.default_stream)
     return _each_length(ssm, input_ids, mask, plan, max_memory or default_memory(input_ids.device))
 
@@ -114,26 +114,8 @@ def _check_exact(ssm: Attachment) -> None:
 
 def obstacle(ssm: Attachment) -> str | None:
     """Why `run_each` cannot stand in for full forwards here; None: it can."""
-    if not ssm.is_attached:
-        return "this attachment was detached"
-    if not isinstance(ssm.model, PreTrainedModel):
-        return f"{type(ssm.model).__name__} is no model of transformers"
-    if ssm.model.get_output_embeddings() is None:
-        return f"{type(ssm.model).__name__} has no language-model head, and gives no logits"
-    if ssm.model.training:
-        return f"{type(ssm.model).__name__} is in training mode"
-    if any(active_edits(place) for place in ssm.places()):
-        return "other edits are at work"
-    for layer, points in ssm.layers.items():
-        for point in points.points():
-            if point.requested:
-                return f"hook_{point.name} of layer {layer} is hooked or exposed"
-    for name, module in ssm.model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if not all(getattr(hook, OWN, False) for hook in hooks):
-            return f"{name or 'the model'} has forward hooks, which would see rows of variants"
-    if blocks_of(ssm.model) is None:
-        return "the model keeps its decoder blocks in no list"
+    if reason := next(obstacles(ssm), None):
+        return reason
     if ssm not in _tried:
         _tried[ssm] = None  # a trial does not ask for another
         try:
@@ -146,9 +128,9 @@ def obstacle(ssm: Attachment) -> str | None:
 
 @torch.no_grad()
 def _trial(ssm: Attachment) -> str | None:
-    """Why rows do not fit a transformer, of which there are too many to know them all: found by trying; None: they do."""
+    """Why rows do not fit a transformer, found by trying (there are too many to know them all); None: they fit."""
     device = next((weight.device for weight in ssm.model.parameters() if not weight.is_meta), torch.device("cpu"))
-    ids = torch.tensor([[5, 6, 7], [6, 5, 7]], device=device)
+    ids = torch.tensor([[5, 6, 7], [6, 5, 7]], device=device) % ssm.model.get_input_embeddings().num_embeddings
     variants = [(), (Knockout(sources=0, targets=1),), (Knockout(sources=0, targets=-1, layers=max(ssm.attention)),)]
     full = []
     for knockouts in variants:
@@ -208,7 +190,7 @@ class _Group:
         self.blocks = blocks_of(ssm.model)
         self.takes = inspect.signature(ssm.model.forward).parameters
         self.attends = any(stream == "attention" and found for (stream, _), found in plan.cells.items())
-        self.rows = Rows(plan, *ids.shape, start)
+        self.rows = Rows(plan, len(ids), ids.shape[1], start)
 
     def answers(self, variants: list[int]) -> Iterator[Answers]:
         """The answers to some variants, in as many steps as the memory asks for."""
@@ -319,8 +301,8 @@ class _Growing:
         return (hidden, *(_for_blocks(value, n, now) for value in args[1:])), grown
 
     def _repeated(self, layer: Any, blocks: int) -> Any:
-        """A layer of the cache for every block of the prompts. Its recurrent state stays as it is, and is not updated; nor
-        are the convolution's inputs where the step is one position, which all blocks share."""
+        """A layer of the cache for every block of the prompts. Its recurrent state stays as it is, and is not updated;
+        nor are the convolution's inputs where the step is one position, which all blocks share."""
         found = copy.copy(layer)
         for name in ("keys", "values"):
             if isinstance(tensor := getattr(layer, name, None), Tensor) and tensor.numel():

@@ -24,7 +24,7 @@ class ActiveEdit:
     Attributes:
         intervention: what is at work.
         places: ids of the hook points and the attention modules that it works on.
-        seen: (id of an attention module, layer) -> positions of the prompt, and of all that it has read under this edit.
+        seen: (id of an attention module, layer) -> positions of the prompt, and of all that it read under this edit.
     """
 
     intervention: Intervention

@@ -61,11 +61,12 @@ def knockable(module: nn.Module) -> Iterator[None]:
 def _owner(module: nn.Module) -> PreTrainedModel:
     """The innermost model of transformers around the decoder blocks: its config is the one that they look at."""
     blocks = blocks_of(module)
-    around = [part for part in module.modules() if isinstance(part, PreTrainedModel) and blocks in part.modules()]
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    around = [model for model in models if any(part is blocks for part in model.modules())]
     if not around:
         raise HookError(
-            f"the attention in {type(module).__name__} is part of no model of transformers, whose config says how it is "
-            "computed; attach to the model that its blocks come from"
+            f"the attention in {type(module).__name__} is part of no model of transformers, whose config says how it "
+            "is computed; attach to the model that its blocks come from"
         )
     if any(part.training and getattr(part, "gradient_checkpointing", False) for part in module.modules()):
         raise HookError(

@@ -122,8 +122,8 @@ class TokenizedPrompt:
         return len(self.ids)
 
     def positions(self, role: str | int) -> tuple[int, ...]:
-        """Positions of a role; PromptError, with the nearest valid name, if there is no such role. A position stands for
-        itself, and for none where the prompt is too short."""
+        """Positions of a role; PromptError, with the nearest valid name, if there is no such role. A position stands
+        for itself, and for none where the prompt is too short."""
         if isinstance(role, int):
             return (role,) if 0 <= role < len(self) else ()
         check_role(role)

@@ -75,7 +75,7 @@ def _own_decays(terms: Terms, state: Float[Tensor, "m h p n"]) -> Float[Tensor, 
 
 @in_full_precision
 def leave(terms: Terms, weights: Float[Tensor, "k b t"]) -> Float[Tensor, "k b h p n"]:
-    """The states that positions leave behind when each of them is weighted: `sum_s w_s prod_{r>s} exp(dt_r A) dt_s B_s x_s`.
+    """The states that weighted positions leave behind, `sum_s w_s prod_{r>s} exp(dt_r A) dt_s B_s x_s`.
 
     Args:
         terms: the operands.
