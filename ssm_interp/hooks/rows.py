@@ -130,7 +130,8 @@ def obstacle(ssm: Attachment) -> str | None:
 def _trial(ssm: Attachment) -> str | None:
     """Why rows do not fit a transformer, found by trying (there are too many to know them all); None: they fit."""
     device = next((weight.device for weight in ssm.model.parameters() if not weight.is_meta), torch.device("cpu"))
-    ids = torch.tensor([[5, 6, 7], [6, 5, 7]], device=device) % ssm.model.get_input_embeddings().num_embeddings
+    vocabulary = cast(Any, ssm.model).get_input_embeddings().num_embeddings
+    ids = torch.tensor([[5, 6, 7], [6, 5, 7]], device=device) % vocabulary
     variants = [(), (Knockout(sources=0, targets=1),), (Knockout(sources=0, targets=-1, layers=max(ssm.attention)),)]
     full = []
     for knockouts in variants:
