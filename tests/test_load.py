@@ -36,8 +36,10 @@ def test_a_local_folder(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(si.LoadError, match="cannot load 'tiny-mamba3': it is none of the embedded models"):
+    with pytest.raises(si.LoadError, match="there is no model 'tiny-mamba3'; did you mean the embedded 'tiny-mamba"):
         si.load("tiny-mamba3")
+    with pytest.raises(si.LoadError, match="cannot load 'nothing-of-that-name': it is none of the embedded models"):
+        si.load("nothing-of-that-name")
     with pytest.raises(si.LoadError, match="is not a folder that holds a model"):
         si.load(tmp_path / "missing")
     (tmp_path / "file").write_text("x")

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from random_terms import as_users_run_it
 from test_softmax import transformer
 from tiny_flow import LAYERS, World, tiny_model, word_tokenizer, world
 
@@ -290,3 +291,25 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
         scene.model.backbone.layers[1].mixer.out_proj.weight.fill_(torch.nan)
     with pytest.raises(FlowError, match="logits are not numbers as it is for the prompt"):
         swept(scene)
+
+
+def test_what_a_sweep_takes(scene: World) -> None:
+    with si.attach(scene.model) as ssm:
+        named = sweep(ssm, scene.tokenizer, scene.prompts, sources=["subject"], features=["all", "top half"])
+        assert set(named.frame["feature_group"]) == {"all", "top half"}
+        assert named.summary(interval="bootstrap")["low"].notna().all()
+        assert named.plot(statistic="accuracy").axes
+    with as_users_run_it():
+        with pytest.raises(FlowError, match="takes an attachment, got Mamba.*ForCausalLM; write `with attach"):
+            sweep(scene.model, scene.tokenizer, scene.prompts)
+        with si.attach(scene.model) as ssm:
+            for wrong in (scene.prompts[0], "text", ["text"]):
+                with pytest.raises(FlowError, match="takes a sequence of prompts, as load_prompts gives"):
+                    sweep(ssm, scene.tokenizer, wrong)
+        with pytest.raises(si.HookError, match="this attachment was detached; call attach"):
+            sweep(ssm, scene.tokenizer, scene.prompts)
+
+
+def test_results_are_saved_as_parquet_only(scene: World, tmp_path: Path) -> None:
+    with pytest.raises(FlowError, match=r"save writes Parquet.*result\.frame\.to_csv"):
+        swept(scene, window=2).save(tmp_path / "flow.csv")

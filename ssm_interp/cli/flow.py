@@ -86,7 +86,7 @@ def flow(
     """
     options: dict[str, Any] = {
         "facts": facts,
-        "columns": _columns(column),
+        "columns": columns_of(column),
         "skip_bad": skip_bad,
         "limit": limit,
         "seed": seed,
@@ -141,7 +141,8 @@ def run_studies(studies: Sequence[Study], out: Path) -> None:
     typer.echo(f"\nwrote {out / 'flow.png'} (.svg, .html) and {out / 'flow.parquet'} ({len(result.frame)} rows)")
 
 
-def _columns(pairs: list[str] | None) -> dict[str, str] | None:
+def columns_of(pairs: list[str] | None) -> dict[str, str] | None:
+    """FIELD=COLUMN options as a mapping; None stays None."""
     if pairs is None:
         return None
     if wrong := [pair for pair in pairs if "=" not in pair]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssm_interp import plots
 from ssm_interp.cli.app import app, check_folder, console
-from ssm_interp.cli.flow import Through, option
+from ssm_interp.cli.flow import Columns, Through, columns_of, option
 from ssm_interp.flow import Align, token_map
 from ssm_interp.hooks import HookError, attach
 from ssm_interp.hooks.check import check as check_model
@@ -62,7 +62,9 @@ def attention(
     loaded, tokenizer = load(model)
     encoding = encode(text, tokenizer)
     with attach(loaded) as ssm:
-        layers = ssm.layers_with("ssm")
+        layers = ssm.streams["ssm"]
+        if not layers:
+            raise HookError(f"{model} has no SSM layers: this command draws SSM attention; see heatmap and flow for it")
         number = layers[len(layers) // 2] if layer is None else layer
         inputs = {"input_ids": torch.tensor([encoding.ids])}
         matrix = ssm.run(inputs, read=["attn"], layers=[number])["attn", number][0]
@@ -78,6 +80,7 @@ def heatmap(
     id: Annotated[list[str], typer.Argument(help="Ids of prompts, a panel each.", metavar="ID...")],
     model: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="tiny-mamba2")] = None,
     facts: Annotated[str, option("facts", "--facts", "--prompts")] = "geo",
+    column: Columns = None,
     target: Annotated[str, typer.Option(help="Role that no longer reads the token.")] = "last",
     window: Annotated[int | None, typer.Option(help="Layers per window.", show_default="three in eight")] = None,
     align: Annotated[Align, option("align")] = "left",
@@ -90,7 +93,7 @@ def heatmap(
     Example:  [bold]ssm-interp heatmap capital/France/0 capital/Japan/1 --model tiny-mamba1 --window 3[/bold]
     """
     check_role(target)
-    prompts = with_ids(load_prompts(facts), id)
+    prompts = with_ids(load_prompts(facts, columns=columns_of(column)), id)
     out = _picture(out, "heatmap.png")
     maps = []
     for name in model or ["tiny-mamba2"]:

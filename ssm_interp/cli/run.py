@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssm_interp.cli.app import app, check_folder, console
-from ssm_interp.cli.flow import option, print_flow, progress_bar
+from ssm_interp.cli.flow import Columns, columns_of, option, print_flow, progress_bar
 from ssm_interp.flow import ranks
 from ssm_interp.flow.study import DeviceMap
 from ssm_interp.flow.sweep import Progress
@@ -32,6 +32,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file, such as hooks/tiny-flow.toml.")],
     model: Annotated[list[str] | None, _instead("Ask these models instead.", "--model")] = None,
     facts: Annotated[str | None, _instead("Ask these facts instead.", "--facts")] = None,
+    column: Columns = None,
     limit: Annotated[int | None, _instead("Ask so many prompts; 0: all.", "--limit", min=0)] = None,
     window: Annotated[list[int] | None, _instead("Layers per window.", "--window")] = None,
     prompt: Annotated[list[str] | None, _instead("Prompts of a heat map, by id.", "--prompt")] = None,
@@ -46,13 +47,14 @@ def run(
     Prints what `flow` prints; writes the table, the pictures and a copy of the recipe. Interrupted, the same command
     goes on where it was; under torchrun or accelerate launch, ranks share the prompts.
 
-    Options that name one thing can be repeated: --model --window --prompt.
+    Options that name one thing can be repeated: --model --column --window --prompt.
 
     Example:  [bold]ssm-interp run hooks/mamba1.toml --model tiny-mamba1 --facts geo --limit 64[/bold]
     """
     given = {
         "model.names": model,
         "facts.source": facts,
+        "facts.columns": columns_of(column) if column or not facts else {},
         "facts.limit": limit,
         "sweep.windows": window,
         "plot.prompts": prompt,
@@ -82,7 +84,7 @@ def run(
 
 def _copy(recipe: Path, given: Mapping[str, Any]) -> str:
     """The recipe's text, and above it, as comments, what was given in place of some of its values."""
-    notes = [f"# run with {key} = {json.dumps(value)}\n" for key, value in given.items() if value is not None]
+    notes = [f"# run with {key} = {json.dumps(value)}\n" for key, value in given.items() if value not in (None, {})]
     return "".join([*notes, recipe.read_text(encoding="utf-8-sig")])
 
 

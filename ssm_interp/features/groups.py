@@ -125,6 +125,7 @@ def feature_groups(ssm: Attachment, names: Sequence[str]) -> dict[str, dict[int,
     Example:
         >>> sweep(ssm, tokenizer, prompts, features=feature_groups(ssm, ["all", "top third"]))      # doctest: +SKIP
     """
+    names = [names] if isinstance(names, str) else names
     groups = {name: None if name == ALL else FeatureGroup.named(name) for name in names}
     if not ssm.layers and any(groups.values()):
         raise FeatureError(

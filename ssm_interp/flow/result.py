@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -108,9 +109,13 @@ class FlowResult:
         frame = pd.concat([result.frame for result in results], ignore_index=True)
         return FlowResult(frame, tuple(run for result in results for run in result.runs))
 
-    def summary(self) -> pd.DataFrame:
-        """Means over prompts with 95 % intervals, and medians, per model, source, target, window; see `summarise`."""
-        return summarise(self.frame)
+    def summary(self, **options: Any) -> pd.DataFrame:
+        """Means over prompts with intervals, and medians, per model, source, target, feature group and window.
+
+        Args:
+            options: level, interval ("t" or "bootstrap"), resamples, seed; see `summarise`.
+        """
+        return summarise(self.frame, **options)
 
     def largest_drops(self) -> pd.DataFrame:
         """The summary's row with the lowest mean change, for each model, source, target, feature group, window size."""
@@ -118,20 +123,30 @@ class FlowResult:
         groups = summary.groupby(["model", "source", "target", "feature_group", "window_size"], sort=False)
         return summary.loc[groups["mean"].idxmin()].reset_index(drop=True)
 
-    def plot(self) -> Figure:
-        """A panel per model (and a row per target): mean relative change over the windows, a line per source."""
-        return plots.flow_figure(self.summary(), x_labels={run.model: run.x_label for run in self.runs})
+    def plot(self, **options: Any) -> Figure:
+        """A panel per model (and a row per target): mean relative change over the windows, a line per source.
 
-    def page(self) -> str:
-        """The same as an interactive page of HTML, which opens in a browser offline."""
-        return plots.flow_page(self.summary(), x_labels={run.model: run.x_label for run in self.runs})
+        Args:
+            options: statistic ("mean", "median", "accuracy", "logprob_difference"), ax; see `plots.flow_figure`.
+        """
+        return plots.flow_figure(self.summary(), x_labels={run.model: run.x_label for run in self.runs}, **options)
+
+    def page(self, **options: Any) -> str:
+        """The same as an interactive page of HTML, which opens in a browser offline; options of `plots.flow_page`."""
+        return plots.flow_page(self.summary(), x_labels={run.model: run.x_label for run in self.runs}, **options)
 
     def save(self, path: str | Path) -> None:
         """Write a Parquet file, the runs in its metadata.
 
         Raises:
+            FlowError: a path with the suffix of another format.
             OSError: the path cannot be written.
         """
+        if Path(path).suffix not in ("", ".parquet", ".pq"):
+            raise FlowError(
+                f"save writes Parquet, with which the runs are kept; name {str(path)!r} .parquet, or write the table "
+                "alone with result.frame.to_csv(...)"
+            )
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         runs = json.dumps([asdict(run) for run in self.runs])
         pq.write_table(table.replace_schema_metadata({**table.schema.metadata, METADATA: runs}), path)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ssm_interp.features import feature_groups
 from ssm_interp.flow.engine import ALL_FEATURES, CLEAN, Answers, Engine, Variant, choose_engine, full_forwards
 from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.result import FlowResult, FlowRun
@@ -34,7 +35,7 @@ def sweep(
     targets: Sequence[str] = ("last",),
     window: int | Sequence[int] | None = None,
     align: Align = "left",
-    features: FeatureGroups | None = None,
+    features: FeatureGroups | Sequence[str] | None = None,
     through: str | Sequence[str] | None = None,
     answered_only: bool = True,
     batch_size: int = 32,
@@ -55,7 +56,8 @@ def sweep(
         targets: roles that no longer read them.
         window: layers per window, one size or several; None: three in eight of the layers, as `default_size` gives.
         align: `"left"` (never truncated, drawn at its first layer) or `"centre"` (truncated, drawn at its centre).
-        features: feature groups, each a knockout of its own, by name; None: one of all features, named "all".
+        features: feature groups, each a knockout of its own: names as `features.feature_groups` takes them, or name ->
+            layer -> features; None: one of all features, named "all".
         through: the streams in which edges are removed: "ssm", "attention", or both; None: "ssm" where the model has
             SSM layers, else "attention". Windows run over the layers that have one of them.
         answered_only: leave out the prompts whose target is not the model's most likely next token.
@@ -83,10 +85,12 @@ def sweep(
         ...     result = sweep(ssm, tokenizer, load_prompts()[:100])
         >>> result.plot().savefig("flow.png")                           # doctest: +SKIP
     """
+    _check_types(ssm, prompts)
     layers = ssm.layers_with(through)
     sizes = _sizes(window, layers)
     _check(ssm.model, sources, targets, batch_size)
-    groups = _groups(features, layers)
+    named = features if features is None or isinstance(features, Mapping) else feature_groups(ssm, features)
+    groups = _groups(named, layers)
     streams = None if through is None else (through,) if isinstance(through, str) else tuple(through)
     variants = [
         Variant(source, target, place, group, chosen, streams)
@@ -106,6 +110,15 @@ def sweep(
     frame.insert(1, "model", model)
     frame.insert(2, "revision", revision or getattr(config, "_commit_hash", None) or "")
     return FlowResult(frame, (FlowRun(model, layers, sizes, align, len(asked), len(kept), how),))
+
+
+def _check_types(ssm: Any, prompts: Any) -> None:
+    if not isinstance(ssm, Attachment):
+        raise FlowError(f"a sweep takes an attachment, got {type(ssm).__name__}; write `with attach(model) as ssm:`")
+    if isinstance(prompts, Prompt | str) or not all(isinstance(prompt, Prompt) for prompt in prompts):
+        raise FlowError(
+            "a sweep takes a sequence of prompts, as load_prompts gives, or [Prompt(text, subject, target)]"
+        )
 
 
 def _sizes(window: int | Sequence[int] | None, layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -105,6 +105,7 @@ class Attachment:
         Raises:
             InterventionError: an unknown stream, or one that no layer of this model has.
         """
+        self._check_attached()
         streams = as_streams(through) or (self.default_stream,)
         for stream in streams:
             if not self.streams[stream]:

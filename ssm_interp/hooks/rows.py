@@ -97,8 +97,8 @@ def run_each(
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise HookError(f"input_ids must be [b t] with at least one token, got {got}")
-    for knockout in {knockout: None for group in sets for knockout in group}:
-        ssm.check(knockout)
+    for knockout in {(one.layers, one.features, one.through): one for group in sets for one in group}.values():
+        ssm.check(knockout)  # which looks at nothing else of it
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         got = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"

@@ -126,6 +126,7 @@ class RowSite:
     def __init__(self, rows: Rows, layer: int, points: HookPoints) -> None:
         self.rows, self.layer, self.points = rows, layer, points
         self._heads_done = 0
+        self._masks: dict[int, Tensor] = {}
 
     def serve(self, operator: Operator) -> Any:
         """Do one operator call; its result is what the host's operator returns."""
@@ -218,8 +219,11 @@ class RowSite:
         return self.rows.plan.positions[cell.targets][:, self.rows.start :]
 
     def _features(self, cell: Cell, terms: Terms, heads: slice) -> Tensor:
-        features = self.rows.plan.features[cell.features]
-        return feature_mask(features, self.points.heads, self.points.state_size, terms.x.device)[heads]
+        if cell.features not in self._masks:
+            features = self.rows.plan.features[cell.features]
+            size = self.points.heads, self.points.state_size
+            self._masks[cell.features] = feature_mask(features, *size, terms.x.device)
+        return self._masks[cell.features][heads]
 
     def _rows(self, blocks: list[int], device: torch.device) -> Tensor:
         n = self.rows.prompts

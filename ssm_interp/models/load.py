@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def load(
         options = {} if local else {"revision": revision}
         model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map=device_map, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    model.config.name_or_path = str(name)
     return (model.to(device) if device_map is None else model).eval(), tokenizer
 
 
@@ -78,6 +80,8 @@ def _place(name: str | Path) -> Iterator[tuple[str, bool]]:
     local = Path(place).is_dir()
     if not local and (str(name).startswith((".", "/", "~")) or Path(place).exists()):
         raise LoadError(f"{str(name)!r} is not a folder that holds a model")
+    if not (embedded or local) and (near := get_close_matches(str(name), EMBEDDED, n=1, cutoff=0.8)):
+        raise LoadError(f"there is no model {str(name)!r}; did you mean the embedded {near[0]!r}?")
     try:
         yield place, local
     except Exception as error:  # whatever a damaged file makes transformers, safetensors or tokenizers raise
