@@ -68,7 +68,7 @@ def precise(name: str) -> PreTrainedModel:
     return build(name, dtype=torch.float64, **(dense if name == "nemotron_h" else {}))
 
 
-@pytest.mark.parametrize("target", ["last", "subject", "relation", "all"])
+@pytest.mark.parametrize("target", ["first", "context", "last", "subject", "relation", "all"])
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_to_a_full_forward_for_every_role_and_window(name: str, target: str) -> None:
     ids = inputs(batch=2, length=LENGTH)["input_ids"]
@@ -81,7 +81,7 @@ def test_equal_to_a_full_forward_for_every_role_and_window(name: str, target: st
         expected = forwards(ssm, ids, variants)
         assert error(answers(ssm, ids, variants), expected) < 1e-5
         moved = (expected - expected[0]).abs().amax((1, 2)) / expected[0].abs().max()
-        assert moved.max() > 0.05  # there is something to get wrong
+        assert moved.max() > (1e-3 if target in ("first", "context") else 0.05)  # there is something to get wrong
 
 
 @pytest.mark.parametrize("name", NAMES)
