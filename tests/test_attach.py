@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import ssm_interp as si
 
-READS = ["x", "dt", "B", "C", "write", "state", "attn", "y"]
+READS = ["conv", "x", "dt", "B", "C", "write", "state", "attn", "y"]
 
 
 def test_idle_logits_are_bit_identical(host: PreTrainedModel) -> None:

@@ -28,7 +28,8 @@ def test_every_point_fires_once_in_order(host: PreTrainedModel) -> None:
             for point in points.points():
                 point.add_hook(lambda _tensor, hook, layer=layer: fired.append((layer, hook.name)))
         logits(host, inputs())
-    assert fired == [(layer, point) for layer in _layers(host) for _ in range(calls) for point in expected_points(name)]
+    of_a_layer = ["conv", *expected_points(name) * calls]
+    assert fired == [(layer, point) for layer in _layers(host) for point in of_a_layer]
 
 
 def _layers(host: PreTrainedModel) -> list[int]:
@@ -73,6 +74,26 @@ def test_an_edit_in_place_is_an_edit(host: PreTrainedModel) -> None:
             handle = point.add_hook(lambda tensor, hook: _halve(tensor))
             assert relative_error(logits(host, inputs()), known) <= 1e-5, point.name
             handle.remove()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_at_the_convolutions_inputs(name: str) -> None:
+    """It is that of what made them, through the channels of the projection that reach the convolution."""
+    model = build(name, dtype=torch.float64)
+    with si.attach(model, own_operator=True) as ssm:
+        layer = min(ssm.layers)
+        passed: list[Tensor] = []
+        ssm.layers[layer].hook_conv.add_hook(lambda conv, _: passed.append(conv))
+        metric = model(**inputs(2, 5), use_cache=False).logits[:, -1].logsumexp(-1).sum()
+        gradient = torch.autograd.grad(metric, passed[0], retain_graph=True)[0]
+        step = 1e-4 * torch.randn(passed[0].shape, dtype=torch.float64)
+        moved = []
+        for sign in (1, -1):
+            ssm.layers[layer].hook_conv.remove_hooks()
+            ssm.layers[layer].hook_conv.add_hook(lambda conv, _, sign=sign: conv + sign * step)
+            logits = model(**inputs(2, 5), use_cache=False).logits
+            moved.append(logits[:, -1].logsumexp(-1).sum())
+    assert float(((moved[0] - moved[1]) / 2 - (gradient * step).sum()).abs() / (gradient * step).abs().sum()) <= 2e-3
 
 
 def _halve(tensor: Tensor) -> None:
@@ -181,11 +202,14 @@ def test_inference_mode() -> None:
 
 
 def test_reads_have_canonical_shapes() -> None:
-    for name, (h, p, g, n) in {"mamba": (64, 1, 1, 4), "mamba2": (8, 8, 2, 8), "zamba": (64, 1, 2, 4)}.items():
+    for name, (d, h, p, g, n) in {
+        "mamba": (64, 64, 1, 1, 4), "mamba2": (96, 8, 8, 2, 8), "zamba": (64, 64, 1, 2, 4)
+    }.items():  # fmt: skip
         with si.attach(build(name)) as ssm:
-            run = ssm.run(inputs(2, 5), read=READS, layers=0)
-            shapes = [tuple(run[point, 0].shape) for point in READS]
+            run = ssm.run(inputs(2, 5), read=["conv", *READS], layers=0)
+            shapes = [tuple(run[point, 0].shape) for point in ["conv", *READS]]
             assert shapes == [
+                (2, 5, d),
                 (2, 5, h, p), (2, 5, h), (2, 5, g, n), (2, 5, g, n), (2, 5, h, p, n), (2, 5, h, p, n), (2, h, 5, 5),
                 (2, 5, h, p),
             ]  # fmt: skip

@@ -91,8 +91,10 @@ class Attachment:
 
     @property
     def streams(self) -> dict[str, tuple[int, ...]]:
-        """The layers that carry information between tokens through the SSM, and through softmax attention."""
-        return {"ssm": tuple(sorted(self.layers)), "attention": tuple(sorted(self.attention))}
+        """The layers that carry information between tokens through the SSM, through the convolution before it, and
+        through softmax attention."""
+        ssm = tuple(sorted(self.layers))
+        return {"ssm": ssm, "conv": ssm, "attention": tuple(sorted(self.attention))}
 
     @property
     def default_stream(self) -> str:
@@ -113,8 +115,10 @@ class Attachment:
         return tuple(sorted({layer for stream in streams for layer in self.streams[stream]}))
 
     def places(self, streams: Sequence[str] = STREAMS) -> list[nn.Module]:
-        """The modules that interventions act on: the hook points of every mixer, and the attention modules."""
-        found: dict[str, Any] = {"ssm": self.layers, "attention": self.attention}
+        """The modules that interventions act on: the hook points and the convolution of every mixer, and the attention
+        modules."""
+        convolutions = {layer: mixer.conv1d for layer, mixer in self.mixers.items()}
+        found: dict[str, Any] = {"ssm": self.layers, "conv": convolutions, "attention": self.attention}
         return [place for stream in streams for place in found[stream].values()]
 
     @contextmanager
@@ -154,7 +158,7 @@ class Attachment:
 
         Args:
             inputs: `input_ids` `[b t]`, or the mapping (a dict) that a tokenizer returns.
-            read: hook points, one or a sequence: x, dt, B, C, write, state, attn, y, z.
+            read: hook points, one or a sequence: conv, x, dt, B, C, write, state, attn, y, z.
             layers: of which layers; None: of all SSM layers.
             options: passed on to the model.
 
@@ -248,6 +252,11 @@ class Attachment:
         if missing := [layer for layer in layers if layer not in known]:
             raise InterventionError(
                 f"{kind}: no such layer {missing}; this model has {list(known)} ({', '.join(streams)})"
+            )
+        if "conv" in streams and intervention.features is not None:
+            raise InterventionError(
+                f"{kind}: the convolution feeds the dt, B and C of all features together, so a knockout through it "
+                'takes no features; leave them out, or give through="ssm"'
             )
         if "ssm" not in streams:
             return  # how many heads attention has is known when it is called

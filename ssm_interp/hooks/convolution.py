@@ -1,29 +1,176 @@
-"""The one-position update of the mixers' convolution, for rows that share what came before."""
+"""The causal convolution before the operator: its inputs pass a hook point, and knocked-out edges lose their taps.
+
+Every mixer calls one of two functions: a convolution over positions, whose inputs may begin with cached ones, and an
+update by one position, whose cached inputs are an argument of their own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.activations import ACT2FN
 
-CONV_UPDATE = "causal_conv1d_update"
+from ssm_interp.hooks.edits import edge_mask
+from ssm_interp.hooks.interventions import Knockout
+from ssm_interp.hooks.serve import through_point
+from ssm_interp.hooks.site import Site
+
+OVER_POSITIONS = "causal_conv1d_fn"
+UPDATE = "causal_conv1d_update"
 
 
-def shared_update(
-    hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    """What the host's `causal_conv1d_update` gives for rows that start from the same inputs; no state is updated.
+@dataclass(frozen=True)
+class Convolution:
+    """One call of a host's causal convolution.
+
+    Attributes:
+        host: the function.
+        inputs: `[b d w]`; the positions of the call come last.
+        cached: the inputs before them, `[b d k]`, where they are an argument of their own; the call updates them.
+        weight: `[d k]`.
+        bias: `[d]` or None.
+        activation: its name, or None.
+        options: whatever else the host was given.
+    """
+
+    host: Callable[..., Tensor]
+    inputs: Tensor
+    cached: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    activation: str | None
+    options: dict[str, Any]
+
+    @property
+    def taps(self) -> int:
+        """k: how many positions one output reads."""
+        return self.weight.shape[-1]
+
+    def run(self) -> Tensor:
+        """The host's own call, `[b d w]`."""
+        cached = () if self.cached is None else (self.cached,)
+        return self.host(self.inputs, *cached, self.weight, self.bias, activation=self.activation, **self.options)
+
+    def run_shared(self) -> Tensor:
+        """An update for rows `[blocks n, d, 1]` that share n rows of cached inputs, which are not updated.
+
+        Cost: one multiplication per row and channel, in place of a convolution over a copy of every row's inputs.
+        """
+        assert self.cached is not None
+        before = (self.cached[..., self.cached.shape[-1] - (self.taps - 1) :] * self.weight[:, :-1]).sum(-1)  # n d
+        before = before if self.bias is None else before + self.bias
+        rows = self.inputs.reshape(-1, *before.shape)  # blocks n d
+        return self.activate((before + rows * self.weight[:, -1]).reshape(self.inputs.shape)).to(self.inputs.dtype)
+
+    def activate(self, outputs: Tensor) -> Tensor:
+        """What the host does to the outputs of the convolution itself."""
+        return outputs if self.activation is None else ACT2FN[self.activation](outputs)
+
+    def without(self, carried: Tensor, call: Callable[[Convolution], Tensor]) -> Tensor:
+        """The outputs of a call without what some taps carry, `[b d t]`."""
+        outputs = call(replace(self, activation=None))
+        first = outputs.shape[-1] - carried.shape[-1]
+        kept = outputs[..., first:] - carried.to(outputs)
+        return self.activate(torch.cat([outputs[..., :first], kept], dim=-1))
+
+    def window(self, length: int, rows: Tensor | None = None) -> Tensor:
+        """The inputs that the last outputs read, `[b d (k-1)+length]`; of some rows, which may share cached ones."""
+        inputs = self.inputs if rows is None else self.inputs[rows]
+        if self.cached is not None:
+            before = self.cached if rows is None else self.cached[rows % len(self.cached)]
+            inputs = torch.cat([before.to(inputs), inputs], dim=-1)
+        wanted = self.taps - 1 + length
+        return pad(inputs, (max(0, wanted - inputs.shape[-1]), 0))[..., -wanted:]
+
+
+def bind(name: str, host: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Convolution:
+    """The call of a host's convolution, by the name of the function."""
+
+    def over_positions(
+        inputs: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **options: Any
+    ) -> Convolution:
+        return Convolution(host, inputs, None, weight, bias, activation, options)
+
+    def update(
+        inputs: Tensor,
+        cached: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **options: Any,
+    ) -> Convolution:
+        return Convolution(host, inputs, cached, weight, bias, activation, options)
+
+    return (update if name == UPDATE else over_positions)(*args, **kwargs)
+
+
+def convolve(call: Convolution, site: Site) -> Tensor:
+    """Do one convolution of the mixer that `site` is a forward of; its result is what the host's function returns."""
+    call = _through_point(call, site)
+    knockouts = [edit for edit in site.conv_edits if isinstance(edit, Knockout)]
+    edges = _removed(knockouts, site, call.inputs.shape[0], call.taps)
+    if not edges.any():
+        return call.run()
+    carried = carry(call.window(site.length), call.weight, edges.to(call.inputs.device))
+    return call.without(carried, Convolution.run)
+
+
+def carry(window: Tensor, weight: Tensor, edges: Tensor) -> Tensor:
+    """What some taps carry, `[b d t]`.
 
     Args:
-        hidden_states: the newest inputs, `[blocks n, d, 1]`.
-        conv_state: the inputs before them, `[n, d, k]`, shared by all blocks of n rows.
-        weight, bias, activation: `[d, k]`, `[d]`, and the name of an activation, as the host has them.
-
-    Cost: one multiplication per row and channel, in place of a convolution over a copy of every row's inputs.
+        window: inputs, `[b d (k-1)+t]`.
+        weight: `[d k]`.
+        edges: bool `[k b t]`: whether position t loses what it reads from j positions before it.
     """
-    taps = weight.shape[-1]
-    before = (conv_state[..., conv_state.shape[-1] - (taps - 1) :] * weight[:, :-1]).sum(-1)  # n d
-    before = before if bias is None else before + bias
-    rows = hidden_states.reshape(-1, *before.shape)  # blocks n d
-    found = (before + rows * weight[:, -1]).reshape(hidden_states.shape)
-    found = found if activation is None else ACT2FN[activation](found)
-    return found.to(hidden_states.dtype)
+    k, _, t = edges.shape
+    carried = window.new_zeros(())
+    for j in edges.flatten(1).any(1).nonzero()[:, 0].tolist():
+        first = k - 1 - j
+        read = window[..., first : first + t] * weight[:, first, None]
+        carried = carried + torch.where(edges[j][:, None], read, 0)
+    return carried.expand(*window.shape[:2], t)
+
+
+def taps_between(targets: Tensor, sources: Tensor, start: int, taps: int) -> Tensor:
+    """The taps by which targets, `[b t]` from column `start` on, read sources, `[b s]` from column 0 on: `[k b t]`."""
+    t, padded = targets.shape[1], pad(sources, (taps - 1, 0))
+    return torch.stack([targets & padded[:, start + taps - 1 - j :][:, :t] for j in range(taps)])
+
+
+def _through_point(call: Convolution, site: Site) -> Convolution:
+    """The call with what the hook point lets pass, also in what the cache keeps of the inputs."""
+    before, inputs = call.inputs[..., : -site.length], call.inputs[..., -site.length :]
+    version = None if inputs.is_inference() else inputs._version
+    shown = inputs.transpose(1, 2)
+    found = through_point(site.points.hook_conv, shown)
+    in_place = site.points.hook_conv.has_hooks() if version is None else inputs._version != version
+    changed = found is not shown or in_place
+    inputs = found.transpose(1, 2)
+    if changed and site.cache is not None and call.cached is None:
+        kept: Tensor = site.cache.layers[site.layer].conv_states[0]
+        columns = min(kept.shape[-1], site.length)
+        kept[..., -columns:] = inputs[..., -columns:]
+    return replace(call, inputs=torch.cat([before, inputs], dim=-1) if before.shape[-1] else inputs)
+
+
+def _removed(knockouts: Iterable[Knockout], site: Site, batch: int, taps: int) -> Tensor:
+    """The taps that knockouts take from the positions of this call, `[k b t]`."""
+    found = torch.zeros(taps, batch, site.length, dtype=torch.bool)
+    for edit in knockouts:
+        if not site.continues:
+            edges = edge_mask(edit, site, batch)
+            diagonals = [pad(edges.diagonal(-j, 1, 2), (min(j, site.length), 0)) for j in range(taps)]
+            found |= torch.stack(diagonals)
+        elif edit.targets is None and edit.edges is None and site.record is not None:
+            prompt = site.positions(edit.sources, batch, "Knockout.sources")
+            generated = site.record.seen + site.length - prompt.shape[1]
+            sources = pad(prompt, (0, generated), value=edit.sources is None)
+            everywhere = torch.ones(batch, site.length, dtype=torch.bool)
+            found |= taps_between(everywhere, sources, site.record.seen, taps)
+    return found

@@ -179,12 +179,15 @@ class LayerEdits:
         return carried
 
     def _attention_change(self, terms: Terms, edit: EditAttention) -> Tensor:
-        targets = sorted({self._column(target, edit) for target, _ in edit.edges})
+        targets = sorted({_column(target, edit, self.site, self.batch) for target, _ in edit.edges})
         rows = attention_rows(terms, targets)  # b h r s
         new = rows
         features = self._features(edit)[:, 0]
         for target, source in edit.edges:
-            row, column = targets.index(self._column(target, edit)), self._column(source, edit)
+            row, column = (
+                targets.index(_column(target, edit, self.site, self.batch)),
+                _column(source, edit, self.site, self.batch),
+            )
             if column > targets[row]:
                 raise InterventionError(
                     f"EditAttention names the edge {targets[row]} <- {column}: a position cannot read a later one"
@@ -237,15 +240,7 @@ class LayerEdits:
 
     def _piece(self, edit: Knockout) -> Piece:
         """The edges of a knockout inside the prompt, `[b t s]`."""
-        if edit.edges is None:
-            targets = self.site.positions(edit.targets, self.batch, "Knockout.targets")
-            sources = self.site.positions(edit.sources, self.batch, "Knockout.sources")
-            edges = targets[:, :, None] & sources[:, None, :]
-        else:
-            edges = torch.zeros(self.batch, self.site.prompt, self.site.prompt, dtype=torch.bool)
-            for target, source in edit.edges:
-                edges[:, self._column(target, edit), self._column(source, edit)] = True
-        return Piece(edges.tril().to(self.device), self._features(edit))
+        return Piece(edge_mask(edit, self.site, self.batch).to(self.device), self._features(edit))
 
     def _source_piece(self, edit: Knockout) -> Piece:
         """The sources of a knockout in the prompt, `[b t]`, and in one column more, whether generated positions are
@@ -253,10 +248,6 @@ class LayerEdits:
         prompt = self.site.positions(edit.sources, self.batch, "Knockout.sources")
         generated = torch.full((self.batch, 1), edit.sources is None)
         return Piece(torch.cat([prompt, generated], dim=1).to(self.device), self._features(edit))
-
-    def _column(self, position: int, edit: Knockout | EditAttention) -> int:
-        chosen = self.site.positions((position,), self.batch, f"{edit.kind}.edges")
-        return int(chosen[0].nonzero()[0, 0])
 
     def _where(self, edit: SetDelta | ScaleFeatures) -> Tensor:
         """The positions of this call at which an intervention acts, `[b t]`."""
@@ -271,6 +262,23 @@ class LayerEdits:
 
     def _of(self, kind: type[Kind]) -> list[Kind]:
         return [edit for edit in self.site.edits if isinstance(edit, kind)]
+
+
+def edge_mask(edit: Knockout, site: Site, batch: int) -> Tensor:
+    """The edges of a knockout inside the prompt, bool `[b t s]`."""
+    if edit.edges is None:
+        targets = site.positions(edit.targets, batch, "Knockout.targets")
+        sources = site.positions(edit.sources, batch, "Knockout.sources")
+        return (targets[:, :, None] & sources[:, None, :]).tril()
+    edges = torch.zeros(batch, site.prompt, site.prompt, dtype=torch.bool)
+    for target, source in edit.edges:
+        edges[:, _column(target, edit, site, batch), _column(source, edit, site, batch)] = True
+    return edges.tril()
+
+
+def _column(position: int, edit: Knockout | EditAttention, site: Site, batch: int) -> int:
+    chosen = site.positions((position,), batch, f"{edit.kind}.edges")
+    return int(chosen[0].nonzero()[0, 0])
 
 
 def _of_pairs(edit: Intervention) -> bool:

@@ -28,7 +28,7 @@ Pairs: TypeAlias = Any
 Streams: TypeAlias = Any
 """One of STREAMS or a sequence of them, or None; kept as a tuple or None."""
 
-STREAMS = ("ssm", "attention")
+STREAMS = ("ssm", "conv", "attention")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,7 +97,9 @@ class Knockout(Intervention):
     """Remove edges target <- source: the targets no longer read what the sources wrote (nothing is re-normalised).
 
     Every pair of `targets` x `sources` is removed, a position that is both included (its edge to itself), or else the
-    listed `edges`. What the convolution carries, the D-skip, and the decay of the sources stay.
+    listed `edges`. The D-skip and the decay of the sources stay; so does what the convolution before the operator
+    carries from the last tokens (three, usually), unless the knockout goes `through` it too: then the x, dt, B and C of
+    the targets are computed as if what the sources give to the convolution were zero.
 
     In softmax attention an edge is masked before the softmax, so what is left is re-normalised (Geva et al. 2023,
     arXiv 2304.14767, section 4); the causal mask stays; a target that is left with nothing to read gets zero. Features
@@ -108,8 +110,8 @@ class Knockout(Intervention):
         targets: positions that no longer read them. None: also every generated position.
         edges: (target, source) pairs, in place of `sources` and `targets`; one with its source after its target does
             not exist, and changes nothing.
-        through: the streams that edges are removed from: "ssm", "attention" (softmax), or both. None: "ssm" in a model
-            that has SSM layers, else "attention".
+        through: the streams that edges are removed from: "ssm", "conv" (the convolution before the SSM),
+            "attention" (softmax), or several. None: "ssm" in a model that has SSM layers, else "attention".
 
     Cost: one more call of the operator from the first source to the last target, O(L H P N); no matrix. In softmax
         attention a mask of targets x sources.
@@ -122,6 +124,7 @@ class Knockout(Intervention):
     Example:
         >>> Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))
         >>> Knockout(sources=[2, 3], targets=-1, through=("ssm", "attention"))               # both streams of a hybrid
+        >>> Knockout(sources=[6, 7], targets=8, through=("ssm", "conv"))         # nothing leaks through the convolution
         >>> Knockout(sources=[[2, 3], [4]], targets=-1, features=[0, 5])     # two rows, each its own sources
     """
 

@@ -16,9 +16,9 @@ from ssm_interp.hooks.errors import HookError
 HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
 Direction = Literal["fwd", "bwd", "both"]
 
-ALWAYS = ("x", "dt", "B", "C", "y", "z")
+ALWAYS = ("conv", "x", "dt", "B", "C", "y", "z")
 ON_REQUEST = ("write", "state", "attn")
-FIRING_ORDER = ("x", "dt", "B", "C", "write", "state", "attn", "y", "z")
+FIRING_ORDER = ("conv", "x", "dt", "B", "C", "write", "state", "attn", "y", "z")
 HEAD_AXIS = {"x": 2, "dt": 2, "B": 2, "C": 2, "write": 2, "state": 2, "attn": 1, "y": 2, "z": 2}
 
 
@@ -37,10 +37,10 @@ class HookPoint(nn.Module):
     `add_hook(fn)` with `fn(tensor, hook)` returning None or a replacement.
 
     Attributes:
-        name: what passes: x, dt, B, C, write, state, attn, y or z.
-        exposed: whether it was asked to fire though nothing is hooked to it. x, dt, B, C, y and z fire anyway (where
-            the host runs a fused kernel, y and z do not: the kernel keeps them to itself); write, state and attn cost
-            memory, so they fire when exposed or hooked.
+        name: what passes: conv, x, dt, B, C, write, state, attn, y or z.
+        exposed: whether it was asked to fire though nothing is hooked to it. conv, x, dt, B, C, y and z fire anyway
+            (where the host runs a fused kernel, y and z do not: the kernel keeps them to itself); write, state and attn
+            cost memory, so they fire when exposed or hooked.
 
     Example:
         >>> ssm.layers[3].hook_attn.register_forward_hook(lambda module, args, attn: attn.tril(-1))
@@ -142,12 +142,13 @@ class HookPoints(nn.Module):
 
     Letters: b batch, t target position, s source position, h head, p head_dim, g group, n state.
 
-    In firing order: `hook_x` [b t h p], `hook_dt` [b t h] (the effective step), `hook_B` and `hook_C` [b t g n],
-    `hook_write` [b t h p n] (dt B x), `hook_state` [b t h p n], `hook_attn` [b h t s] (dt folded in:
-    unedited, y = attn @ x; knockouts act behind it), `hook_y` [b t h p] (M x, before D-skip and gate), and in the
-    Mamba-1 family `hook_z` [b t h p] (the gate, before its SiLU; elsewhere it never reaches the operator). Edits of x,
-    dt, B, C and write act on the recurrence; an edit of state at t acts from t on; an edit of attn adds
-    (attn' - attn) x; an edit of y comes last.
+    In firing order: `hook_conv` [b t d] (what enters the convolution; its channels are those of x in the Mamba-1
+    family, and those of x, B and C after each other in the Mamba-2 family), `hook_x` [b t h p], `hook_dt` [b t h] (the
+    effective step), `hook_B` and `hook_C` [b t g n], `hook_write` [b t h p n] (dt B x), `hook_state` [b t h p n],
+    `hook_attn` [b h t s] (dt folded in: unedited, y = attn @ x; knockouts act behind it), `hook_y` [b t h p] (M x,
+    before D-skip and gate), and in the Mamba-1 family `hook_z` [b t h p] (the gate, before its SiLU; elsewhere it never
+    reaches the operator). Edits of conv act on all that is made of it, those of x, dt, B, C and write on the
+    recurrence; an edit of state at t acts from t on; an edit of attn adds (attn' - attn) x; an edit of y comes last.
 
     Attributes:
         layer: index of the layer in the model.
@@ -157,6 +158,7 @@ class HookPoints(nn.Module):
         state_size: how many state dimensions a head has.
     """
 
+    hook_conv: HookPoint
     hook_x: HookPoint
     hook_dt: HookPoint
     hook_B: HookPoint

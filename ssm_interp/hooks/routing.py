@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssm_interp.hooks.convolution import CONV_UPDATE, shared_update
+from ssm_interp.hooks.convolution import OVER_POSITIONS, UPDATE, bind, convolve
 from ssm_interp.hooks.operators import FUSED_SHORTCUTS, OPERATORS, Operator
 from ssm_interp.hooks.points import HookPoints
 from ssm_interp.hooks.rowsite import RowSite, rows_at_work
@@ -47,8 +47,7 @@ def hooked_class(host_class: Any) -> type[HookedMixer]:
     replacements: dict[str, Any] = {
         name: _route(OPERATORS[name], body.__globals__[name]) for name in operators_of(host_class)
     }
-    if CONV_UPDATE in body.__globals__:
-        replacements[CONV_UPDATE] = _route_conv(body.__globals__[CONV_UPDATE])
+    replacements |= {name: _route_conv(name, body.__globals__[name]) for name in (OVER_POSITIONS, UPDATE)}
     replacements |= {name: _no_shortcut for name in FUSED_SHORTCUTS if name in body.__globals__}
     rebound = _rebind(host_class.forward, replacements)
 
@@ -89,10 +88,10 @@ def _route(adapter: type[Operator], host: Callable[..., Any]) -> Callable[..., A
     return routed
 
 
-def _route_conv(host: Callable[..., Any]) -> Callable[..., Any]:
+def _route_conv(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
     def routed(*args: Any, **kwargs: Any) -> Any:
-        rows = rows_at_work()
-        return (shared_update if rows and rows.members is not None else host)(*args, **kwargs)
+        site, call = _site.get(), bind(name, host, args, kwargs)
+        return site.convolve(call) if isinstance(site, RowSite) else convolve(call, site)
 
     return routed
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_interp.hooks.convolution import Convolution, carry, taps_between
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.plan import Cell, Plan, attention_heads, feature_mask
@@ -134,6 +135,26 @@ class RowSite:
         heads = slice(self._heads_done, self._heads_done + count)
         self._heads_done += count
         return (self._prefill if self.rows.members is None else self._step)(operator, heads)
+
+    def convolve(self, call: Convolution) -> Tensor:
+        """Do one call of the convolution; its result is what the host's function returns."""
+        rows = self.rows
+        if rows.members is None:
+            return call.run()
+        run = Convolution.run if call.cached is None else Convolution.run_shared
+        cells: dict[Cell, list[int]] = {}
+        for block, cell in rows.cells("conv", self.layer):
+            cells.setdefault(cell, []).append(block)
+        if not cells:
+            return run(call)
+        length = rows.length - rows.start
+        carried = call.inputs.new_zeros(*call.inputs.shape[:2], length)
+        for cell, blocks in cells.items():
+            sources = rows.plan.positions[cell.sources]
+            edges = taps_between(self._targets(cell), sources, rows.start, call.taps).repeat(1, len(blocks), 1)
+            chosen = self._rows(blocks, carried.device)
+            carried[chosen] = carry(call.window(length, chosen), call.weight, edges.to(carried.device)).to(carried)
+        return call.without(carried, run)
 
     def close(self) -> None:
         if self._heads_done != self.points.heads:

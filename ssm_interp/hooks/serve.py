@@ -33,10 +33,10 @@ def serve(operator: Operator, site: Site) -> Any:
     operands = replace(given, dt=edits.set_delta(given.dt)) if edits else given
     operands = replace(
         operands,
-        x=_pass(points.hook_x, operands.x),
-        dt=_pass(points.hook_dt, operands.dt),
-        B=_pass(points.hook_B, operands.B),
-        C=_pass(points.hook_C, operands.C),
+        x=through_point(points.hook_x, operands.x),
+        dt=through_point(points.hook_dt, operands.dt),
+        B=through_point(points.hook_B, operands.B),
+        C=through_point(points.hook_C, operands.C),
     )
     exposed = any(points.point(name).requested for name in ON_REQUEST)
     if edits or exposed or points.own_operator:
@@ -45,8 +45,8 @@ def serve(operator: Operator, site: Site) -> Any:
         return operator.native()
     else:
         y, state = operator.run(operands)
-    y = _pass(points.hook_y, y)
-    z = None if operator.z is None else _pass(points.hook_z, operator.z)
+    y = through_point(points.hook_y, y)
+    z = None if operator.z is None else through_point(points.hook_z, operator.z)
     return operator.finish(y, state, operands.x, z)
 
 
@@ -109,7 +109,7 @@ def _injected(points: HookPoints, terms: Terms, initial: Tensor | None, edits: L
     return _Injected(none if writes is None else writes, none if state is None else state)
 
 
-def _pass(point: HookPoint, tensor: Tensor) -> Tensor:
+def through_point(point: HookPoint, tensor: Tensor) -> Tensor:
     """Through a hook point, which may replace the tensor by one of the same shape and dtype."""
     found = point(tensor)
     if found is tensor:
@@ -131,7 +131,7 @@ def _shift(point: HookPoint, compute: Callable[[], Tensor]) -> Tensor | None:
     before = tensor.clone() if untracked else tensor
     version = None if untracked else tensor._version
     shown = tensor.view_as(tensor)
-    found = _pass(point, shown)
+    found = through_point(point, shown)
     if not untracked and tensor._version != version:
         before = compute()
     elif found is shown and not untracked and not found.requires_grad:

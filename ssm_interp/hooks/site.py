@@ -32,6 +32,8 @@ class ActiveEdit:
     seen: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
 
+Edits = tuple[Intervention, ...]
+
 _active: ContextVar[tuple[ActiveEdit, ...]] = ContextVar("ssm_interp_edits", default=())
 
 
@@ -55,7 +57,8 @@ class Site:
 
     Attributes:
         points: the mixer's hook points.
-        edits: the interventions at work here.
+        edits: the interventions at work on the operator.
+        conv_edits: those at work on the convolution before it.
         start: how many positions of the sequence came before this call.
         length: positions of this call.
         record: the history of the cache, if there is one.
@@ -69,7 +72,7 @@ class Site:
             raise HookError("the prompt is empty: an SSM layer needs at least one position")
         self.record = None if cache is None else record_of(cache, self.layer)
         self.continues = cache is not None and bool(cache.layers[self.layer].has_previous_state[0])
-        self.edits = self._edits(mixer.training)
+        self.edits, self.conv_edits = self._edits(mixer)
         self.heads_done = 0
         self._check_history()
 
@@ -102,18 +105,21 @@ class Site:
         if self.record is not None:
             if not self.continues:
                 self.record.prompt = self.length
-                self.record.known = set(self.edits)
+                self.record.known = {*self.edits, *self.conv_edits}
             self.record.seen += self.length
 
-    def _edits(self, training: bool) -> tuple[Intervention, ...]:
-        found = tuple(
+    def _edits(self, mixer: Any) -> tuple[Edits, Edits]:
+        found = self._edits_of(self.points), self._edits_of(mixer.conv1d)
+        return self._as_in_forward(found) if mixer.training else found
+
+    def _edits_of(self, place: nn.Module) -> Edits:
+        return tuple(
             edit.intervention
-            for edit in active_edits(self.points)
+            for edit in active_edits(place)
             if edit.intervention.layers is None or self.layer in edit.intervention.layers
         )
-        return self._as_in_forward(found) if training else found
 
-    def _as_in_forward(self, found: tuple[Intervention, ...]) -> tuple[Intervention, ...]:
+    def _as_in_forward(self, found: tuple[Edits, Edits]) -> tuple[Edits, Edits]:
         """Gradient checkpointing runs the forward again in the backward pass, perhaps in another thread or after the
         `with` has ended: then the edits are those of the first run."""
         memory = self.points.memory
@@ -130,12 +136,14 @@ class Site:
                 f"layer {self.layer} is recomputed for gradient checkpointing, but it ran under {len(seen)} different "
                 "sets of edits since the last backward pass; call backward after each edited forward"
             )
-        return next(iter(seen))
+        first: tuple[Edits, Edits] = next(iter(seen))
+        return first
 
     def _check_history(self) -> None:
-        if not self.continues or not self.edits:
+        if not self.continues:
             return
-        late = [edit for edit in self.edits if self.record is None or edit not in self.record.known]
+        edits = *self.edits, *self.conv_edits
+        late = [edit for edit in edits if self.record is None or edit not in self.record.known]
         if late := [edit for edit in late if _looks_back(edit)]:
             raise InterventionError(
                 f"layer {self.layer}: {late[0].kind} names positions of a prompt that this cache read without it; "
