@@ -318,7 +318,7 @@ def test_bad_runs() -> None:
             ssm.run("text")
         with pytest.raises(si.HookError, match="attach takes a model, got tuple"):
             si.attach((ssm.model, None))
-        with pytest.raises(si.HookError, match="no hook point 'A'. There are x, dt"):
+        with pytest.raises(si.HookError, match="no hook point 'A'. There are conv, x, dt"):
             ssm.run(inputs(), read=["A"])
         assert (
             repr(ssm.run(inputs(2, 5), read="y", layers=1)) == "Run(logits [2, 5, 64]; read y of layer 1: [2, 5, 8, 8])"

@@ -125,8 +125,8 @@ def test_rows_equal_full_forwards(name: str, target: list[int]) -> None:
     with si.attach(precise(name), own_operator=True) as ssm:
         variants = [
             si.Knockout(sources=source, targets=target, layers=window, through=through)
-            for source in ([8], [6, 7], [2, 3, 4], list(range(9)), [])
-            for window in windows(ssm)[::2]
+            for source in ([8], [6, 7], [0, 2, 3, 4])
+            for window in windows(ssm)[::3]
             for through in ("ssm", "conv", BOTH)
         ]
         expected = forwards(ssm, ids, variants)
