@@ -1,6 +1,7 @@
 """Knockout sweeps: where in the layers information crosses from one role of a prompt to another."""
 
 from ssm_interp.flow.engine import CLEAN, Answers, Engine, Variant, choose_engine, full_forwards, rows_engine
+from ssm_interp.flow.leak import LeakReport, leak
 from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.study import Study, StudyError, explain
@@ -20,6 +21,7 @@ __all__ = [
     "FlowError",
     "FlowResult",
     "FlowRun",
+    "LeakReport",
     "NothingAnswered",
     "Ranks",
     "Study",
@@ -32,6 +34,7 @@ __all__ = [
     "default_size",
     "explain",
     "full_forwards",
+    "leak",
     "outcome",
     "ranks",
     "rows_engine",

@@ -23,7 +23,7 @@ from ssm_interp.prompts.facts_file import EMBEDDED, check_columns
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
-Stream = Literal["ssm", "attention"]
+Stream = Literal["ssm", "conv", "attention"]
 
 WITHOUT_EFFECT = frozenset({"device", "device_map", "batch_size", "max_memory"})
 """Options that change how a table is computed and not what is in it, beyond rounding."""

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pandas.api.typing import SeriesGroupBy
 from scipy import special, stats
 
 from ssm_interp.flow.windows import FlowError
@@ -100,6 +101,13 @@ def summarise(
             "accuracy_high": accuracy.high,
         }
     ).reset_index()
+
+
+def mean_interval(groups: SeriesGroupBy, level: float) -> pd.DataFrame:
+    """`mean`, `low`, `high` (Student's t) and `n` of each group."""
+    found = groups.agg(mean="mean", deviation="std", n="size")
+    bounds = _student(found["mean"].to_numpy(), found["deviation"].to_numpy(), found["n"].to_numpy(), level)
+    return found.assign(low=bounds.low, high=bounds.high)[["mean", "low", "high", "n"]]
 
 
 def _check(frame: pd.DataFrame, level: float, interval: str, resamples: int) -> None:

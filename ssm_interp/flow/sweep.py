@@ -58,8 +58,8 @@ def sweep(
         align: `"left"` (never truncated, drawn at its first layer) or `"centre"` (truncated, drawn at its centre).
         features: feature groups, each a knockout of its own: names as `features.feature_groups` takes them, or name ->
             layer -> features; None: one of all features, named "all".
-        through: the streams in which edges are removed: "ssm", "attention", or both; None: "ssm" where the model has
-            SSM layers, else "attention". Windows run over the layers that have one of them.
+        through: the streams in which edges are removed: "ssm", "conv", "attention", or several; None: "ssm" where the
+            model has SSM layers, else "attention". Windows run over the layers that have one of them.
         answered_only: leave out the prompts whose target is not the model's most likely next token.
         batch_size: prompts per forward pass; prompts of similar length go together.
         max_memory: bytes that the rows of a step may take; None: a quarter of what is free.

@@ -5,7 +5,7 @@ a string of HTML that opens in a browser offline: `Path("flow.html").write_text(
 """
 
 from ssm_interp.plots.attention import attention_figure
-from ssm_interp.plots.flow import depth_figure, flow_figure
+from ssm_interp.plots.flow import depth_figure, flow_figure, stream_figure
 from ssm_interp.plots.heatmap import TokenMap, heatmap_figure
 from ssm_interp.plots.html import flow_page, heatmap_page
 from ssm_interp.plots.panels import STATISTICS, StatisticName
@@ -22,5 +22,6 @@ __all__ = [
     "flow_page",
     "heatmap_figure",
     "heatmap_page",
+    "stream_figure",
     "token_label",
 ]

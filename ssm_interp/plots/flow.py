@@ -137,24 +137,62 @@ def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") ->
     rows["depth"] = 100 * (rows["layer"] - first) / (last - first).clip(lower=1)
     styles = model_styles(rows["model"].unique())
     layout = arrange(rows, ("target", "feature_group", "window"), across="source")
+    figure = _by_source(layout, "model", "depth", styles, chosen, "Depth of the window (%)")
+    for axes in figure.axes:
+        axes.set_xticks([0, 25, 50, 75, 100])
+    counts = {model: header(part) for model, part in rows.groupby("model", sort=False)}
+    names = [f"{short(str(model))}  ({counts[model]})" for model in styles]
+    _legend(figure, names, styles.values(), legend_title("Model", chosen, rows))
+    return figure
+
+
+def stream_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -> Figure:
+    """The same knockouts through different streams in the same axes, over the layer windows.
+
+    A panel per source, and a row for each model, target and window size; in each a line per stream.
+
+    Args:
+        summary: rows as from `FlowResult.summary`, with a column `through`.
+        statistic: as in `flow_figure`.
+
+    Raises:
+        ValueError: no rows, missing columns, an unknown statistic.
+
+    Example:
+        >>> stream_figure(pd.concat([result.summary().assign(through="ssm"), ...]))      # doctest: +SKIP
+    """
+    if "through" not in summary.columns:
+        raise ValueError("a picture of streams needs a column `through`, which names the streams of each row")
+    found = {name: drawable(rows, statistic) for name, rows in summary.groupby("through", sort=False)}
+    rows = pd.concat([part.assign(through=name) for name, (part, _) in found.items()])
+    chosen = next(iter(found.values()))[1]
+    styles = model_styles(rows["through"].unique())
+    layout = arrange(rows, ("model", "target", "window"), across="source")
+    figure = _by_source(layout, "through", "layer", styles, chosen, "Layer of the window")
+    for axes in figure.axes:
+        _layer_axis(axes)
+    _legend(figure, list(map(str, styles)), styles.values(), legend_title("Knocked out through", chosen, rows))
+    return figure
+
+
+def _by_source(
+    layout: Layout, key: str, x: str, styles: Mapping[str, Style], chosen: Statistic, x_label: str
+) -> Figure:
+    """A panel per source, in each a line per value of `key`."""
     height, width = layout.shape
     figure = picture(1.1 + 3.3 * width, 1.4 + 2.8 * height)
-    grid = figure.subplots(height, width, sharex=True, sharey="all" if layout.wrapped else "row", squeeze=False)
+    grid = figure.subplots(height, width, sharex="row", sharey="all" if layout.wrapped else "row", squeeze=False)
     for axes in grid.flat:
         axes.set_visible(False)
     for panel in layout.panels:
         axes = grid[panel.row, panel.column]
         axes.set_visible(True)
-        _lines(axes, panel.rows, "model", "depth", styles, chosen)
-        axes.set_xticks([0, 25, 50, 75, 100])
+        _lines(axes, panel.rows, key, x, styles, chosen)
         _titles(axes, panel, layout)
         if layout.lowest(panel):
-            axes.set_xlabel("Depth of the window (%)", fontsize=9)
+            axes.set_xlabel(x_label, fontsize=9)
             axes.tick_params(labelbottom=True)
     figure.supylabel(chosen.label, fontsize=9, color=INK)
-    counts = {model: header(part) for model, part in rows.groupby("model", sort=False)}
-    names = [f"{short(str(model))}  ({counts[model]})" for model in styles]
-    _legend(figure, names, styles.values(), legend_title("Model", chosen, rows))
     return figure
 
 
