@@ -285,7 +285,7 @@ def test_studies_survive_json() -> None:
         ({"sources": [-1]}, "sources.0: there is no position -1"),
         ({"targets": [3]}, "targets.0: input should be a valid string, got 3"),
         ({"features": ["tpo third"]}, "features.0: there is no feature group 'tpo third'"),
-        ({"through": ["ss"]}, "through.0: input should be 'ssm' or 'attention', got 'ss'"),
+        ({"through": ["ss"]}, "through.0: input should be 'ssm', 'conv' or 'attention', got 'ss'"),
         ({"device": "gpu"}, "device: there is no device 'gpu'; give auto, cpu"),
         ({"device_map": "all"}, "device_map: input should be 'auto'"),
         ({"columns": {"txt": "a"}}, "columns: a prompt has no field 'txt' to read a column into: did you mean 'text'?"),

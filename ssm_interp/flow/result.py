@@ -95,7 +95,8 @@ class FlowResult:
         times = Counter(run.model for run in self.runs)
         if twice := [model for model, count in times.items() if count > 1]:
             raise FlowError(f"two runs have the same model name, {twice[0]!r}; give one of them another `name`")
-        object.__setattr__(self, "frame", self.frame[COLUMNS])
+        if list(self.frame.columns) != COLUMNS:
+            object.__setattr__(self, "frame", self.frame[COLUMNS])
 
     @staticmethod
     def join(results: Sequence[FlowResult]) -> FlowResult:

@@ -138,8 +138,8 @@ class Store:
             raise NothingAnswered(asked)
         runs = [_run(record["run"]) for record in records if record["kept"]]
         engine = "; ".join(dict.fromkeys(run.engine for run in runs))
-        frames = [self._read(name) for name in self.names if self.records[name]["kept"]]
-        frame = _in_order(frames, [run.kept for run in runs])
+        tables = [self._read(name) for name in self.names if self.records[name]["kept"]]
+        frame = _in_order(tables, [run.kept for run in runs])
         return FlowResult(frame, (replace(runs[0], asked=asked, kept=kept, engine=engine),))
 
     def _prepare(self, versions: dict[str, str], max_memory: int) -> None:
@@ -208,9 +208,8 @@ class Store:
             )
         return data
 
-    def _read(self, name: str) -> pd.DataFrame:
-        frame: pd.DataFrame = pq.read_table(pa.BufferReader(self._read_bytes(name))).to_pandas()
-        return frame
+    def _read(self, name: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self._read_bytes(name)))
 
     def _encoded(self, frame: pd.DataFrame, name: str) -> bytes:
         table = pa.Table.from_pandas(frame, preserve_index=False)
@@ -250,13 +249,14 @@ def _origin(path: Path) -> Any:
     return json.loads(metadata.get(METADATA, "null"))
 
 
-def _in_order(frames: list[pd.DataFrame], kept: list[int]) -> pd.DataFrame:
+def _in_order(tables: list[pa.Table], kept: list[int]) -> pd.DataFrame:
     """The rows of all shards as one sweep orders them: by knockout, then by prompt."""
     knockouts = [
-        np.repeat(np.arange(len(frame) // prompts), prompts) for frame, prompts in zip(frames, kept, strict=True)
+        np.repeat(np.arange(len(table) // prompts), prompts) for table, prompts in zip(tables, kept, strict=True)
     ]
     order = np.argsort(np.concatenate(knockouts), kind="stable")
-    return pd.concat(frames, ignore_index=True).iloc[order].reset_index(drop=True)
+    frame: pd.DataFrame = pa.concat_tables(tables).take(order).to_pandas()
+    return frame
 
 
 def digest(content: Any) -> str:

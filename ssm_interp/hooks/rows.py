@@ -28,6 +28,7 @@ from ssm_interp.hooks.rowsite import Rows, rows_at_work
 from ssm_interp.hooks.softmax import knockable
 
 FRACTION = 4  # of the free memory, one part in so many
+CPU_ROWS = 512  # more rows in a step make a CPU no faster
 TRIAL_MEMORY = 2**30  # bytes, far more than a trial takes
 TRIAL_ERROR = 1e-3  # of the largest logit: far above rounding, far below what blocks give that rows do not fit
 
@@ -199,7 +200,8 @@ class _Group:
         idle = [variant for variant in variants if self.plan.first_layer(variant) is None]
         left = [variant for variant in variants if self.plan.first_layer(variant) is not None]
         cache = self._prefill()
-        each = max(1, self.memory // 2 // (self._row_bytes() * len(prompts)))
+        most = self.memory // 2 // self._row_bytes()
+        each = max(1, (min(most, CPU_ROWS) if self.ids.device.type == "cpu" else most) // len(prompts))
         while left or idle:
             some = left[:each]
             try:
