@@ -18,7 +18,7 @@ def test_every_family_passes(host: PreTrainedModel) -> None:
     native = logits(host, inputs())
     rows = check(host)
     assert [row.name for row in rows if not row.passed] == []
-    assert len(rows) == 7 + 2 * (host.config.model_type not in ("mamba", "falcon_mamba", "mamba2"))
+    assert len(rows) == 9 + 2 * (host.config.model_type not in ("mamba", "falcon_mamba", "mamba2"))
     assert torch.equal(logits(host, inputs()), native)
     si.attach(host).detach()
 

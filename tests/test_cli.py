@@ -141,10 +141,10 @@ def test_flow_takes_every_option_of_a_study(
         max_memory=2_000_000,
     )
     kept = [name for name, field in Study.model_fields.items() if getattr(wanted, name) == field.default]
-    assert kept == ["answered_only", "targets", "held"]  # the first and the last are for recipes
+    assert kept == ["answered_only", "targets", "groups", "held"]  # for recipes, but for the targets
     words = ["--column", "text=question", "--column", "id=n", "--skip-bad", "--max-memory", "2MB"]
     singular = {"sources": "source", "targets": "target", "windows": "window", "ids": "id"}
-    for name, value in wanted.model_dump(exclude={"columns", "skip_bad", "max_memory", "answered_only"}).items():
+    for name, value in wanted.model_dump(exclude={"columns", "skip_bad", "max_memory", *kept} - {"targets"}).items():
         for one in value if isinstance(value, tuple) else [value]:
             words += [f"--{singular.get(name, name).replace('_', '-')}", str(one)]
     result = run("flow", *words, "--out", tmp_path / "out")

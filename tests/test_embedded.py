@@ -12,8 +12,8 @@ import torch
 
 import ssm_interp as si
 from ssm_interp.flow import sweep
-from ssm_interp.models import EMBEDDED
-from ssm_interp.prompts import tokenize
+from ssm_interp.models import EMBEDDED, INDUCTION
+from ssm_interp.prompts import induction_prompts, pad, tokenize
 
 TEMPLATES = tomllib.loads((Path(__file__).parents[1] / "examples" / "geo_templates.toml").read_text(encoding="utf-8"))
 
@@ -59,6 +59,17 @@ def test_some_window_passes_the_subject_to_the_last_token(name: str) -> None:
     drops = result.largest_drops().set_index("source")["mean"]
     assert drops["subject"] < (-30 if name == "tiny-llama" else -50)  # the transformer passes it on in several windows
     assert drops["first"] > -10
+
+
+@pytest.mark.parametrize("length", [10, 24, 32])
+@pytest.mark.parametrize("name", INDUCTION)
+def test_the_induction_models_look_the_answer_up(name: str, length: int) -> None:
+    model, tokenizer = si.load(name)
+    assert sum(weight.numel() for weight in model.parameters()) < 25_000
+    batch = pad([tokenize(prompt, tokenizer) for prompt in induction_prompts(300, length=length, seed=2)])
+    with torch.no_grad():
+        best = model(input_ids=batch.input_ids, use_cache=False).logits[:, -1].argmax(-1)
+    assert (best == batch.target_ids).float().mean() >= 0.99
 
 
 def test_they_fit_into_six_megabytes() -> None:

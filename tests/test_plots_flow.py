@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ssm_interp.plots import STATISTICS, STYLES, depth_figure, flow_figure
+from ssm_interp.plots import MOST_GROUPS, STATISTICS, STYLES, depth_figure, features_figure, flow_figure
 from ssm_interp.prompts import ROLES
 
 
@@ -182,3 +182,34 @@ def test_a_summary_that_cannot_be_drawn_is_refused(draw: Any) -> None:
 def test_more_models_than_styles_are_refused() -> None:
     with pytest.raises(ValueError, match="10 models cannot be told apart in one picture; draw at most 9"):
         depth_figure(summary([f"m{index}" for index in range(10)], ["last"]))
+
+
+def test_feature_groups_share_axes_a_panel_per_model() -> None:
+    groups = ("all", "top third", "all but middle third by half-life")
+    frame = summary(["one", "two"], ["subject_last"], groups=groups)
+    figure = features_figure(frame, x_labels={"one": "First layer"}, statistic="median")
+    png(figure)
+    assert [axes.get_title() for axes in figure.axes] == ["one   (12 prompts)", "two   (12 prompts)"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["First layer", "Layer of the window"]
+    assert figure.axes[0].get_ylabel() == "subject last → last"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(groups)
+    for axes, model in zip(figure.axes, ["one", "two"], strict=True):
+        for group in groups:
+            rows = frame[(frame["model"] == model) & (frame["feature_group"] == group)]
+            np.testing.assert_allclose(lines(axes)[group].get_ydata(), rows["median"])
+    assert lines(figure.axes[0])["all"].get_color() == STYLES["all"].colour
+    colours = [line.get_color() for line in lines(figure.axes[0]).values()]
+    assert len(set(colours)) == len(groups)
+
+
+def test_sources_and_targets_of_feature_groups_go_down() -> None:
+    figure = features_figure(summary(["one"], ["subject", "first"], ["last", "relation"], groups=("a", "b")))
+    png(figure)
+    sides = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    assert sides == [f"source → {target}" for target in ("last", "relation")]
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["source: subject", "source: first"]
+    several = summary(["one", "two"], ["subject", "first"], groups=("a", "b"))
+    sides = [axes.get_ylabel() for axes in features_figure(several).axes if axes.get_ylabel()]
+    assert sides == ["subject → last", "first → last"]
+    with pytest.raises(ValueError, match=f"{MOST_GROUPS + 1} feature groups cannot be told apart in one picture"):
+        features_figure(summary(["one"], ["last"], groups=tuple(map(str, range(MOST_GROUPS + 1)))))

@@ -147,9 +147,9 @@ def test_reading_opens_nothing_else(tmp_path: Path) -> None:
         (
             '"flow"',
             '"flwo"',
-            ['line 21: plot.kind: there is no "flwo": did you mean \'flow\'? it is "flow", "depth" or'],
+            ['line 21: plot.kind: there is no "flwo": did you mean \'flow\'? it is "flow", "depth", "features"'],
         ),
-        ('kind = "flow"', "", ['line 20: plot: its kind is missing: it is "flow", "depth" or "heatmap"']),
+        ('kind = "flow"', "", ['line 20: plot: its kind is missing: it is "flow", "depth", "features" or "heatmap"']),
         ('"flow"', '"flow"\nprompts = ["a"]', ["plot.prompts: there is no such key", "[plot] of kind flow has"]),
         ('"flow"', '"flow"\nformats = ["pgn"]', ["line 22: plot.formats: there is no \"pgn\": did you mean 'png'?"]),
         ('"flow"', '"heatmap"', ["line 20: plot.prompts: this key is missing. Ids of the prompts."]),
@@ -208,6 +208,51 @@ def test_what_does_not_fit_a_heat_map_is_refused(tmp_path: Path, before: str, af
     with pytest.raises(RecipeError) as caught:
         read_recipe(written(tmp_path, HEAT_MAP.replace(before, after)))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "features", "found"),
+    [
+        ("[operation.groups.mine]\n0 = [1, 2]\n3 = [4]", "mine", {"mine": {0: [1, 2], 3: [4]}}),
+        ("[operation.groups.mine]\n0 = [[1, 2]]", "mine", {"mine": {0: [(1, 2)]}}),
+        ("", "all but top tenth by mean distance", {}),
+        (
+            "[operation.groups.mine]\n0 = [1.5]",
+            "mine",
+            "line 19: operation.groups.mine.0: it takes a whole number",
+        ),
+        ("[operation.groups.mine]\na = [1]", "mine", 'operation.groups.mine.a: it takes a whole number, got "a"'),
+        ("[operation.groups.mine]\n0 = []", "mine", "operation.groups.mine.0: it takes at least one item, got []"),
+        ("[operation.groups.mine]", "mine", "line 18: operation.groups.mine: it takes at least one item, got {}"),
+        ("[operation.groups]\nmine = 3", "mine", "line 19: operation.groups.mine: it takes a table, got 3"),
+        ("[operation.groups.mine]\n0 = [1]", "mien", "line 17: operation.features: there is no feature group 'mien'"),
+        ("[operation.groups.mine]\n0 = [1]", "mien", ", or one of its own groups: mine"),
+        (
+            '[operation.groups."top half"]\n0 = [1]',
+            "all",
+            "operation.groups: 'top half' is the name of a group by rank",
+        ),
+        ("", "top half by halflife", "there is no statistic 'halflife': did you mean 'half-life'?"),
+    ],
+)
+def test_feature_groups_of_ones_own_and_by_statistics(tmp_path: Path, groups: str, features: str, found: Any) -> None:
+    path = written(tmp_path, GOOD.replace("[sweep]", f'features = ["{features}"]\n{groups}\n[sweep]'))
+    if not isinstance(found, str):
+        knockout = read_recipe(path).knockouts[0]
+        assert (knockout.features, knockout.groups) == ([features], found)
+        return
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert found in str(caught.value)
+
+
+def test_no_more_feature_groups_than_can_be_told_apart(tmp_path: Path) -> None:
+    groups = [f"{side} {part} by half-life" for side in ("top", "bottom") for part in ("half", "third", "tenth")]
+    groups += [f"all but {name}" for name in groups[:4]]
+    text = GOOD.replace("[sweep]", f"features = {groups}\n[sweep]").replace('"flow"', '"features"')
+    with pytest.raises(RecipeError, match="line 22: plot.kind: lines of 10 feature groups cannot be told apart"):
+        read_recipe(written(tmp_path, text))
+    assert read_recipe(written(tmp_path, text.replace(f"'{groups[-1]}'", '"all"').replace(f"'{groups[-2]}', ", "")))
 
 
 def test_one_operation_must_be_a_knockout(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tiny_recipes import IDS, family, zoo
 from typer.testing import CliRunner, Result
 
 from ssm_interp import cli
+from ssm_interp.features import FeatureGroup
 from ssm_interp.flow import FlowResult
 from ssm_interp.models import EMBEDDED
 from ssm_interp.recipes import Recipe, key_lines, read_recipe
@@ -87,7 +88,6 @@ def check(done: Result, recipe: Recipe, models: list[str], out: Path) -> None:
 
 def test_the_papers_studies_are_all_there() -> None:
     recipes = {name: read_recipe(path) for name, path in SHIPPED.items()}
-    assert 10 <= len(recipes) <= 14
     sizes = {name: recipes[name].model.names for name in ("mamba1", "mamba2", "gpt2")}
     assert {name: len(hub_ids) for name, hub_ids in sizes.items()} == {"mamba1": 4, "mamba2": 3, "gpt2": 3}
     for name in sizes:
@@ -102,6 +102,10 @@ def test_the_papers_studies_are_all_there() -> None:
     for name in ("features", "tiny-features"):
         groups = {"all", "top third", "bottom third", "all but top third", "all but bottom third"}
         assert set(recipes[name].knockouts[0].features) == groups
+    for name in ("statistics", "tiny-statistics"):
+        shares = [FeatureGroup.named(group) for group in recipes[name].knockouts[0].features if group != "all"]
+        assert {share.statistic for share in shares} == {"decay norm", "half-life", "mean distance", "dt variation"}
+        assert {share.side for share in shares} == {"top", "bottom"}
     assert all(recipe.description for recipe in recipes.values())
 
 

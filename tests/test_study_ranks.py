@@ -55,7 +55,7 @@ def test_any_number_of_ranks_gives_the_same_table(tiny: Scene, tmp_path: Path, c
 
 def test_ranks_with_other_weights_or_another_disk_are_refused(tiny: Scene, tmp_path: Path) -> None:
     stored = manifest(tiny.study(), tiny.folder)
-    identity = {name: stored[name] for name in ("model", "commit", "options", "weights", "prompts")}
+    identity = {name: stored[name] for name in ("model", "commit", "options", "weights", "prompts", "features")}
     folder = study_folder(tiny.folder, tiny.options["model"])
     other = Store(folder, identity | {"weights": "others"}, 5, Ranks(index=1))
     with pytest.raises(StudyError, match="what differs: the model's weights"), other.opened({}, 1):

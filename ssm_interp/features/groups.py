@@ -1,26 +1,40 @@
-"""Groups of features, ranked within each layer by a statistic."""
+"""Groups of features: a share of each layer's by the rank of a statistic, or sets that a user names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
-from typing import Any, Literal
+from itertools import product
+from numbers import Integral
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ssm_interp.hooks import Attachment
+from ssm_interp.hooks import Attachment, HookPoints
 
 ALL = "all"
+SIDES = ("top", "bottom", "middle")
 PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4), "tenth": Fraction(1, 10)}
+DECAY_NORM = "decay norm"
+STATISTICS = (DECAY_NORM, "effective decay", "half-life", "mean distance", "mean dt", "dt variation")
+"""The statistics of `spectrum`. The first depends on the weights alone, the others on what the model reads."""
+
+NAMED = re.compile(rf"(?P<complement>all but )?(?P<side>{'|'.join(SIDES)}) (?P<part>\w+)(?: by (?P<statistic>.+))?")
+
+Groups = Mapping[str, Mapping[int, Sequence[int] | Sequence[tuple[int, int]]] | None]
+"""Name -> layer -> the features of the group; None: all features of every layer."""
 
 
 class FeatureError(ValueError):
-    """A group of features that does not exist, or has no features."""
+    """Features, groups of them, or statistics that rank them, that do not exist or do not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +42,10 @@ class FeatureGroup:
     """A share of each layer's features, by rank.
 
     Attributes:
-        side: "top", the features with the largest statistic, or "bottom".
+        side: "top", the features with the largest statistic; "bottom"; or "middle", of the thirds, what is in neither.
         part: how many of them: "half", "third", "quarter" or "tenth" of the layer's features, rounded down.
         complement: all the others instead.
+        statistic: what ranks them: one of `STATISTICS`, or a name that a user gives to numbers of their own.
 
     Mamba Knockout (Endy et al., ACL 2025, section 5) ranks by `decay_norms` and speaks of knocking out the top third
     (context-dependent features: slow decay, long memory) or the bottom third; its released code knocks out all but the
@@ -42,38 +57,50 @@ class FeatureGroup:
     Example:
         >>> FeatureGroup("bottom", "third", complement=True).name
         'all but bottom third'
+        >>> FeatureGroup("top", "tenth", statistic="half-life").name
+        'top tenth by half-life'
     """
 
-    side: Literal["top", "bottom"]
+    side: Literal["top", "bottom", "middle"]
     part: str = "third"
     complement: bool = False
+    statistic: str = DECAY_NORM
 
     def __post_init__(self) -> None:
-        if self.side not in ("top", "bottom") or self.part not in PARTS:
+        if self.side not in SIDES or self.part not in PARTS or (self.side == "middle" and self.part != "third"):
             raise FeatureError(
-                f"there is no group {self.side!r} {self.part!r}: it is the top or the bottom {', '.join(PARTS)}"
+                f"there is no group {self.side!r} {self.part!r}: it is the top or the bottom {', '.join(PARTS)}, "
+                "or the middle third"
             )
 
     @property
     def name(self) -> str:
-        return f"{'all but ' if self.complement else ''}{self.side} {self.part}"
+        by = "" if self.statistic == DECAY_NORM else f" by {self.statistic}"
+        return f"{'all but ' if self.complement else ''}{self.side} {self.part}{by}"
 
     @staticmethod
-    def named(name: str) -> FeatureGroup:
-        """The group of a name such as "top third" or "all but bottom third".
+    def named(name: str, statistics: Iterable[str] = STATISTICS) -> FeatureGroup:
+        """The group of a name such as "top third", "all but bottom third" or "top tenth by half-life".
+
+        Args:
+            name: without "by" the statistic is the decay norm.
+            statistics: those that there are.
 
         Raises:
-            FeatureError: no such group; the message gives the nearest names.
+            FeatureError: no such group or statistic; the message gives the nearest names.
         """
-        known = {group.name: group for group in _every_group()}
-        if name not in known:
-            near = get_close_matches(name, [ALL, *known], n=2, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise FeatureError(
-                f"there is no feature group {name!r}: {hint}a group is {ALL!r}, or the top or bottom half, third, "
-                'quarter or tenth, such as "top third", or all but that, such as "all but top third"'
-            )
-        return known[name]
+        words = NAMED.fullmatch(name)
+        by = (words["statistic"] or DECAY_NORM) if words else DECAY_NORM
+        if by not in (ranks := dict.fromkeys([DECAY_NORM, *statistics])):
+            raise FeatureError(f"{name!r}: {unknown_statistic(by, ranks)}")
+        known = {group.name: group for group in _every_group(by)}
+        if group := known.get(name.removesuffix(f" by {DECAY_NORM}")):
+            return group
+        raise FeatureError(
+            f"there is no feature group {name!r}: {_nearest(name, [ALL, *known])}a group is {ALL!r}, the top or bottom "
+            'half, third, quarter or tenth, or the middle third, such as "top third" (by decay norm) or "top third by '
+            'half-life", or all but that, such as "all but top third"'
+        )
 
     def of(self, statistic: Mapping[int, Float[Tensor, " h"]]) -> dict[int, tuple[int, ...]]:
         """The group's features in each layer.
@@ -91,11 +118,15 @@ class FeatureGroup:
         return {layer: self._of_layer(layer, values) for layer, values in statistic.items()}
 
     def _of_layer(self, layer: int, values: Tensor) -> tuple[int, ...]:
-        if not values.isfinite().all():
-            raise FeatureError(f"the statistic of layer {layer} is not finite for some features; they have no rank")
+        if bad := (~values.isfinite()).nonzero()[:, 0].tolist():
+            raise FeatureError(
+                f"the {self.statistic} of layer {layer} is not finite for {len(bad)} of its {len(values)} features, "
+                f"the first of them {bad[0]}; they have no rank"
+            )
         count = int(len(values) * PARTS[self.part])
         order = values.argsort(stable=True).tolist()
-        chosen = order[len(order) - count :] if self.side == "top" else order[:count]
+        end = len(order) - count
+        chosen = {"top": order[end:], "bottom": order[:count], "middle": order[count:end]}[self.side]
         found = sorted(set(order) - set(chosen)) if self.complement else sorted(chosen)
         if not found:
             raise FeatureError(f"layer {layer} has {len(values)} features, of which the group {self.name!r} has none")
@@ -113,35 +144,214 @@ def decay_norms(ssm: Attachment) -> dict[int, Float[Tensor, " h"]]:
     Example:
         >>> {layer: norms.median() for layer, norms in decay_norms(ssm).items()}      # doctest: +SKIP
     """
-    return {layer: _norms(mixer, ssm.layers[layer].heads) for layer, mixer in ssm.mixers.items()}
+    return {layer: torch.exp(-torch.exp(A_log.double())).sum(1) for layer, A_log in _log_rates(ssm).items()}
 
 
-def feature_groups(ssm: Attachment, names: Sequence[str]) -> dict[str, dict[int, tuple[int, ...]] | None]:
-    """Groups by decay norm, as `flow.sweep(features=...)` takes them; "all" is no restriction.
+def decay_rates(ssm: Attachment) -> dict[int, Float[Tensor, "h n"]]:
+    """The continuous decay `A = -exp(A_log)` per layer, `[h, n]` (Mamba-2: `[h, 1]`), in float64 on the CPU.
 
-    Raises:
-        FeatureError: an unknown name; groups other than "all" in a model without SSM layers.
+    Rounded to fp32 on the way, as every host does, so that it is what the recurrence has.
 
     Example:
-        >>> sweep(ssm, tokenizer, prompts, features=feature_groups(ssm, ["all", "top third"]))      # doctest: +SKIP
+        >>> decay_rates(ssm)[0].shape                                                 # doctest: +SKIP
+    """
+    return {layer: -torch.exp(A_log.float()).double() for layer, A_log in _log_rates(ssm).items()}
+
+
+def _log_rates(ssm: Attachment) -> dict[int, Float[Tensor, "h n"]]:
+    """A_log on the CPU, [h n]."""
+    found = {}
+    for layer, mixer in ssm.mixers.items():
+        module: Any = mixer
+        with align_module_device(module):  # an offloaded layer has its weights elsewhere
+            found[layer] = module.A_log.detach().cpu().reshape(ssm.layers[layer].heads, -1)
+    return found
+
+
+def feature_groups(
+    ssm: Attachment,
+    names: Sequence[str],
+    *,
+    statistics: Mapping[str, Mapping[int, Any]] | None = None,
+    sets: Groups | None = None,
+) -> dict[str, dict[int, tuple[int, ...] | tuple[tuple[int, int], ...]] | None]:
+    """Groups of a model's features by their names, as `flow.sweep(features=...)` takes them.
+
+    Args:
+        ssm: an attached model.
+        names: "all" (no restriction); shares by rank, see `FeatureGroup`, such as "top third" (by decay norm),
+            "all but bottom third", "top tenth by half-life"; names of `sets`.
+        statistics: name -> layer -> a number per feature, for the shares by rank: those of `spectrum(ssm, inputs)`
+            (its attribute `statistics`), or any others. The decay norm need not be given.
+        sets: name -> layer -> features, heads (in Mamba-1 channels) or (head, state dimension) pairs, of a user's own.
+
+    Returns:
+        Name -> layer -> features, in the order of `names`; None for "all".
+
+    Raises:
+        FeatureError: an unknown name or statistic (with the nearest ones), one that depends on data and was not given;
+            a statistic with NaN, of another length, or of layers that the model does not have; a set that is empty or
+            names features that a layer does not have; groups other than "all" in a model without SSM layers.
+
+    Example:
+        >>> groups = feature_groups(ssm, ["all", "top third"])                                    # doctest: +SKIP
+        >>> sweep(ssm, tokenizer, prompts, features=groups)                                       # doctest: +SKIP
+        >>> measured = spectrum(ssm, tokenizer("To be or not to be", return_tensors="pt"))        # doctest: +SKIP
+        >>> feature_groups(ssm, ["top third by half-life"], statistics=measured.statistics)       # doctest: +SKIP
+        >>> feature_groups(ssm, ["induction"], sets={"induction": {3: [0, 7]}})                   # doctest: +SKIP
     """
     names = [names] if isinstance(names, str) else names
-    groups = {name: None if name == ALL else FeatureGroup.named(name) for name in names}
-    if not ssm.layers and any(groups.values()):
+    sets = sets or {}
+    known = {**dict.fromkeys(STATISTICS), **(statistics or {})}
+    ranked = {name: FeatureGroup.named(name, known) for name in names if name != ALL and name not in sets}
+    if not ssm.layers and (ranked or any(name in sets for name in names)):
         raise FeatureError(
-            f"{type(ssm.model).__name__} has no SSM layers, whose decay ranks features; its only group is {ALL!r}"
+            f"{type(ssm.model).__name__} has no SSM layers, whose features groups are of; its only group is {ALL!r}"
         )
-    norms = decay_norms(ssm)
-    return {name: None if group is None else group.of(norms) for name, group in groups.items()}
+    wanted = {group.statistic for group in ranked.values()}
+    numbers = {name: _statistic(ssm, name, known[name]) for name in wanted}
+    check_groups(ssm, {name: sets[name] for name in names if name in sets})
+    found: dict[str, dict[int, tuple[int, ...] | tuple[tuple[int, int], ...]] | None] = {}
+    for name in names:
+        given: Mapping[int, Sequence[Any]] | None = sets.get(name)
+        if name in ranked:
+            found[name] = dict(ranked[name].of(numbers[ranked[name].statistic]))
+        else:
+            found[name] = None if given is None else {layer: tuple(given[layer]) for layer in sorted(given)}
+    return found
 
 
-@torch.no_grad()
-def _norms(mixer: Any, heads: int) -> Tensor:
-    with align_module_device(mixer):  # an offloaded layer has its weights elsewhere
-        decay = torch.exp(-torch.exp(mixer.A_log.double().cpu()))
-    return decay.reshape(heads, -1).sum(1)
+def check_groups(ssm: Attachment, groups: Groups, *, disjoint: bool = False) -> None:
+    """Refuse groups that this model does not have.
+
+    Args:
+        ssm: an attached model.
+        groups: name -> layer -> features; None for all features.
+        disjoint: whether a feature may be in one group alone, as where parts by group are to add up to a whole.
+
+    Raises:
+        FeatureError: a group without layers, or without features in one; a layer, head or state dimension that the
+            model does not have; a feature that is named twice in a group, or (`disjoint`) in two of them.
+
+    Example:
+        >>> check_groups(ssm, {"a": {0: [0, 1]}, "b": {0: [(2, 0)]}}, disjoint=True)              # doctest: +SKIP
+    """
+    for name, group in groups.items():
+        if group is None:
+            continue
+        if not group:
+            raise FeatureError(f"the feature group {name!r} names no layer; give layer -> features, or None for all")
+        for layer, features in group.items():
+            _check_layer(ssm, name, layer, features)
+    if disjoint:
+        _check_disjoint(ssm, groups)
 
 
-def _every_group() -> list[FeatureGroup]:
-    sides: tuple[Literal["top", "bottom"], ...] = ("top", "bottom")
-    return [FeatureGroup(side, part, other) for side in sides for part in PARTS for other in (False, True)]
+def _check_layer(ssm: Attachment, name: str, layer: int, features: Sequence[Any]) -> None:
+    where = f"the feature group {name!r}"
+    if layer not in ssm.layers:
+        raise FeatureError(f"{where} names layer {layer!r}; the SSM layers of this model are {list(ssm.layers)}")
+    if isinstance(features, str | int) or not len(features):
+        raise FeatureError(
+            f"{where} has no features in layer {layer} (got {features!r}); name some, or leave the layer out"
+        )
+    points = ssm.layers[layer]
+    for feature in features:
+        if not _is_feature(feature, points):
+            raise FeatureError(
+                f"{where}: layer {layer} has no feature {feature!r}; it has heads 0 to {points.heads - 1} and state "
+                f"dimensions 0 to {points.state_size - 1}"
+            )
+    if len({isinstance(feature, tuple) for feature in features}) > 1:
+        raise FeatureError(f"{where} names heads and (head, state dimension) pairs in layer {layer}; give either")
+    if len(twice := np.argwhere(_times(points, features) > 1)):
+        raise FeatureError(
+            f"{where} names head {twice[0][0]} of layer {layer}, with state dimension {twice[0][1]}, twice; name each "
+            "feature once"
+        )
+
+
+def _check_disjoint(ssm: Attachment, groups: Groups) -> None:
+    for layer, points in ssm.layers.items():
+        owners: dict[str, NDArray[np.int64]] = {}
+        for name, group in groups.items():
+            if group is not None and layer not in group:
+                continue
+            times = _times(points, range(points.heads) if group is None else group[layer])
+            for other, others in owners.items():
+                if len(both := np.argwhere((times > 0) & (others > 0))):
+                    raise FeatureError(
+                        f"the feature groups {other!r} and {name!r} overlap: both have head {both[0][0]} of layer "
+                        f"{layer}, with state dimension {both[0][1]}; where parts by group are to add up to a whole, "
+                        "a feature is in one group alone"
+                    )
+            owners[name] = times
+
+
+def _times(points: HookPoints, features: Sequence[Any]) -> NDArray[np.int64]:
+    """How often some features name each state dimension of each head, `[h, n]`; a head has all of its own."""
+    times = np.zeros((points.heads, points.state_size), dtype=np.int64)
+    for feature in features:
+        times[feature] += 1
+    return times
+
+
+def _is_feature(feature: Any, points: HookPoints) -> bool:
+    indices = feature if isinstance(feature, tuple) else (feature,)
+    sizes = (points.heads, points.state_size)[: len(indices)]
+    return len(indices) == len(sizes) > 0 and all(
+        isinstance(index, Integral) and not isinstance(index, bool) and 0 <= int(index) < size
+        for index, size in zip(indices, sizes, strict=True)
+    )
+
+
+def _statistic(ssm: Attachment, name: str, given: Mapping[int, Any] | None) -> dict[int, Tensor]:
+    """A number per feature of each layer, in float64."""
+    if given is None:
+        if name == DECAY_NORM:
+            return decay_norms(ssm)
+        raise FeatureError(
+            f"the {name} depends on what the model reads; give statistics=spectrum(ssm, inputs).statistics"
+        )
+    if not given:
+        raise FeatureError(f"the statistic {name!r} has no layers; give layer -> a number per feature")
+    found = {}
+    for layer, numbers in given.items():
+        if layer not in ssm.layers:
+            raise FeatureError(
+                f"the statistic {name!r} is given for layer {layer!r}; the SSM layers of this model are "
+                f"{list(ssm.layers)}"
+            )
+        values, heads = _numbers(numbers), ssm.layers[layer].heads
+        if values is None or values.shape != (heads,):
+            raise FeatureError(
+                f"the statistic {name!r} of layer {layer} must be a number per feature, [{heads}], got "
+                f"{numbers if values is None else list(values.shape)}"
+            )
+        found[layer] = values
+    return found
+
+
+def _numbers(given: Any) -> Tensor | None:
+    """As a tensor in float64 on the CPU; None for what is no numbers."""
+    if isinstance(given, Tensor):
+        return given.detach().double().cpu()
+    try:
+        return torch.from_numpy(np.array(given, dtype=np.float64))
+    except (TypeError, ValueError):
+        return None
+
+
+def unknown_statistic(name: str, known: Iterable[str]) -> str:
+    """What to say of a statistic that is none of those known."""
+    return f"there is no statistic {name!r}: {_nearest(name, known)}there are {', '.join(known)}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=2, cutoff=0.4)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+
+
+def _every_group(statistic: str) -> list[FeatureGroup]:
+    shares = [("middle", "third"), *product(("top", "bottom"), PARTS)]
+    return [FeatureGroup(cast(Any, side), part, other, statistic) for side, part in shares for other in (False, True)]

@@ -16,7 +16,7 @@ from pydantic import (
     ValidationError,
 )
 
-from ssm_interp.flow.study_held import Group, Held
+from ssm_interp.flow.study_held import OWN_GROUPS, Group, Held, Sets
 from ssm_interp.flow.windows import Align, FlowError
 from ssm_interp.prompts import check_role
 from ssm_interp.prompts.facts_file import EMBEDDED, check_columns
@@ -105,6 +105,7 @@ class Study(BaseModel):
         None, min_length=1, description="Layers per window, each size in turn; none: three in eight of the layers."
     )
     align: Align = Field("left", description="left: never truncated. centre: truncated at both ends.")
+    groups: Sets = Field({}, description=OWN_GROUPS)
     features: tuple[Group, ...] = Field(("all",), min_length=1, description="Feature groups, a knockout each.")
     through: tuple[Stream, ...] | None = Field(
         None, min_length=1, description="Streams in which edges are removed; none: ssm where the model has it."

@@ -1,30 +1,77 @@
-"""Edits that a study holds on: in the clean run and under every knockout alike."""
+"""Feature groups of a study, and edits that it holds on: in the clean run and under every knockout alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ssm_interp import hooks
-from ssm_interp.features import FeatureGroup, feature_groups
-from ssm_interp.features.groups import ALL
+from ssm_interp.features import STATISTICS, FeatureError, FeatureGroup, feature_groups, spectrum
+from ssm_interp.features.groups import ALL, DECAY_NORM
+from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import Attachment, Intervention
+from ssm_interp.prompts import TokenizedPrompt, pad
 
 
-def _group(value: str) -> str:
-    if value != ALL:
+def _group(value: str, info: Any) -> str:
+    own = info.data.get("groups")  # absent where they are wrong themselves
+    if value == ALL or own is None or value in own:
+        return value
+    try:
         FeatureGroup.named(value)
+    except FeatureError as error:
+        raise ValueError(f"{error}, or one of its own groups: {', '.join(own)}" if own else str(error)) from None
     return value
 
 
+def _from_text(value: Any) -> Any:
+    """TOML and JSON have text as keys alone, and no tuples."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        int(layer) if isinstance(layer, str) and layer.isdecimal() else layer: [
+            tuple(one) if isinstance(one, list) else one for one in features
+        ]
+        if isinstance(features, list | tuple)
+        else features
+        for layer, features in value.items()
+    }
+
+
+def _sets(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if name == ALL or _is_share(name):
+            raise ValueError(f"{name!r} is the name of a group by rank; give yours another name")
+    return value
+
+
+def _is_share(name: str) -> bool:
+    try:
+        return bool(FeatureGroup.named(name))
+    except FeatureError:
+        return False
+
+
+Some = Field(min_length=1)
+Heads = Annotated[list[int], Some]
+Pairs = Annotated[list[tuple[int, int]], Some]
+Set = Annotated[dict[int, Heads | Pairs], BeforeValidator(_from_text), Some]
+Sets = Annotated[dict[str, Set], AfterValidator(_sets)]
 Group = Annotated[str, AfterValidator(_group)]
+"""The name of a group by rank, or of one of the sets in the field `groups`, which stands before it."""
+
+Statistics = Mapping[str, Mapping[int, Any]]
+OWN_GROUPS = (
+    "Feature groups of your own: name -> layer -> heads (in Mamba-1 channels), or [head, state dimension] pairs."
+)
 
 
 class _Held(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    groups: Sets = Field(default={}, description=OWN_GROUPS)
     features: Group = Field(default=ALL, description="The feature group that it acts on.")
     layers: list[int] | None = Field(default=None, min_length=1, description="Where; absent: in every SSM layer.")
 
@@ -46,21 +93,39 @@ class SetDelta(_Held):
 Held = Annotated[ScaleFeatures | SetDelta, Field(discriminator="kind")]
 
 
-def held_on(held: Sequence[ScaleFeatures | SetDelta], ssm: Attachment) -> list[Intervention]:
+def measured(ssm: Attachment, asked: Sequence[TokenizedPrompt], names: Iterable[str]) -> Statistics:
+    """The statistics that groups of these names rank features by, on all prompts that a study asks.
+
+    They are of the model as it is, without the edits that are held on, and fixed by its weights and the prompts.
+    """
+    ranked = {FeatureGroup.named(name).statistic for name in names if _is_share(name)}
+    wanted = [one for one in STATISTICS if one in ranked and one != DECAY_NORM]
+    if not wanted or not ssm.layers:
+        return {}
+    return spectrum(ssm, pad(asked).to(device_of(ssm.model)), statistics=wanted).statistics
+
+
+def held_on(held: Sequence[ScaleFeatures | SetDelta], ssm: Attachment, statistics: Statistics) -> list[Intervention]:
     """The interventions on a model: one each, or one per layer where features are chosen.
+
+    Args:
+        statistics: as `measured` gives them.
 
     Raises:
         FeatureError: a group that a layer of this model has no features of.
         InterventionError: a layer that the model does not have.
     """
-    return [one for edit in held for one in _interventions(edit, ssm)]
+    return [one for edit in held for one in _interventions(edit, ssm, statistics)]
 
 
-def _interventions(edit: ScaleFeatures | SetDelta, ssm: Attachment) -> list[Intervention]:
+def _interventions(edit: ScaleFeatures | SetDelta, ssm: Attachment, statistics: Statistics) -> list[Intervention]:
     number = edit.model_dump(include={"factor", "value"})
     kind: Any = getattr(hooks, edit.kind)
-    features = feature_groups(ssm, [edit.features])[edit.features]
+    features = feature_groups(ssm, [edit.features], statistics=statistics, sets=edit.groups)[edit.features]
     if features is None:
         return [kind(**number, layers=edit.layers)]
     layers = edit.layers if edit.layers is not None else list(features)
+    for layer in layers:
+        if layer in ssm.layers and layer not in features:
+            raise FeatureError(f"{edit.kind}: the feature group {edit.features!r} names no features for layer {layer}")
     return [kind(**number, layers=layer, features=features.get(layer)) for layer in layers]

@@ -18,13 +18,13 @@ import torch
 import transformers
 from accelerate.utils import align_module_device
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ssm_interp
 from ssm_interp.features import feature_groups
 from ssm_interp.flow.result import FlowResult
 from ssm_interp.flow.study import Study, StudyError
-from ssm_interp.flow.study_held import held_on
+from ssm_interp.flow.study_held import held_on, measured
 from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_store import Store, digest
 from ssm_interp.flow.sweep import FeatureGroups, Progress, device_of, sweep
@@ -67,18 +67,15 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
         >>> study = Study(model="tiny-mamba2", sources=["subject"], windows=[3])          # doctest: +SKIP
         >>> run_study(study, "studies").plot().savefig("flow.png")                         # doctest: +SKIP
     """
-    facts = _Facts(study)
+    facts = StudyFacts(study)
     with ranks() as peers:
-        model, tokenizer = load(
-            study.model,
-            dtype=getattr(torch, study.dtype),
-            device=_device(study, peers),
-            device_map=study.device_map,
-            revision=study.revision,
-        )
+        model, tokenizer = load_for(study, peers)
         with attach(model) as ssm:
             asked = facts.askable(tokenizer, say=peers.index == 0)
-            job = _Job(study, ssm, tokenizer, asked, feature_groups(ssm, study.features))
+            names = {*study.features, *(edit.features for edit in study.held)}
+            statistics = measured(ssm, [tokenize(prompt, tokenizer) for prompt in asked], names)
+            groups = feature_groups(ssm, study.features, statistics=statistics, sets=study.groups)
+            job = _Job(study, ssm, tokenizer, asked, groups)
             job.check()
             identity = {
                 "model": study.model,
@@ -86,15 +83,32 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
                 "options": study.options(),
                 "weights": weights_hash(model),
                 "prompts": digest([asdict(prompt) for prompt in asked]),
+                "features": digest(groups),
             }
             store = Store(study_folder(folder, study.model), identity, len(job.shards), peers)
             versions = _versions()
             memory = default_memory(device_of(model))
-            with ssm.edit(*held_on(study.held, ssm)), store.opened(versions, memory):
+            with ssm.edit(*held_on(study.held, ssm, statistics)), store.opened(versions, memory):
                 _tell_changed_versions(store, versions)
                 with _noted(store):
                     job.run(store, versions, progress)
                 return store.collect()
+
+
+def load_for(study: Study, peers: Ranks) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a study, where it says, and its tokenizer.
+
+    Raises:
+        StudyError: there is no such device.
+        LoadError: as `load`.
+    """
+    return load(
+        study.model,
+        dtype=getattr(torch, study.dtype),
+        device=_device(study, peers),
+        device_map=study.device_map,
+        revision=study.revision,
+    )
 
 
 def study_folder(folder: str | Path, model: str) -> Path:
@@ -152,8 +166,12 @@ def _device(study: Study, peers: Ranks) -> torch.device:
     return device
 
 
-class _Facts:
-    """The prompts of a study, and the rows left out."""
+class StudyFacts:
+    """The prompts of a study, and the rows left out.
+
+    Raises:
+        PromptError, FlowError: as `run_study`.
+    """
 
     def __init__(self, study: Study) -> None:
         self.study = study

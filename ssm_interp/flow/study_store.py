@@ -41,7 +41,8 @@ class Store:
 
     Attributes:
         folder: where it is.
-        identity: what the study is: `model`, `commit`, `options`, and the sha256 of `weights` and of `prompts`.
+        identity: what the study is: `model`, `commit`, `options`, and the sha256 of `weights`, of `prompts` and of the
+            `features` in its groups.
         names: of its shards.
         ranks: the processes that write it.
         manifest: the content of manifest.json; under `shards` a record of each finished one: `sha256`, `rows`, `asked`,
@@ -175,7 +176,12 @@ class Store:
             if before.get(name) != now.get(name)
         ]
         if not different:
-            names = {"commit": "the model's commit", "weights": "the model's weights", "prompts": "the prompts"}
+            names = {
+                "commit": "the model's commit",
+                "weights": "the model's weights",
+                "prompts": "the prompts",
+                "features": "the features in the groups, as measured",
+            }
             different = [
                 f"{words} (stored: {stored.get(name)!r}, now: {self.identity[name]!r})"
                 for name, words in names.items()

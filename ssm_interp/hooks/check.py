@@ -31,8 +31,8 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
 
     Checked are: logits attached and idle (bit-identical), and with every hook point exposed, against the native ones;
     M x against the operator's y, and y with D-skip and gate against what the host goes on with (through the logits);
-    that every hook point of every layer fires; that a knockout in all layers, in the SSM and in the attention, changes
-    the target and nothing before it; that detaching restores the logits.
+    that every hook point of every layer fires; that a knockout in all layers, in the SSM, in the convolution before it
+    and in the attention, changes the target and nothing before it; that detaching restores the logits.
 
     Args:
         model: as `attach` takes it, not attached.
@@ -92,10 +92,10 @@ def _hook_points(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
 
 
 def _knockout(ssm: Attachment, ids: Tensor, native: Tensor, stream: str) -> Iterator[Row]:
-    with ssm.edit(Knockout(sources=[0, 1], targets=-1, through=stream)):
+    with ssm.edit(Knockout(sources=[-3, -2], targets=-1, through=stream)):
         edited = ssm.model(input_ids=ids).logits
     moved = _relative(edited[:, -1], native[:, -1])
-    name = {"ssm": "SSM", "attention": "attention"}[stream]
+    name = {"ssm": "SSM", "conv": "convolution", "attention": "attention"}[stream]
     yield Row(f"a knockout in the {name} changes its target", moved, moved > 0, "relative change of its logits")
     before = _relative(edited[:, :-1], native[:, :-1])
     yield Row("and nothing before it", before, before <= TOLERANCE, "relative change of the logits before")

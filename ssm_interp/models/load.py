@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = ("tiny-mamba1", "tiny-mamba2", "tiny-llama")
+EMBEDDED = ("tiny-mamba1", "tiny-mamba2", "tiny-llama")  # they know the embedded facts
+INDUCTION = ("tiny-induction-mamba1", "tiny-induction-mamba2")
 
 
 class LoadError(ValueError):
@@ -30,8 +31,8 @@ def load(
     """Load a model in eval mode, and its tokenizer.
 
     Args:
-        name: an embedded model (`tiny-mamba1`, `tiny-mamba2`, `tiny-llama`), a local folder in transformers' layout,
-            or a hub id.
+        name: an embedded model (`tiny-mamba1`, `tiny-mamba2`, `tiny-llama`; for `prompts.induction_prompts`
+            `tiny-induction-mamba1`, `tiny-induction-mamba2`), a local folder in transformers' layout, or a hub id.
         dtype: of the parameters; the embedded models are stored in float16 and computed in this.
         device: where the model goes.
         device_map: how to spread a model larger than a device over all of them (and the host's memory, and the disk)
@@ -75,18 +76,19 @@ def load_tokenizer(name: str | Path, *, revision: str = "main") -> PreTrainedTok
 @contextmanager
 def _place(name: str | Path) -> Iterator[tuple[str, bool]]:
     """Where a model is, and whether that is a local folder; errors inside become LoadErrors."""
-    embedded = str(name) in EMBEDDED
+    shipped = (*EMBEDDED, *INDUCTION)
+    embedded = str(name) in shipped
     place = str(files("ssm_interp.models") / "data" / str(name)) if embedded else str(name)
     local = Path(place).is_dir()
     if not local and (str(name).startswith((".", "/", "~")) or Path(place).exists()):
         raise LoadError(f"{str(name)!r} is not a folder that holds a model")
-    if not (embedded or local) and (near := get_close_matches(str(name), EMBEDDED, n=1, cutoff=0.8)):
+    if not (embedded or local) and (near := get_close_matches(str(name), shipped, n=1, cutoff=0.8)):
         raise LoadError(f"there is no model {str(name)!r}; did you mean the embedded {near[0]!r}?")
     try:
         yield place, local
     except Exception as error:  # whatever a damaged file makes transformers, safetensors or tokenizers raise
         reason = " ".join(str(error).split())[:300]
         raise LoadError(
-            f"cannot load {str(name)!r}: it is none of the embedded models ({', '.join(EMBEDDED)}), and as a "
+            f"cannot load {str(name)!r}: it is none of the embedded models ({', '.join(shipped)}), and as a "
             f"{'local folder' if local else 'hub id'} it gives: {reason}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from ssm_interp.plots.style import (
     FAINT,
     INK,
     Style,
+    group_styles,
     model_styles,
     picture,
     plain,
@@ -27,6 +29,7 @@ from ssm_interp.plots.style import (
 )
 
 FLOW_KEYS = ("model", "feature_group", "window", "target")
+LANE = 36  # characters that fit beside a panel
 
 
 def flow_figure(
@@ -60,16 +63,53 @@ def flow_figure(
     if ax is not None:
         _one_panel(layout, ax, chosen, styles, x_labels or {})
         return ax.figure.figure
+    figure = _drawn(rows, layout, chosen, "source", styles, x_labels or {})
+    _legend(figure, list(map(readable, styles)), styles.values(), legend_title("Source knocked out", chosen, rows))
+    return figure
+
+
+def features_figure(
+    summary: pd.DataFrame, *, x_labels: Mapping[str, str] | None = None, statistic: StatisticName = "mean"
+) -> Figure:
+    """Feature groups in the same axes: what knocking each of them out does to the answer, over the layer windows.
+
+    A panel per model; whatever else varies, source, window size and target, goes down.
+
+    Args:
+        summary, x_labels, statistic: as in `flow_figure`.
+
+    Raises:
+        ValueError: no rows, missing columns, an unknown statistic; more groups than can be told apart (9).
+
+    Example:
+        >>> features_figure(result.summary()).savefig("features.png", dpi=200)             # doctest: +SKIP
+    """
+    rows, chosen = drawable(summary, statistic)
+    styles = group_styles(rows["feature_group"].unique())
+    layout = arrange(rows, ("model", "source", "window", "target"))
+    figure = _drawn(rows, layout, chosen, "feature_group", styles, x_labels or {})
+    _legend(figure, list(styles), styles.values(), legend_title("Features knocked out", chosen, rows))
+    return figure
+
+
+def _drawn(
+    rows: pd.DataFrame,
+    layout: Layout,
+    chosen: Statistic,
+    key: str,
+    styles: Mapping[str, Style],
+    x_labels: Mapping[str, str],
+) -> Figure:
+    """Panels over the layers, a line per value of `key` in each."""
     height, width = layout.shape
     figure = picture(1.1 + 3.9 * width, 1.1 + 2.8 * height)
     layers: Literal["all", "none", "col"] = "all" if layout.across != "model" else "none" if layout.wrapped else "col"
     grid = figure.subplots(height, width, sharex=layers, sharey="all" if layout.wrapped else "row", squeeze=False)
-    _fill(grid, layout, chosen, styles, x_labels or {})
+    _fill(grid, layout, chosen, key, styles, x_labels)
     figure.supylabel(chosen.label, fontsize=9, color=INK)
     if layout.across != "model":
         name = short(str(rows["model"].iloc[0]), 60)
         figure.suptitle(f"{name}   ({header(rows)})", fontsize=10, color=INK, parse_math=False)
-    _legend(figure, list(map(readable, styles)), styles.values(), legend_title("Source knocked out", chosen, rows))
     return figure
 
 
@@ -91,14 +131,14 @@ def _one_panel(
 
 
 def _fill(
-    grid: Any, layout: Layout, chosen: Statistic, styles: Mapping[str, Style], x_labels: Mapping[str, str]
+    grid: Any, layout: Layout, chosen: Statistic, key: str, styles: Mapping[str, Style], x_labels: Mapping[str, str]
 ) -> None:
     for axes in grid.flat:
         axes.set_visible(False)
     for panel in layout.panels:
         axes = grid[panel.row, panel.column]
         axes.set_visible(True)
-        _lines(axes, panel.rows, "source", "layer", styles, chosen)
+        _lines(axes, panel.rows, key, "layer", styles, chosen)
         _layer_axis(axes)
         _titles(axes, panel, layout)
         if layout.lowest(panel):
@@ -112,7 +152,8 @@ def _titles(axes: Axes, panel: Panel, layout: Layout) -> None:
         count = f"   ({header(panel.rows)})" if layout.across == "model" else ""
         axes.set_title(f"{panel.across}{count}", fontsize=9.5, color=INK, parse_math=False)
     if panel.column == 0:
-        axes.set_ylabel("\n".join(panel.lane), fontsize=9, color=INK, parse_math=False)
+        words = "\n".join(fill(line, LANE) for line in panel.lane)
+        axes.set_ylabel(words, fontsize=9, color=INK, parse_math=False)
 
 
 def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -> Figure:

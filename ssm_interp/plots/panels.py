@@ -75,7 +75,12 @@ class Panel:
     def lane(self) -> tuple[str, ...]:
         """Words for its row of the grid: what is knocked out for which target, and what varies down."""
         said = any(ARROW in words for words in (self.across, *self.down))
-        return self.down if said else (_words("target", self.rows["target"].iloc[0]), *self.down)
+        words = self.down if said else (_words("target", self.rows["target"].iloc[0]), *self.down)
+        source = readable(self.rows["source"].iloc[0])
+        if self.across == f"source: {source}" or self.rows["feature_group"].nunique() == 1:
+            return words
+        edges = (word for word in words if word != f"source: {source}")  # lines are feature groups, of one source
+        return tuple(word.replace(f"source {ARROW}", f"{source} {ARROW}") for word in edges)
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def _words(key: str, value: Any) -> str:
         return f"source {ARROW} {readable(value)}"
     if key == "source":
         return f"source: {readable(value)}"
-    return short(str(value), 32) if key == "model" else f"features: {short(str(value), 24)}"
+    return short(str(value), 32) if key == "model" else f"features: {short(str(value), 48)}"
 
 
 def header(rows: pd.DataFrame) -> str:

@@ -40,6 +40,9 @@ STYLES: Mapping[str, Style] = {
 }
 
 
+MOST_GROUPS = len(STYLES)
+
+
 def source_styles(sources: Iterable[str]) -> dict[str, Style]:
     """A style per source: a role's own; token positions run through a colour ramp in their order."""
     sources = list(sources)
@@ -62,6 +65,21 @@ def model_styles(models: Iterable[str]) -> dict[str, Style]:
     if len(models) > len(styles):
         raise ValueError(f"{len(models)} models cannot be told apart in one picture; draw at most {len(styles)}")
     return dict(zip(models, styles, strict=False))
+
+
+def group_styles(groups: Iterable[str]) -> dict[str, Style]:
+    """A style per feature group, in their order; that of all features is the role's of all tokens, black.
+
+    Raises:
+        ValueError: more groups than there are styles.
+    """
+    groups = list(groups)
+    spare = iter([style for name, style in STYLES.items() if name != "all"])
+    if len(groups) > MOST_GROUPS:
+        raise ValueError(
+            f"{len(groups)} feature groups cannot be told apart in one picture; draw at most {MOST_GROUPS}"
+        )
+    return {group: STYLES["all"] if group == "all" else next(spare, STYLES["all"]) for group in groups}
 
 
 class Picture(Figure):

@@ -2,10 +2,12 @@
 
 from ssm_interp.prompts.counterfact import hub_row, original_idx
 from ssm_interp.prompts.facts_file import load_prompts, save_prompts
+from ssm_interp.prompts.induction import INDUCTION_SYMBOLS, induction_prompts, induction_roles
 from ssm_interp.prompts.prompt import Fact, Prompt, PromptError, with_ids
 from ssm_interp.prompts.roles import ROLES, Batch, Encoding, TokenizedPrompt, check_role, encode, pad, tokenize
 
 __all__ = [
+    "INDUCTION_SYMBOLS",
     "ROLES",
     "Batch",
     "Encoding",
@@ -16,6 +18,8 @@ __all__ = [
     "check_role",
     "encode",
     "hub_row",
+    "induction_prompts",
+    "induction_roles",
     "load_prompts",
     "original_idx",
     "pad",

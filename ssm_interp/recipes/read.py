@@ -38,10 +38,11 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "metrics": Metrics,
     "flow": Lines,
     "depth": Lines,
+    "features": Lines,
     "heatmap": HeatMap,
 }
 """By name; operations and plots by their kind."""
-KINDS = {"operation": ("Knockout", "ScaleFeatures", "SetDelta"), "plot": ("flow", "depth", "heatmap")}
+KINDS = {"operation": ("Knockout", "ScaleFeatures", "SetDelta"), "plot": ("flow", "depth", "features", "heatmap")}
 
 EXPECTED = {
     "string_type": "text in quotes",
@@ -156,7 +157,8 @@ def _explained(error: ValidationError, data: dict[str, Any], source: _Text) -> R
 def _in_data(location: tuple[int | str, ...], data: Any) -> Key:
     """What of pydantic's location is in the recipe: not the names of the types that were tried."""
     key: Key = ()
-    for part in location:
+    for place in location:
+        part = str(place) if isinstance(data, dict) else place  # layers, which TOML has as text
         known = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
         if part in known:
             data, key = data[part], (*key, part)

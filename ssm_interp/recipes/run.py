@@ -93,6 +93,9 @@ class Findings:
         plot, statistic = self.recipe.plot, self.recipe.metrics.statistic
         if plot.kind == "flow":
             return {"flow": plots.flow_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)}
+        if plot.kind == "features":
+            figure = plots.features_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)
+            return {"features": figure}
         if plot.kind == "depth":
             return {"depth": plots.depth_figure(self.summary(), statistic=statistic)}
         labels = dict.fromkeys(label for label, _ in self.maps)

@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, mod
 
 from ssm_interp.flow import Align, Study
 from ssm_interp.flow.study import Columns, Dtype, Source, Stream, Target
-from ssm_interp.flow.study_held import Group, ScaleFeatures, SetDelta
+from ssm_interp.flow.study_held import OWN_GROUPS, Group, ScaleFeatures, SetDelta, Sets
 from ssm_interp.flow.summary import Interval
-from ssm_interp.plots import StatisticName
+from ssm_interp.plots import MOST_GROUPS, StatisticName
 from ssm_interp.recipes.lines import Key
 
 Format = Literal["png", "svg", "html"]
 Name = Annotated[str, Field(min_length=1)]
+KINDS = "flow, depth, features or heatmap."
 WINDOWS = "Layers per window, each size in turn; absent: three in eight of the model's layers."
 
 
@@ -76,6 +77,7 @@ class Knockout(Section):
         description="Roles, or positions, no longer read. A heat map takes every token in turn.",
     )
     targets: list[Target] = Field(min_length=1, description="Roles that no longer read them.")
+    groups: Sets = Field(default={}, description=OWN_GROUPS)
     features: list[Group] = Field(default=["all"], min_length=1, description="Feature groups, a knockout each.")
     through: list[Stream] | None = Field(
         default=None,
@@ -105,16 +107,17 @@ class Metrics(Section):
 
 
 class Lines(Section):
-    """`[plot]` of lines over the layers (flow), or over depth in %, several models in the same axes (depth)."""
+    """`[plot]` of lines: over the layers, one per source (flow) or per feature group (features); or over depth in %,
+    one per model (depth)."""
 
-    kind: Literal["flow", "depth"] = Field(description="flow, depth or heatmap.")
+    kind: Literal["flow", "depth", "features"] = Field(description=KINDS)
     formats: list[Format] = Field(default=["png", "svg", "html"], min_length=1, description="What is written.")
 
 
 class HeatMap(Section):
     """`[plot]` of single prompts: a row per source token, a column per window."""
 
-    kind: Literal["heatmap"] = Field(description="flow, depth or heatmap.")
+    kind: Literal["heatmap"] = Field(description=KINDS)
     prompts: list[Name] = Field(min_length=1, description="Ids of the prompts.")
     colour_limit: float | None = Field(
         default=None, gt=0, description="The change of probability at which colours end; absent: the largest there is."
@@ -169,6 +172,10 @@ class Recipe(Section):
         if isinstance(self.plot, HeatMap):
             self._check_heat_map(self.plot)
         else:
+            groups = dict.fromkeys(group for knockout in self.knockouts.values() for group in knockout.features)
+            if self.plot.kind == "features" and len(groups) > MOST_GROUPS:
+                message = f"lines of {len(groups)} feature groups cannot be told apart; draw at most {MOST_GROUPS}"
+                raise ContradictionError(("plot", "kind"), message)
             for place, knockout in self.knockouts.items():
                 if knockout.sources is None:
                     message = 'it needs sources: roles such as "subject", or positions, no longer read'
@@ -219,6 +226,7 @@ class Recipe(Section):
             "targets": knockout.targets,
             "windows": self.sweep.windows,
             "align": self.sweep.align,
+            "groups": knockout.groups,
             "features": knockout.features,
             "through": knockout.through,
             "held": [one for one in self.operation if not isinstance(one, Knockout)],

@@ -1,39 +1,32 @@
-"""The matrix M of `y = M x`: all of it, chosen rows, or a reduction over heads. All in fp32 at least.
-
-M is put together from blocks of positions. A block keeps three things: its reads, each decayed from the start of the
-block to its own position; its writes, each decayed to the end of the block; and its total decay. One product of the
-reads of a later block with the writes of an earlier one gives the square between them, and two neighbours make one
-block of twice the length. Every factor is exp of a single `dt A` <= 0, or a product of such: nothing overflows, and no
-difference of sums loses digits. For Mamba-2 the blocks carry the scalar decays alone and `C B^T`, computed once per
-group, multiplies them.
-"""
+"""The matrix M of `y = M x`: all of it, chosen rows, or a reduction over heads. All in fp32 at least."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from operator import index
-from typing import Literal, NamedTuple, SupportsIndex
+from typing import Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ssm_interp.scan.blocks import SLAB_BYTES, block_rows, checked_block, square
+from ssm_interp.scan.edges import edge_products
 from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
-
-SLAB_BYTES = 2**24  # temporary memory of one slab of heads, about
 
 Reduction = Literal["mean", "mean_abs", "norm"]
 
 
 @in_full_precision
-def attention(terms: Terms, *, block: int = 32) -> Float[Tensor, "b h t s"]:
+def attention(terms: Terms, *, block: int = 32, fold_dt: bool = True) -> Float[Tensor, "b h t s"]:
     """The whole matrix `M[t,s] = C_t prod_{r=s+1..t} exp(dt_r A) dt_s B_s`, zero for s > t; dt is folded in.
 
     Args:
         terms: the operands; x is not looked at.
         block: positions per block, a power of two.
+        fold_dt: without it dt_s is left out (not divided by): the attention-like form, whose values are dt_s x_s.
 
     Returns:
         `[b, h, t, s]` in fp32 at least (bf16 and fp16 terms are cast up), such that `y = M x`.
@@ -48,9 +41,9 @@ def attention(terms: Terms, *, block: int = 32) -> Float[Tensor, "b h t s"]:
     Example:
         >>> torch.einsum("bhts,bshp->bthp", attention(terms), terms.x)      # is scan(terms)[0]
     """
-    slabs = _slabs(terms, _checked(block))
+    slabs = _slabs(terms, checked_block(block), fold_dt)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (terms.dt, terms.A, terms.B, terms.C)):
-        return torch.cat([_square(list(rows)) for _, rows in slabs], dim=1)
+        return torch.cat([square(list(rows)) for _, rows in slabs], dim=1)
     length = terms.length
     matrix = terms.x.new_zeros(terms.batch, terms.heads, length, length)
     for heads, rows in slabs:
@@ -84,23 +77,29 @@ def reduced_attention(terms: Terms, reduction: Reduction, *, block: int = 32) ->
     measures = {"mean": torch.positive, "mean_abs": torch.abs, "norm": torch.square}
     if reduction not in measures:
         raise TermsError(f"reduction must be one of {list(measures)}, got {reduction!r}")
+    if reduction == "mean" and not terms.scalar_decay:
+        ones = terms.x.new_ones(*terms.dt.shape, 1)
+        return edge_products(terms.with_x(ones), ones, block=block) / terms.heads
     sums: list[Tensor] = []
-    for _, rows in _slabs(terms, _checked(block)):
+    for _, rows in _slabs(terms, checked_block(block)):
         parts = [measures[reduction](row).sum(1, keepdim=True) for row in rows]  # b 1 q s
         sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
-    total = _square(sums)[:, 0]
+    total = square(sums)[:, 0]
     if reduction != "norm":
         return total / terms.heads
     return torch.where(total > 0, torch.where(total > 0, total, 1).sqrt(), 0)  # a gradient of 0, not NaN, at 0
 
 
 @in_full_precision
-def attention_rows(terms: Terms, positions: Sequence[SupportsIndex]) -> Float[Tensor, "b h r s"]:
+def attention_rows(
+    terms: Terms, positions: Sequence[SupportsIndex], *, fold_dt: bool = True
+) -> Float[Tensor, "b h r s"]:
     """Chosen rows of the matrix, `attention(terms)[:, :, positions]`: what these targets read, from every source.
 
     Args:
         terms: the operands; x is not looked at.
         positions: target positions in any order; negative ones count from the end.
+        fold_dt: as of `attention`.
 
     Returns:
         `[b, h, r, s]` in fp32 at least, rows in the order asked for.
@@ -122,7 +121,8 @@ def attention_rows(terms: Terms, positions: Sequence[SupportsIndex]) -> Float[Te
     while chunk := list(islice(columns, 64)):  # put together as they come: small pieces would fragment the memory
         chunks.append(torch.stack(chunk[::-1], dim=-1))
     rows = torch.cat(chunks[::-1], dim=-1)  # b h r s
-    rows = rows * terms.dt[:, : targets[0] + 1].transpose(1, 2)[:, :, None]
+    if fold_dt:
+        rows = rows * terms.dt[:, : targets[0] + 1].transpose(1, 2)[:, :, None]
     order = [targets.index(target) for target in wanted]
     return pad(rows, (0, terms.length - rows.shape[-1]))[:, :, order]
 
@@ -140,53 +140,9 @@ def _columns(terms: Terms, targets: list[int]) -> Iterator[Float[Tensor, "b h r"
         g = g * (terms.dt[:, s, :, None] * terms.A).exp().reshape(b, 1, *by_group, -1)
 
 
-class _Blocks(NamedTuple):
-    """k neighbouring blocks of q positions."""
-
-    reads: Float[Tensor, "b h k q n"]  # C_t, decayed from the start of its block to t
-    writes: Float[Tensor, "b h k q n"]  # dt_s B_s, decayed from s to the end of its block
-    decay: Float[Tensor, "b h k 1 n"]  # of the whole block
-    matrix: Float[Tensor, "b h k q q"]  # M within the block
-
-    def paired(self) -> _Blocks:
-        """The same positions in half as many blocks, each of two neighbours."""
-        reads, later_reads = self.reads[:, :, 0::2], self.reads[:, :, 1::2]
-        writes, later_writes = self.writes[:, :, 0::2], self.writes[:, :, 1::2]
-        decay, later_decay = self.decay[:, :, 0::2], self.decay[:, :, 1::2]
-        matrix, later_matrix = self.matrix[:, :, 0::2], self.matrix[:, :, 1::2]
-        between = later_reads @ writes.mT
-        return _Blocks(
-            torch.cat([reads, later_reads * decay], dim=-2),
-            torch.cat([writes * later_decay, later_writes], dim=-2),
-            decay * later_decay,
-            torch.cat([pad(matrix, (0, matrix.shape[-1])), torch.cat([between, later_matrix], dim=-1)], dim=-2),
-        )
-
-
-def _rows(
-    log_decay: Float[Tensor, "b h t n"],
-    reads: Float[Tensor, "b #h t n"],  # noqa: UP037 - jaxtyping, no comment
-    writes: Float[Tensor, "b h t n"],
-    block: int,
-) -> Iterator[Float[Tensor, "b h q s"]]:
-    """`M[t,s] = sum_n reads_t[n] exp(sum_{r=s+1..t} log_decay_r[n]) writes_s[n]`: block rows, up to their diagonal."""
-    length = log_decay.shape[2]
-    block = min(block, 1 << (length - 1).bit_length())
-    padding = (0, 0, 0, 0, 0, -length % block)
-    log_decay, reads, writes = (pad(part[..., None, :], padding) for part in (log_decay, reads, writes))
-    decay = log_decay.exp()  # b h k 1 n: at first each position is a block
-    blocks = _Blocks(reads * decay, writes, decay, (reads * writes).sum(-1, keepdim=True))
-    while blocks.matrix.shape[-1] < block:
-        blocks = blocks.paired()
-    earlier = writes[:, :, 0, :0]  # b h s n: the writes of all earlier blocks, decayed to the start of this one
-    for reads, writes, decay, matrix in zip(*(part.unbind(2) for part in blocks), strict=True):
-        stop = min(earlier.shape[2] + block, length)
-        row = torch.cat([reads @ earlier.mT, matrix], dim=-1)
-        yield row[:, :, : stop - earlier.shape[2], :stop]
-        earlier = torch.cat([earlier * decay, writes], dim=2)
-
-
-def _slabs(terms: Terms, block: int) -> Iterator[tuple[slice, Iterator[Float[Tensor, "b h q s"]]]]:
+def _slabs(
+    terms: Terms, block: int, fold_dt: bool = True
+) -> Iterator[tuple[slice, Iterator[Float[Tensor, "b h q s"]]]]:
     """The heads in slabs that share a group, and the block rows of each slab."""
     length, n = terms.length, terms.A.shape[1]
     one_head = terms.x.element_size() * terms.batch * length * (4 * block + 8 * n)
@@ -199,10 +155,11 @@ def _slabs(terms: Terms, block: int) -> Iterator[tuple[slice, Iterator[Float[Ten
             heads = slice(start, min(start + size, (group + 1) * per_group))
             dt = terms.dt[:, :, heads].transpose(1, 2)[..., None]  # b h t 1
             log_decay = dt * terms.A[heads, None]  # b h t n
+            steps = dt if fold_dt else torch.ones_like(dt)
             if scores is None:
-                yield heads, _rows(log_decay, C, dt * B, block)
+                yield heads, block_rows(log_decay, C, steps * B, block)
             else:
-                yield heads, _scored(_rows(log_decay, torch.ones_like(dt[:, :1]), dt, block), scores)
+                yield heads, _scored(block_rows(log_decay, torch.ones_like(dt[:, :1]), steps, block), scores)
 
 
 def _scored(
@@ -211,18 +168,6 @@ def _scored(
     for row in rows:
         size, stop = row.shape[2:]
         yield row * scores[:, :, stop - size : stop, :stop]
-
-
-def _square(rows: list[Float[Tensor, "b h _ _"]]) -> Float[Tensor, "b h t t"]:
-    """Block rows, each up to its diagonal, as one square matrix."""
-    length = rows[-1].shape[-1]
-    return torch.cat([pad(row, (0, length - row.shape[-1])) for row in rows], dim=2)
-
-
-def _checked(block: int) -> int:
-    if block < 1 or block & (block - 1):
-        raise TermsError(f"block must be a power of two (1, 2, 4, ...), got {block}")
-    return block
 
 
 def _position(terms: Terms, position: SupportsIndex) -> int:

@@ -1,0 +1,153 @@
+"""`ssm-interp edges`: what every single edge of a prompt is worth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import torch
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ssm_interp.cli.app import app, check_folder, console
+from ssm_interp.cli.flow import Columns, columns_of, option
+from ssm_interp.features import (
+    EdgeAttribution,
+    EdgeCheck,
+    FeatureError,
+    check_edges,
+    edge_attribution,
+    log_probability,
+    logit_difference,
+)
+from ssm_interp.features.metrics import Metric
+from ssm_interp.hooks import Attachment, attach
+from ssm_interp.models import load
+from ssm_interp.plots import token_label
+from ssm_interp.prompts import Prompt, PromptError, TokenizedPrompt, load_prompts, tokenize, with_ids
+
+PICTURES, TABLES = (".png", ".svg", ".pdf"), (".parquet", ".csv")
+EDGE = ["row", "layer", "target", "source"]
+ARROW = "\N{LEFTWARDS ARROW}"
+
+
+@app.command()
+def edges(
+    prompt: Annotated[str, typer.Argument(help="Id of a prompt; or a text, with --target.", metavar="ID|TEXT")],
+    model: Annotated[str, typer.Option(help="Embedded name, local folder or hub id.")] = "tiny-mamba2",
+    facts: Annotated[str, option("facts", "--facts", "--prompts")] = "geo",
+    column: Columns = None,
+    target: Annotated[str | None, typer.Option(help="The answer to a text of your own.")] = None,
+    other: Annotated[
+        str | None, typer.Option(help="The wrong answer.", show_default="the most likely other token")
+    ] = None,
+    metric: Annotated[
+        Literal["difference", "logprob"], typer.Option(help="logit(answer) - logit(other), or ln p(answer).")
+    ] = "difference",
+    steps: Annotated[int, typer.Option(help="1: the gradient; more: integrated gradients.", min=1)] = 1,
+    top: Annotated[int, typer.Option(help="How many edges to print.", min=1)] = 10,
+    check: Annotated[
+        int, typer.Option(help="Knock out so many of the strongest edges, and as many random ones.", min=0)
+    ] = 0,
+    out: Annotated[Path, typer.Option(help="Picture (.png, .svg, .pdf); a table goes beside it.")] = Path("edges.png"),
+) -> None:
+    """Attribute a prompt's answer to every single edge, target <- source, of every SSM layer, in one backward pass.
+
+    Prints the strongest edges; writes a picture, and a table with a row per edge (--out X.csv: as CSV). An edge's
+    number predicts how the metric changes if the edge is knocked out; --check N compares it with the truth.
+
+    Example:  [bold]ssm-interp edges capital/France/0 --model tiny-mamba1 --check 20[/bold]
+
+    Example:  [bold]ssm-interp edges "The capital of France is" --target Paris --other Rome --out paris.svg[/bold]
+    """
+    picture, table = _files(out)
+    if other is not None and metric == "logprob":
+        raise FeatureError("--other is for --metric difference; the log-probability has no wrong answer")
+    asked = _prompt(prompt, target, facts, columns_of(column))
+    loaded, tokenizer = load(model)
+    row = tokenize(asked, tokenizer)
+    ids = torch.tensor([row.ids])
+    with attach(loaded) as ssm:
+        number: Metric = log_probability(row.target_id)
+        label = f"ln p({_word(tokenizer, row.target_id)})"
+        if metric == "difference":
+            rival = tokenize(replace(asked, target=other), tokenizer).target_id if other else _runner_up(ssm, row)
+            number = logit_difference(row.target_id, rival)
+            label = f"logit({_word(tokenizer, row.target_id)}) - logit({_word(tokenizer, rival)})"
+        found = edge_attribution(ssm, ids, number, steps=steps)
+        checked = check_edges(ssm, ids, number, found, top=check, random=check) if check else None
+    frame = _with_exact(found.frame(row.tokens), checked)
+    _print(found, row, frame, label, top)
+    if checked is not None:
+        _print_correlation(checked)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    found.plot(row.tokens, title=f"{model}: {label} = {float(found.metric):.3g}").savefig(picture, dpi=200)
+    frame.to_csv(table, index=False) if table.suffix == ".csv" else frame.to_parquet(table, index=False)
+    typer.echo(f"\nwrote {picture} and {table} ({len(frame)} edges)")
+
+
+def _files(out: Path) -> tuple[Path, Path]:
+    """The picture and the table, one of which the user named."""
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; name a picture, such as {out / 'edges.png'}")
+    if out.suffix and out.suffix not in PICTURES + TABLES:
+        raise FeatureError(f"--out {out}: the suffix is one of {', '.join(PICTURES + TABLES)}")
+    check_folder(out.parent)
+    if out.suffix in TABLES:
+        return out.with_suffix(".png"), out
+    return out if out.suffix else out.with_suffix(".png"), out.with_suffix(".parquet")
+
+
+def _prompt(words: str, target: str | None, facts: str, columns: dict[str, str] | None) -> Prompt:
+    """A prompt of the facts by its id; or, with a target, a text as a prompt that is all subject."""
+    if target is not None:
+        return Prompt(words, subject=words, target=target)
+    try:
+        return with_ids(load_prompts(facts, columns=columns), [words])[0]
+    except PromptError as error:
+        error.add_note("For a text of your own, give its answer too: --target Paris")
+        raise
+
+
+@torch.no_grad()
+def _runner_up(ssm: Attachment, row: TokenizedPrompt) -> int:
+    """The most likely token that is not the target's."""
+    logits = ssm.run(torch.tensor([row.ids]), use_cache=False).logits[0, -1]
+    logits[row.target_id] = -torch.inf
+    return int(logits.argmax())
+
+
+def _word(tokenizer: Any, token: int) -> str:
+    return token_label(tokenizer.decode([token]))
+
+
+def _with_exact(frame: pd.DataFrame, checked: EdgeCheck | None) -> pd.DataFrame:
+    return frame if checked is None else frame.merge(checked.frame[[*EDGE, "exact"]], on=EDGE, how="left")
+
+
+def _print(found: EdgeAttribution, row: TokenizedPrompt, frame: pd.DataFrame, label: str, top: int) -> None:
+    typer.echo(f"{label} = {float(found.metric):.4g}; {len(frame)} edges in {len(found.layers)} layers")
+    if found.without is not None:
+        typer.echo(
+            f"without any of them {float(found.without):.4g}; their attributions sum to the difference up to "
+            f"{float(found.gap):.2g}, and the closer, the more --steps"
+        )
+    table = Table("layer", f"target {ARROW} source", "attribution", *(["exact"] if "exact" in frame else []))
+    strongest = frame.reindex(frame["attribution"].abs().sort_values(ascending=False, kind="stable").index)
+    for edge in strongest[:top].to_dict("records"):
+        names = [f"{token_label(row.tokens[edge[name]])} {edge[name]}" for name in ("target", "source")]
+        cells = [str(edge["layer"]), f" {ARROW} ".join(names), f"{edge['attribution']:+.4g}"]
+        if "exact" in edge:
+            cells.append("" if pd.isna(edge["exact"]) else f"{edge['exact']:+.4g}")
+        table.add_row(*map(Text, cells))
+    console().print(table)
+
+
+def _print_correlation(checked: EdgeCheck) -> None:
+    counts = checked.frame["chosen"].value_counts()
+    parts = [f"{checked.correlation():.2f} over {len(checked.frame)} edges"]
+    parts += [f"{checked.correlation(str(chosen)):.2f} over the {count} {chosen}" for chosen, count in counts.items()]
+    typer.echo(f"rank correlation with exact knockouts: {', '.join(parts)}")

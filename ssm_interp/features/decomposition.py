@@ -1,0 +1,264 @@
+"""A mixer's output as a sum over the positions that it reads, features, and the paths that pass the operator by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ssm_interp.features.groups import ALL, FeatureError, Groups, check_groups
+from ssm_interp.features.mixers import MixerRecord, columns, precisely, record_mixers
+from ssm_interp.hooks import Attachment
+from ssm_interp.scan import Terms, attention_rows
+from ssm_interp.scan.unified import unified_rows
+
+By = Literal["source", "input"]
+Put = Callable[[Tensor, Tensor], Tensor]  # [b c h p] and which heads, [h] -> [b c *out]
+
+OTHER = "other"
+PARTS = ("ssm", "skip", "ssm_bias", "skip_bias", "out_bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """The output of one mixer at some targets, as a sum.
+
+    Letters: b batch row, r target, f feature group, c column, m model dimension (before the output projection: h p).
+
+    Attributes:
+        layer: index of the layer in the model.
+        by: "source": what the operator carries from each source s, x_s whole; "input": x_s taken apart further, into
+            the inputs of the convolution at positions s-3 .. s and the convolution's bias.
+        targets: the target positions.
+        groups: names of the feature groups, in the order of f. "other" holds what no group names.
+        parts: name -> `[b r f c *]`, with f and c as follows.
+            "ssm": through the operator; c is the position, of the source or of the convolution's input.
+            "skip": past the operator, D x_t; by source c is 0 alone, by input it is the tap: c positions before t.
+            "ssm_bias", "skip_bias": by input, what the convolution's bias gives through the operator and past it.
+            "out_bias": of the output projection (not before it); belongs to no group, so f is 1.
+        whole: what the host itself computed, `[b r *]`.
+
+    Held fixed, at their values in this forward: dt, B and C (so M), the gate and the scale of a norm behind it, and by
+    input the slope Z of the convolution's SiLU. How these depend on the tokens is not part of the sum. Everything else
+    is linear, so nothing is lost: `rest` is rounding, unless a hook of yours edits y or attn.
+
+    Example:
+        >>> found = decompose(ssm, inputs)[3]                                              # doctest: +SKIP
+        >>> sum(part.sum((2, 3)) for part in found.parts.values()) + found.rest     # is found.whole   # doctest: +SKIP
+    """
+
+    layer: int
+    by: By
+    targets: tuple[int, ...]
+    groups: tuple[str, ...]
+    parts: Mapping[str, Float[Tensor, "b r ..."]]
+    whole: Float[Tensor, "b r ..."]
+
+    @property
+    def rest(self) -> Float[Tensor, "b r ..."]:
+        """What the sum of all parts leaves of the whole."""
+        return self.whole - sum(part.sum((2, 3)) for part in self.parts.values())
+
+    def by_position(self) -> Float[Tensor, "b r f s ..."]:
+        """All that has a position, at its position: what comes through the operator and past it together."""
+        found, skip = self.parts["ssm"].clone(), self.parts["skip"]
+        for row, target in enumerate(self.targets):
+            for lag in range(min(skip.shape[3], target + 1)):
+                found[:, row, :, target - lag] += skip[:, row, :, lag]
+        return found
+
+    def frame(self) -> pd.DataFrame:
+        """A row per batch row, target, part, group and position that can be read, with the length of that vector.
+
+        Columns: row, layer, target, part, feature_group, source (missing where there is none), norm.
+        """
+        axes = tuple(range(4, self.parts["ssm"].ndim))
+        norms = {name: torch.linalg.vector_norm(part, dim=axes) for name, part in self.parts.items()}
+        return tidy(norms, self.layer, self.targets, self.groups).rename(columns={"value": "norm"})
+
+
+def decompose(
+    ssm: Attachment,
+    inputs: Any,
+    *,
+    targets: Any = -1,
+    layers: Any = None,
+    by: By = "source",
+    features: Groups | None = None,
+    project: bool = True,
+) -> dict[int, Decomposition]:
+    """Write the output of each mixer at some targets as a sum; see `Decomposition` for its parts.
+
+    Args:
+        ssm: an attached model.
+        inputs: ids `[b t]` or the mapping of a tokenizer.
+        targets: positions, one or a sequence; negative ones count from the end.
+        layers: SSM layers, one or a sequence; None: all.
+        by: "source" or "input".
+        features: groups, as `feature_groups` gives; no feature in two of them. None: all features together. The skip
+            and the biases of a head go to the group that has all of it, else to "other".
+        project: behind the output projection, in the residual stream's dimensions m; else before it, `[h p]`.
+
+    Returns:
+        Layer -> its decomposition. Sums agree with the host's own output to rounding (`rest`).
+
+    Raises:
+        FeatureError: unknown layers, targets outside the prompt or in padding, groups that do not exist or overlap, an
+            unknown `by`; and as `record_mixers`.
+
+    Cost: one forward, and per layer and target O(L H N) for the row of M and O(L H P m) for the projection (by input
+        O(L H P K) beside); the result has `b r f L m` numbers. A group of (head, state dimension) pairs takes a row
+        of M of its own.
+    Source: linearity of the operator in x; for the convolution see `scan.unified`.
+
+    Example:
+        >>> last = decompose(ssm, tokenizer("The capital of France is", return_tensors="pt"))[3]   # doctest: +SKIP
+        >>> last.parts["ssm"][0, 0, 0].norm(dim=-1)          # how much each source writes          # doctest: +SKIP
+    """
+    check_by(by)
+    check_groups(ssm, features or {}, disjoint=True)
+    records = record_mixers(ssm, inputs, layers=layers)
+    x = next(iter(records.values())).terms.x
+    found = columns(targets, x.shape[1], inputs)
+    with precisely(x.device):
+        return {layer: _decomposed(record, found, by, features, project) for layer, record in records.items()}
+
+
+def _decomposed(record: MixerRecord, found: list[int], by: By, features: Groups | None, project: bool) -> Decomposition:
+    groups = groups_of(record, features)
+
+    def onto_stream(piece: Tensor, heads: Tensor) -> Tensor:
+        if not heads.all():
+            return piece[:, :, heads].flatten(2) @ record.weight[:, heads].flatten(1).T
+        return piece.flatten(2) @ record.weight.flatten(1).T
+
+    def as_they_are(piece: Tensor, heads: Tensor) -> Tensor:
+        return torch.where(heads[:, None], piece, 0)
+
+    rows = [parts_at(record, target, by, groups, onto_stream if project else as_they_are) for target in found]
+    parts = {name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]}
+    if project:
+        parts["out_bias"] = record.bias.expand(len(record.output), len(found), 1, 1, -1)
+    whole = (record.output if project else record.inner)[:, found]
+    return Decomposition(record.layer, by, tuple(found), tuple(group.name for group in groups), parts, whole)
+
+
+class Group(NamedTuple):
+    """Features of one layer.
+
+    Attributes:
+        name: the group's.
+        dims: which state dimensions of which heads, `[h n]`.
+        heads: the heads whose skip and biases it has, `[h]`.
+    """
+
+    name: str
+    dims: Bool[Tensor, "h n"]
+    heads: Bool[Tensor, " h"]
+
+    @property
+    def whole_heads(self) -> bool:
+        """Whether it has heads alone, no single state dimensions."""
+        return torch.equal(self.dims, self.heads[:, None].expand_as(self.dims))
+
+
+def groups_of(record: MixerRecord, features: Groups | None) -> list[Group]:
+    """The groups' features in one layer, and as "other" those of no group."""
+    none = torch.zeros(record.terms.heads, record.terms.state_size, dtype=torch.bool)
+    if features is None:
+        return [_group(ALL, ~none, record)]
+    if OTHER in features:
+        raise FeatureError(f"a group cannot be named {OTHER!r}, which is what the features of no group are; rename it")
+    found = []
+    for name, by_layer in features.items():
+        dims = none.clone()
+        for feature in range(len(none)) if by_layer is None else by_layer.get(record.layer, ()):
+            dims[feature] = True
+        found.append(_group(name, dims, record))
+    other = _group(OTHER, none, record)
+    taken = torch.stack([other.dims, *(group.dims for group in found)]).any(0)
+    heads = torch.stack([other.heads, *(group.heads for group in found)]).any(0)
+    return [*found, Group(OTHER, ~taken, ~heads)]
+
+
+def _group(name: str, dims: Tensor, record: MixerRecord) -> Group:
+    """A group that has the skip and the biases of the heads of which it has all state dimensions."""
+    dims = dims.to(record.terms.x.device)
+    return Group(name, dims, dims.all(1))
+
+
+def parts_at(record: MixerRecord, target: int, by: By, groups: Sequence[Group], put: Put) -> dict[str, Tensor]:
+    """The parts at one target, name -> `[b f c *out]`, each put where it is wanted by `put`."""
+    past = _past_operator(record, target, by)
+    found = {name: torch.stack([put(piece, group.heads) for group in groups], dim=1) for name, piece in past.items()}
+    shared = _through_operator(record, record.terms, target, by) if any(g.whole_heads for g in groups) else {}
+    by_group = []
+    for group in groups:
+        own = shared if group.whole_heads else _through_operator(record, _reading(record.terms, group), target, by)
+        by_group.append({name: put(piece, group.dims.any(1)) for name, piece in own.items()})
+    return {name: torch.stack([own[name] for own in by_group], dim=1) for name in by_group[0]} | found
+
+
+def _through_operator(record: MixerRecord, terms: Terms, target: int, by: By) -> dict[str, Tensor]:
+    """What the operator carries to the target, gated, `[b c h p]`."""
+    row, gate = attention_rows(terms, [target]), record.gate[:, [target]]  # b h 1 s, b 1 h p
+    if by == "source":
+        return {"ssm": row[:, :, 0].mT[..., None] * terms.x * gate}
+    rows = unified_rows(row, record.convolution, record.secant, gate)[:, 0]  # b s+1 h p
+    return {"ssm": rows[:, :-1] * record.inputs, "ssm_bias": rows[:, -1:] * record.convolution.bias}
+
+
+def _past_operator(record: MixerRecord, target: int, by: By) -> dict[str, Tensor]:
+    """What the skip carries, gated, `[b c h p]`."""
+    factor = record.gate[:, [target]] * record.skip
+    if by == "source":
+        return {"skip": factor * record.terms.x[:, [target]]}
+    factor = factor * record.secant[:, [target]]
+    reach = record.convolution.taps.shape[-1]
+    read = record.convolution.lagged(record.inputs[:, max(0, target + 1 - reach) : target + 1])[:, -1]  # b h p k
+    taps = (read * record.convolution.taps).movedim(-1, 1)  # b k h p
+    return {"skip": factor * taps, "skip_bias": factor * record.convolution.bias}
+
+
+def _reading(terms: Terms, group: Group) -> Terms:
+    """The terms of a group's state dimensions alone: the others are not read."""
+    B, C = (part.repeat_interleave(terms.heads // terms.groups, dim=2) for part in (terms.B, terms.C))  # b t h n
+    return replace(terms, B=B, C=torch.where(group.dims, C, 0))
+
+
+def check_by(by: str) -> None:
+    if by not in ("source", "input"):
+        raise FeatureError(
+            f"by must be 'source' (what the operator reads) or 'input' (what the convolution before it reads), got "
+            f"{by!r}"
+        )
+
+
+def tidy(
+    parts: Mapping[str, Float[Tensor, "b r f c"]], layer: int, targets: Sequence[int], groups: Sequence[str]
+) -> pd.DataFrame:
+    """One number per batch row, target, part, group and position that the target can read, as a frame.
+
+    Columns: row, layer, target, part, feature_group, source, value.
+    """
+    rows = [row for name, part in parts.items() for row in _rows(name, part, layer, targets, groups)]
+    frame = pd.DataFrame(rows, columns=["row", "layer", "target", "part", "feature_group", "source", "value"])
+    return frame.astype({"source": "Int64"})
+
+
+def _rows(
+    name: str, part: Tensor, layer: int, targets: Sequence[int], groups: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
+    names = groups if part.shape[2] == len(groups) and name != "out_bias" else [None]
+    for row, by_target in enumerate(part.tolist()):
+        for target, by_group in zip(targets, by_target, strict=True):
+            for group, values in zip(names, by_group, strict=True):
+                for place, value in enumerate(values):
+                    source = {"ssm": place, "skip": target - place}.get(name)
+                    if source is None or 0 <= source <= target:
+                        yield row, layer, target, name, group, source, value

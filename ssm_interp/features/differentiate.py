@@ -1,0 +1,238 @@
+"""A number made of a model's logits, and its gradient at what each SSM operator gives back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ssm_interp.features.groups import FeatureError
+from ssm_interp.features.metrics import Metric, Positions, measure
+from ssm_interp.features.mixers import CACHES
+from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetDelta
+from ssm_interp.hooks.points import ON_REQUEST
+from ssm_interp.hooks.site import active_edits, position_mask
+from ssm_interp.prompts import Batch
+from ssm_interp.scan import Terms
+
+PACKED = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
+
+Call = tuple[slice, Terms, Tensor]
+"""One operator call of a mixer: which of its heads, the operands, and the gradient at y."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of a model, and through which layers it is differentiated.
+
+    Attributes:
+        ssm: the attached model.
+        inputs: what the model is called with.
+        mask: False at padding, `[b t]`.
+        metric: from logits to a number per row.
+        positions: "last" or "all", the logits that the metric gets.
+        layers: SSM layers, ascending.
+        edges: layer -> the edges that there are, `[b t s]`: between tokens, and not knocked out by an edit at work.
+    """
+
+    ssm: Attachment
+    inputs: Mapping[str, Any]
+    mask: Bool[Tensor, "b t"]
+    metric: Metric
+    positions: Positions
+    layers: tuple[int, ...]
+    edges: Mapping[int, Bool[Tensor, "b t s"]]
+
+    @staticmethod
+    def of(ssm: Attachment, inputs: Any, metric: Metric, positions: Positions, layers: tuple[int, ...]) -> Question:
+        """The question, checked.
+
+        Raises:
+            FeatureError: whatever `edge_attribution` names.
+        """
+        _check_model(ssm, layers)
+        if positions not in get_args(Positions):
+            raise FeatureError(f"positions must be one of {list(get_args(Positions))}, got {positions!r}")
+        if not callable(metric):
+            raise FeatureError(
+                f"the metric must be a function of logits, such as logit_difference(target, other), got {metric!r}"
+            )
+        given, mask = as_inputs(inputs)
+        edges = {layer: _edges_of(ssm, layer, mask) for layer in layers}
+        return Question(ssm, given, mask, metric, positions, layers, edges)
+
+    @torch.no_grad()
+    def value(self, scale: float = 1.0) -> Float[Tensor, " b"]:
+        """The metric, with all edges of the layers scaled."""
+        with self._captured(scale):
+            return measure(self.metric, self.logits())
+
+    def gradients(self, scale: float = 1.0) -> tuple[Float[Tensor, " b"], dict[int, list[Call]]]:
+        """The metric with all edges of the layers scaled, and layer -> its operator calls.
+
+        Raises:
+            FeatureError: the metric does not depend on the logits.
+        """
+        with self._captured(scale) as captured:
+            value = measure(self.metric, self.logits())
+        ys = [call["y"] for calls in captured.values() for call in calls]
+        gradients = torch.autograd.grad(value.sum(), ys, allow_unused=True) if value.requires_grad else [None]
+        if all(gradient is None for gradient in gradients):
+            raise FeatureError(
+                "the metric does not depend on the logits through anything that can be differentiated: compute it from "
+                "the tensor that it is given, without .item(), .detach(), argmax or numpy"
+            )
+        at_y = iter(gradients)
+        found = {layer: self._calls(layer, calls, [next(at_y) for _ in calls]) for layer, calls in captured.items()}
+        return value.detach(), found
+
+    def logits(self) -> Float[Tensor, "b *t v"]:
+        """The logits that the metric gets, of one forward."""
+        last = self.mask.shape[1] - 1 - self.mask.flip(1).int().argmax(1)  # b
+        options: dict[str, Any] = {"use_cache": False}
+        takes = inspect.signature(self.ssm.model.forward).parameters
+        if self.positions == "last" and bool((last == self.mask.shape[1] - 1).all()) and "logits_to_keep" in takes:
+            options["logits_to_keep"] = 1
+        logits = self.ssm.run({**self.inputs, **options}).logits
+        if self.positions == "all":
+            return logits
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[:, -1] if "logits_to_keep" in options else logits[rows, last.to(logits.device)]
+
+    def _calls(self, layer: int, calls: list[dict[str, Tensor]], gradients: list[Tensor | None]) -> list[Call]:
+        decay, found, first = _decay(self.ssm, layer), [], 0
+        for call, gradient in zip(calls, gradients, strict=True):
+            x, y = call["x"], call["y"].detach()
+            heads = slice(first, first := first + x.shape[2])
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            operands = (x, call["dt"], decay[heads].to(x.device), call["B"], call["C"])
+            terms = Terms(*(tensor.to(dtype) for tensor in operands))
+            found.append((heads, terms, torch.zeros_like(y) if gradient is None else gradient))
+        return found
+
+    @contextmanager
+    def _captured(self, scale: float) -> Iterator[dict[int, list[dict[str, Tensor]]]]:
+        """Keep the operands and y of every operator call inside the `with`, y scaled and ready for a gradient."""
+        found: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in self.layers}
+        with ExitStack() as stack:
+            for layer in self.layers:
+                points = self.ssm.layers[layer]
+                for name in ("x", "dt", "B", "C"):
+                    hook = points.point(name).register_forward_hook(_keep(found[layer], name))
+                    stack.callback(hook.remove)
+                give = _give_y(found[layer], scale, cut=layer == self.layers[0])
+                stack.callback(points.hook_y.register_forward_pre_hook(give, prepend=True).remove)
+                if next(self.ssm.mixers[layer].parameters()).device.type == "cpu":
+                    stack.callback(setattr, points, "own_operator", points.own_operator)
+                    points.own_operator = True
+            yield found
+
+
+def as_inputs(inputs: Any) -> tuple[dict[str, Any], Bool[Tensor, "b t"]]:
+    """What to call a model with, and which columns are no padding, `[b t]`.
+
+    Raises:
+        FeatureError: neither ids, a mapping with ids, nor a batch of prompts; a cache or packed sequences; a mask of
+            another shape, or without a token in some row.
+    """
+    if isinstance(inputs, Batch):
+        inputs = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+    ids = given.get("input_ids") if isinstance(given, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+        got = list(ids.shape) if isinstance(ids, Tensor) else type(inputs).__name__
+        raise FeatureError(
+            f"inputs must be ids [b t], or a mapping with input_ids [b t] of at least one token; got {got}"
+        )
+    if unfit := [name for name in (*CACHES, *PACKED) if given.get(name) is not None]:
+        raise FeatureError(f"the inputs hold {unfit[0]}: edges are those of one whole text per row; leave it out")
+    mask = given.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if mask.shape != ids.shape or not mask.bool().any(1).all():
+        raise FeatureError(
+            f"attention_mask must be [b t] = {list(ids.shape)}, as input_ids, with a token in every row; got "
+            f"{list(mask.shape)} with {mask.bool().flatten(1).sum(1).tolist()} tokens"
+        )
+    return dict(given), mask.bool()
+
+
+def _keep(calls: list[dict[str, Tensor]], name: str) -> Any:
+    def keep(_module: Any, _args: Any, tensor: Tensor) -> None:
+        if name == "x":  # the first to fire of each call
+            calls.append({})
+        calls[-1][name] = tensor.detach()
+
+    return keep
+
+
+def _give_y(calls: list[dict[str, Tensor]], scale: float, *, cut: bool) -> Any:
+    """A hook that takes y before anybody else's; `cut` leaves out what lies below it in the graph."""
+
+    def give(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        y = args[0].detach() if cut else args[0]
+        y = y if scale == 1.0 else y * scale
+        calls[-1]["y"] = y if y.requires_grad or not torch.is_grad_enabled() else y.requires_grad_()
+        return (calls[-1]["y"].clone(),)  # which somebody else's hook may change in place
+
+    return give
+
+
+def _decay(ssm: Attachment, layer: int) -> Float[Tensor, "h #n"]:  # noqa: UP037 - jaxtyping, no comment
+    mixer: Any = ssm.mixers[layer]
+    with align_module_device(mixer):  # an offloaded layer has its weights elsewhere
+        A: Tensor = -mixer.A_log.detach().float().exp()  # in fp32, as every host computes it
+    return A.reshape(ssm.layers[layer].heads, -1)
+
+
+def _check_model(ssm: Attachment, layers: tuple[int, ...]) -> None:
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+        raise FeatureError(f"edge attribution needs gradients, but torch.{mode} is on; call it outside of that block")
+    if any(parameter.is_inference() for parameter in ssm.model.parameters()):
+        raise FeatureError("the model was made under torch.inference_mode, and cannot be differentiated; make it again")
+    if ssm.model.training:
+        raise FeatureError(f"{type(ssm.model).__name__} is in training mode, perhaps with dropout; call model.eval()")
+    for layer in layers:
+        for point in (ssm.layers[layer].point(name) for name in ON_REQUEST):
+            if point.has_hooks():
+                raise FeatureError(_hooked(layer, point))
+
+
+def _hooked(layer: int, point: HookPoint) -> str:
+    return (
+        f"hook_{point.name} of layer {layer} is hooked: what it may add to y is no edge of M x, so edges have no "
+        "single worth there; remove the hook, or leave the layer out of `layers`"
+    )
+
+
+def _edges_of(ssm: Attachment, layer: int, mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t s"]:
+    """The edges of a layer: between tokens, and not removed by a knockout at work."""
+    found = (mask[:, :, None] & mask[:, None, :]).tril().cpu()
+    for edit in (active.intervention for active in active_edits(ssm.layers[layer])):
+        if (edit.layers is None or layer in edit.layers) and not isinstance(edit, SetDelta):
+            found &= ~_knocked_out(edit, layer, mask.cpu())
+    return found
+
+
+def _knocked_out(edit: Intervention, layer: int, mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t s"]:
+    if not isinstance(edit, Knockout) or edit.features is not None:
+        what = "a Knockout of some features" if isinstance(edit, Knockout) else f"a {edit.kind}"
+        raise FeatureError(
+            f"{what} is at work at layer {layer}: an edge is then worth different things to different features or "
+            "states; leave the `with ssm.edit(...)` block, or leave the layer out of `layers`"
+        )
+    batch, length = mask.shape
+    pairs = [(edit.targets, edit.sources)] if edit.edges is None else [((t,), (s,)) for t, s in edit.edges]
+    found = torch.zeros(batch, length, length, dtype=torch.bool)
+    for targets, sources in pairs:
+        t = position_mask(targets, batch, length, "Knockout.targets", mask)
+        s = position_mask(sources, batch, length, "Knockout.sources", mask)
+        found |= t[:, :, None] & s[:, None, :]
+    return found

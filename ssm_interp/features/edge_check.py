@@ -1,0 +1,146 @@
+"""Attributions beside what they stand for: exact knockouts of single edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from ssm_interp.features.differentiate import Question
+from ssm_interp.features.edges import EdgeAttribution
+from ssm_interp.features.groups import FeatureError
+from ssm_interp.features.metrics import Metric, Positions, measure
+from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each
+
+FAST_INPUTS = {"input_ids", "attention_mask"}
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeCheck:
+    """Attributions and exact effects of the same edges.
+
+    Attributes:
+        frame: a row per edge: row, layer, (group,) target, source, attribution, `exact` (the metric with that edge
+            knocked out less the clean one), and `chosen`: "top" or "random".
+
+    Example:
+        >>> check_edges(ssm, inputs, metric, found).correlation()         # doctest: +SKIP
+    """
+
+    frame: pd.DataFrame
+
+    def correlation(self, chosen: str | None = None, at_least: float = 0.0) -> float:
+        """Spearman's rank correlation of attribution and exact effect; NaN where there is none to be had.
+
+        Args:
+            chosen: of the "top" or the "random" edges; None: of all.
+            at_least: only of edges whose exact effect is at least so large.
+
+        Raises:
+            FeatureError: another word than these.
+        """
+        if chosen not in (None, "top", "random"):
+            raise FeatureError(f"chosen must be 'top', 'random' or None, got {chosen!r}")
+        rows = self.frame if chosen is None else self.frame[self.frame["chosen"] == chosen]
+        rows = rows[rows["exact"].abs() >= at_least]
+        if rows["attribution"].nunique() < 2 or rows["exact"].nunique() < 2:
+            return float("nan")
+        return float(spearmanr(rows["attribution"], rows["exact"]).statistic)
+
+
+def check_edges(
+    ssm: Attachment,
+    inputs: Any,
+    metric: Metric,
+    found: EdgeAttribution,
+    *,
+    positions: Positions = "last",
+    top: int = 20,
+    random: int = 20,
+    seed: int = 0,
+) -> EdgeCheck:
+    """Knock out the edges of largest attribution, and as many others drawn at random, one at a time.
+
+    Args:
+        ssm, inputs, metric, positions: as `edge_attribution` was given them.
+        found: what it found.
+        top: how many of the largest, over all rows of the batch; more than there are: all.
+        random: how many of the others.
+        seed: of the draw.
+
+    Raises:
+        FeatureError: an attribution of other inputs; a negative count; and as `edge_attribution`.
+
+    Cost: rows of one batched step per prompt (`hooks.run_each`); a forward for each edge where that cannot be exact, or
+        where the metric takes all positions.
+
+    Example:
+        >>> check_edges(ssm, inputs, metric, found, top=50).frame.head()     # doctest: +SKIP
+    """
+    if min(top, random) < 0:
+        raise FeatureError(f"top and random are counts of edges, 0 or more; got {top} and {random}")
+    question = Question.of(ssm, inputs, metric, positions, found.layers)
+    if found.mask.shape != question.mask.shape or not torch.equal(found.mask, question.mask):
+        raise FeatureError(
+            f"the attribution is of inputs {list(found.mask.shape)} with {int(found.mask.sum())} tokens, but these are "
+            f"{list(question.mask.shape)} with {int(question.mask.sum())}; give the same inputs to both"
+        )
+    edges = found.top(len(found.frame()))
+    drawn = edges[top:].sample(min(random, max(0, len(edges) - top)), random_state=seed)
+    chosen = pd.concat([edges[:top].assign(chosen="top"), drawn.assign(chosen="random")], ignore_index=True)
+    exact = np.full(len(chosen), np.nan)
+    with torch.no_grad():
+        for row, part in chosen.groupby("row"):
+            knockouts = [_knockout(found, edge) for edge in part.to_dict("records")]
+            exact[part.index] = list(_effects(question, int(row), knockouts))
+    return EdgeCheck(chosen.assign(exact=exact))
+
+
+def _knockout(found: EdgeAttribution, edge: dict[str, Any]) -> Knockout:
+    """The knockout of an edge, in its row alone."""
+    group = (found.features or {}).get(edge.get("group", ""))
+    features = None if group is None else group.get(edge["layer"])
+    if group is not None and features is None:
+        return Knockout(sources=[()] * len(found.mask), targets=[()] * len(found.mask), layers=edge["layer"])
+    rows = range(len(found.mask))
+    sources, targets = ([(edge[name],) if row == edge["row"] else () for row in rows] for name in ("source", "target"))
+    return Knockout(sources=sources, targets=targets, layers=edge["layer"], features=features)
+
+
+def _effects(question: Question, row: int, knockouts: list[Knockout]) -> Iterator[float]:
+    """By how much each knockout changes the metric of its row."""
+    clean = question.logits()
+    before = float(measure(question.metric, clean)[row])
+    for logits in _knocked_out(question, row, knockouts):
+        changed = clean.clone()
+        changed[row] = logits.to(clean)
+        yield float(measure(question.metric, changed)[row]) - before
+
+
+def _knocked_out(question: Question, row: int, knockouts: list[Knockout]) -> Iterator[Float[Tensor, "*t v"]]:
+    """The logits of a row under each knockout."""
+    given = {name for name, value in question.inputs.items() if value is not None}
+    if question.positions == "last" and given <= FAST_INPUTS and obstacle(question.ssm) is None:
+        alone = [_of_row(knockout, row) for knockout in knockouts]
+        found: dict[int, Tensor] = {}
+        ids, mask = question.inputs["input_ids"][[row]], question.mask[[row]].long()
+        for answers in run_each(question.ssm, ids, alone, attention_mask=mask):
+            found |= {variant: logits[0] for variant, logits in zip(answers.variants, answers.logits, strict=True)}
+        yield from (found[variant] for variant in range(len(alone)))
+        return
+    for knockout in knockouts:
+        with question.ssm.edit(knockout):
+            yield question.logits()[row]
+
+
+def _of_row(knockout: Knockout, row: int) -> Knockout:
+    assert knockout.sources is not None and knockout.targets is not None
+    places: dict[str, Any] = {"sources": [knockout.sources[row]], "targets": [knockout.targets[row]]}
+    return Knockout(**places, layers=knockout.layers, features=knockout.features)

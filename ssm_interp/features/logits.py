@@ -1,0 +1,184 @@
+"""Direct logit attribution: what each mixer writes along a difference of logits, by source and feature group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ssm_interp.features.decomposition import By, check_by, groups_of, parts_at, tidy
+from ssm_interp.features.groups import FeatureError, Groups, check_groups
+from ssm_interp.features.mixers import MixerRecord, chosen_layers, columns, precisely, run_recorded
+from ssm_interp.features.stream import frozen_scale, graph_from, last_norm, written_share
+from ssm_interp.hooks import Attachment
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True, eq=False)
+class LogitAttribution:
+    """What mixers write, directly, along logit(target) - logit(other) at one position.
+
+    Letters: b batch row, l layer, f feature group, c column (as in `Decomposition`), s source.
+
+    Attributes:
+        by: "source" or "input", as in `decompose`.
+        position: where the logits are read, a column of the input ids.
+        layers: the layers, in the order of l.
+        groups: the feature groups, in the order of f.
+        parts: the parts of a `Decomposition`, each `[b l f c]`: "ssm", "skip", (by input) "ssm_bias", "skip_bias", and
+            "out_bias".
+        difference: the logit difference that the model gave, `[b]`.
+
+    Held fixed: the scale of the last norm, and what `Decomposition` holds fixed. Only the direct path counts: what a
+    later layer, attention or MLP makes of a mixer's output is theirs.
+
+    Example:
+        >>> found = logit_attribution(ssm, inputs, paris, london)                          # doctest: +SKIP
+        >>> found.frame().nlargest(5, "attribution")                                       # doctest: +SKIP
+    """
+
+    by: By
+    position: int
+    layers: tuple[int, ...]
+    groups: tuple[str, ...]
+    parts: Mapping[str, Float[Tensor, "b l _ _"]]
+    difference: Float[Tensor, " b"]
+
+    @property
+    def rest(self) -> Float[Tensor, " b"]:
+        """The difference less all that is attributed here: the embedding, attention, MLPs, other layers, biases."""
+        return self.difference - sum(part.sum((1, 2, 3)) for part in self.parts.values())
+
+    def by_position(self) -> Float[Tensor, "b l f s"]:
+        """All that has a position, at its position: what comes through the operator and past it together."""
+        found, skip = self.parts["ssm"].clone(), self.parts["skip"]
+        for lag in range(min(skip.shape[3], self.position + 1)):
+            found[..., self.position - lag] += skip[..., lag]
+        return found
+
+    def frame(self) -> pd.DataFrame:
+        """A row per batch row, layer, part, group and source, and one of part "rest" that makes the sum complete.
+
+        Columns: row, layer, source (missing where there is none), part, feature_group, attribution.
+        """
+        tables = [
+            tidy({name: part[:, [place]] for name, part in self.parts.items()}, layer, [self.position], self.groups)
+            for place, layer in enumerate(self.layers)
+        ]
+        rest = pd.DataFrame({"row": range(len(self.rest)), "part": "rest", "value": self.rest.tolist()})
+        table = pd.concat([*tables, rest.reindex(columns=tables[0].columns).astype({"source": "Int64"})])
+        table = table.rename(columns={"value": "attribution"}).astype({"layer": "Int64"})
+        return table[["row", "layer", "source", "part", "feature_group", "attribution"]].reset_index(drop=True)
+
+
+def logit_attribution(
+    ssm: Attachment,
+    inputs: Any,
+    target: Any,
+    other: Any = None,
+    *,
+    position: int = -1,
+    by: By = "source",
+    layers: Any = None,
+    features: Groups | None = None,
+) -> LogitAttribution:
+    """How much each (layer, source, feature group), and each path past the operator, writes along a logit difference.
+
+    Args:
+        ssm: an attached causal language model.
+        inputs: ids `[b t]` or the mapping of a tokenizer.
+        target: token id, or one per batch row.
+        other: the token to compare with, likewise; "mean": the mean of all logits; None: nothing, the target's logit
+            alone (which, unlike a difference, softmax does not see: a constant may be added to all logits).
+        position: where the logits are read.
+        by: "source" or "input", see `Decomposition`.
+        layers: SSM layers, one or a sequence; None: all. What the others write is in the rest.
+        features: groups, no feature in two of them; None: all features together.
+
+    Returns:
+        The attributions; with `rest` they add up to the difference that the model gave.
+
+    Raises:
+        FeatureError: token ids outside the vocabulary, or not one per row; a position outside the prompt or in padding;
+            a model without output head, or whose last norm does more than scale; and as `decompose`.
+
+    Cost: a forward, the backward of the output head, a forward over one token (`stream.written_share`), and per layer
+        O(L H N + L H P); nothing of the size of `L m` is made.
+    Source: direct logit attribution after Elhage et al., A Mathematical Framework for Transformer Circuits (2021), with
+        the mixer's output split by `decompose`.
+
+    Example:
+        >>> found = logit_attribution(ssm, inputs, target=paris, other=london)             # doctest: +SKIP
+        >>> found.by_position()[0, :, 0]         # [layer source], for a heat map           # doctest: +SKIP
+    """
+    check_by(by)
+    chosen = chosen_layers(ssm, layers)
+    check_groups(ssm, features or {}, disjoint=True)
+    norm = last_norm(ssm)
+    with graph_from(norm) as ends:
+        run, records = run_recorded(ssm, inputs, chosen)
+        logits, end = run.logits, ends[-1]
+        (column,) = columns(position, logits.shape[1], inputs)
+        with torch.enable_grad():
+            difference = _difference(logits[:, column], target, other)
+            slope = torch.autograd.grad(difference.sum(), end.leaving)[0][:, column]
+        direction = frozen_scale(end, column) * slope  # b m: in the residual stream
+    shares = written_share(ssm, _a_token(inputs))
+    with precisely(direction.device):
+        found = [
+            _attributed(record, column, by, features, direction * shares[record.layer]) for record in records.values()
+        ]
+        parts = {name: torch.stack([layer[name] for layer in found], dim=1) for name in found[0]}
+    names = tuple(group.name for group in groups_of(records[chosen[0]], features))
+    return LogitAttribution(by, column, tuple(chosen), names, parts, difference.detach().to(direction))
+
+
+def _attributed(
+    record: MixerRecord, column: int, by: By, features: Groups | None, direction: Tensor
+) -> dict[str, Tensor]:
+    """The parts of one layer along a direction in the residual stream, each `[b f c]`."""
+    direction = direction.to(record.weight)
+    weights = torch.einsum("bm,mhp->bhp", direction, record.weight)
+
+    def along(piece: Tensor, heads: Tensor) -> Tensor:
+        return (piece * weights[:, None]).sum(3) @ heads.to(weights)
+
+    parts = parts_at(record, column, by, groups_of(record, features), along)
+    return parts | {"out_bias": (direction @ record.bias)[:, None, None]}
+
+
+def _difference(logits: Float[Tensor, "b v"], target: Any, other: Any) -> Float[Tensor, " b"]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    found = logits.gather(1, _ids("target", target, logits))[:, 0]
+    if other is None:
+        return found
+    if isinstance(other, str):
+        if other != MEAN:
+            raise FeatureError(f"other is a token id, one per row, {MEAN!r} or None; got {other!r}")
+        return found - logits.mean(1)
+    return found - logits.gather(1, _ids("other", other, logits))[:, 0]
+
+
+def _ids(name: str, given: Any, logits: Float[Tensor, "b v"]) -> Tensor:
+    """Token ids, one per row, `[b 1]`."""
+    rows, vocabulary = logits.shape
+    ids = given.tolist() if isinstance(given, Tensor) else given
+    ids = list(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids] * rows
+    if wrong := [one for one in ids if not isinstance(one, int) or isinstance(one, bool)]:
+        raise FeatureError(f"{name} must be token ids, integers, got {wrong[0]!r}; tokenizer(...) gives them")
+    if len(ids) != rows:
+        raise FeatureError(f"{name} has {len(ids)} token ids for a batch of {rows} rows; give one, or one per row")
+    if outside := [one for one in ids if not 0 <= one < vocabulary]:
+        raise FeatureError(f"{name}: there is no token {outside[0]}; the vocabulary has 0 to {vocabulary - 1}")
+    return torch.tensor(ids, device=logits.device)[:, None]
+
+
+def _a_token(inputs: Any) -> Tensor:
+    ids: Tensor = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
+    return ids[:1, -1:]

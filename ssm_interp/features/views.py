@@ -1,0 +1,232 @@
+"""The attention of an SSM layer in the forms that are called so, reduced over channels, and rolled out over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ssm_interp.features.groups import FeatureError
+from ssm_interp.features.mixers import MixerRecord, columns, precisely, record_mixers
+from ssm_interp.hooks import Attachment
+from ssm_interp.scan import Terms, attention, attention_rows
+from ssm_interp.scan.attention import Reduction
+from ssm_interp.scan.blocks import SLAB_BYTES
+from ssm_interp.scan.unified import Convolution, unified_rows
+
+Form = Literal["operator", "no_dt", "value", "unified"]
+
+FORMS = ("operator", "no_dt", "value", "unified")
+MEASURES = {"mean": torch.positive, "mean_abs": torch.abs, "norm": torch.square}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionView:
+    """The attention of one layer in one form. A row is a target t, a column a source s; above the diagonal it is zero.
+
+    Attributes:
+        layer: index of the layer in the model.
+        form: what an entry means, and what its column is multiplied by in the layer, per channel:
+            "operator": M, dt_s folded in: y_t = sum_s M[t,s] x_s.
+            "no_dt": the attention-like form C_t (decay) B_s, nearest to a query times a key; its values are dt_s x_s.
+            "value": |M[t,s]| |x_s|, the length of the term itself (over head_dim); never negative.
+            "unified": convolution, operator, skip and gate in one, of the convolution's inputs at s (not of x_s). It
+                gives what enters the output projection, exactly, with `bias` for the convolution's bias.
+        reduction: over channels: "mean" (signs kept, so that channels cancel), "mean_abs", "norm" (root of the sum of
+            squares), or None.
+        targets: the position of each row.
+        values: `[b r s]`; with reduction None `[b c r s]`. c counts heads (in Mamba-1 they are channels), and in the
+            unified form channels, `h p` flattened.
+        bias: in the unified form the convolution's bias, as one more column, `[b r]` or `[b c r]`; else None.
+
+    Example:
+        >>> view = attention_views(ssm, inputs, "unified", layers=[3])[3]                  # doctest: +SKIP
+        >>> attention_figure(view.values[0], tokens).savefig("unified.png")                # doctest: +SKIP
+    """
+
+    layer: int
+    form: Form
+    reduction: Reduction | None
+    targets: tuple[int, ...]
+    values: Float[Tensor, "b *c r s"]
+    bias: Float[Tensor, "b *c r"] | None
+
+
+def attention_views(
+    ssm: Attachment,
+    inputs: Any,
+    form: Form = "operator",
+    *,
+    reduction: Reduction | None = "mean_abs",
+    layers: Any = None,
+    targets: Any = None,
+    heads: Any = None,
+) -> dict[int, AttentionView]:
+    """The attention of SSM layers as a matrix; see `AttentionView` for the forms and for what an entry means.
+
+    Args:
+        ssm: an attached model.
+        inputs: ids `[b t]` or the mapping of a tokenizer.
+        form: "operator", "no_dt", "value" or "unified".
+        reduction: "mean", "mean_abs", "norm", or None for all channels apart.
+        layers: SSM layers, one or a sequence; None: all.
+        targets: rows, one position or a sequence; None: all. A few are much cheaper than all.
+        heads: those to look at, a sequence, or layer -> sequence; None: all.
+
+    Returns:
+        Layer -> its view. Padding is zero, as rows and as columns.
+
+    Raises:
+        FeatureError: an unknown form, reduction, layer or head; no heads; targets outside the prompt or in padding; and
+            as `record_mixers`.
+
+    Cost: one forward, and per layer what `scan.attention` (all rows) or `scan.attention_rows` cost; the unified form
+        O(L² H P K) more, or O(L H P K) a row. Reduced, memory is O(L²) and a slab of heads.
+    Source: Ali et al. (arXiv 2403.01590) section 3 for the operator form; Zimerman et al. (arXiv 2405.16504) for the
+        unified one, here with D and the bias's column; value weighting after Kobayashi et al. (EMNLP 2020).
+
+    Example:
+        >>> views = attention_views(ssm, inputs, "value", targets=-1)                      # doctest: +SKIP
+        >>> views[3].values[0, 0]            # how much the last token reads from each       # doctest: +SKIP
+    """
+    if form not in FORMS:
+        raise FeatureError(f"there is no form {form!r} of attention; there are {', '.join(FORMS)}")
+    if reduction is not None and reduction not in MEASURES:
+        raise FeatureError(f"reduction must be one of {', '.join(MEASURES)}, or None, got {reduction!r}")
+    records = record_mixers(ssm, inputs, layers=layers)
+    length = next(iter(records.values())).terms.length
+    rows = None if targets is None else columns(targets, length, inputs)
+    found = {}
+    for layer, record in records.items():
+        chosen = _heads(record, heads)
+        with precisely(record.terms.x.device):
+            values = _reduced(record, chosen, rows, form, reduction)
+        bias = None
+        if form == "unified":
+            values, bias = values[..., :-1], values[..., -1]
+        found[layer] = AttentionView(layer, form, reduction, tuple(rows or range(length)), values, bias)
+    return found
+
+
+def rollout(matrices: Sequence[Float[Tensor, "b t s"]], *, residual: float = 0.5) -> Float[Tensor, "b t s"]:
+    """How attention of several layers, first layer first, adds up from the first layer's inputs to the last's outputs.
+
+    Each matrix is normalised to rows that sum to 1, mixed with the identity for the residual stream,
+    `residual I + (1 - residual) A`, and they are multiplied. Rows of zeros (padding) stay with themselves.
+
+    Args:
+        matrices: not negative, `[b t s]` each: views by "mean_abs" or "norm", of any form; or anything of that shape,
+            such as `decomposition.by_position().sum(2).norm(dim=-1)` for all targets. Layers that are left out (the
+            attention layers of a hybrid model) count as if they moved nothing.
+        residual: the residual stream's share, from 0 to 1.
+
+    Returns:
+        `[b t s]`: the share of position s's input in position t's output; rows sum to 1.
+
+    Raises:
+        FeatureError: no matrices; not square, of different shapes, negative or not finite; a share outside 0 to 1.
+
+    Cost: O(layers L^3).
+    Source: Abnar and Zuidema, Quantifying Attention Flow in Transformers (ACL 2020).
+
+    Example:
+        >>> rollout([torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])])
+        tensor([[[1.0000, 0.0000],
+                 [0.5000, 0.5000]]])
+    """
+    if not 0 <= residual <= 1:
+        raise FeatureError(f"residual is the share of the residual stream, from 0 to 1, got {residual}")
+    if not len(matrices):
+        raise FeatureError("a rollout needs the matrix of at least one layer, first layer first")
+    shape = matrices[0].shape
+    identity = torch.eye(shape[-1], dtype=matrices[0].dtype, device=matrices[0].device)
+    found = identity.expand(shape[0], -1, -1)
+    for place, matrix in enumerate(matrices):
+        if matrix.shape != shape or shape[1] != shape[2]:
+            raise FeatureError(f"matrices must all be [b t s] with t = s, got {list(shape)} and {list(matrix.shape)}")
+        if not (matrix.isfinite() & (matrix >= 0)).all():
+            raise FeatureError(
+                f"matrix {place} has entries that are negative or not finite, which cannot be shares; reduce by "
+                "'mean_abs' or 'norm'"
+            )
+        total = matrix.sum(-1, keepdim=True)
+        shares = torch.where(total > 0, matrix / torch.where(total > 0, total, 1), identity)
+        found = (residual * identity + (1 - residual) * shares) @ found
+    return found
+
+
+def _heads(record: MixerRecord, heads: Any) -> list[int]:
+    chosen = heads.get(record.layer, ()) if isinstance(heads, Mapping) else heads
+    found = list(range(record.terms.heads) if chosen is None else [chosen] if isinstance(chosen, int) else chosen)
+    if not found or len(set(found)) < len(found):
+        raise FeatureError(f"layer {record.layer}: heads must be at least one, each once, got {found}")
+    if wrong := [head for head in found if not isinstance(head, int) or not 0 <= head < record.terms.heads]:
+        raise FeatureError(f"layer {record.layer} has no head {wrong[0]!r}; it has heads 0 to {record.terms.heads - 1}")
+    return found
+
+
+def _reduced(
+    record: MixerRecord, heads: list[int], rows: list[int] | None, form: Form, reduction: Reduction | None
+) -> Tensor:
+    """The form's matrix, `[b r s]` or `[b c r s]`; in the unified form with one column more."""
+    pieces = _matrices(record, heads, rows, fold_dt=form != "no_dt")
+    targets = list(range(record.terms.length)) if rows is None else rows
+    if reduction is None:
+        parts = [torch.cat(list(_shown(record, form, *piece, targets)), dim=2) for piece in pieces]
+        found = torch.cat(parts, dim=1)  # b (h p) r s
+        by_head = found.reshape(len(found), len(heads), -1, *found.shape[2:])
+        order = range(len(heads)) if rows is not None else [sorted(heads).index(head) for head in heads]
+        return by_head[:, list(order)].flatten(1, 2)
+    total: Any = 0
+    for piece in pieces:
+        total = total + torch.cat(
+            [MEASURES[reduction](shown).sum(1) for shown in _shown(record, form, *piece, targets)], dim=1
+        )
+    channels = len(heads) * (record.terms.head_dim if form == "unified" else 1)
+    reduced: Tensor = total.sqrt() if reduction == "norm" else total / channels
+    return reduced
+
+
+def _matrices(
+    record: MixerRecord, heads: list[int], rows: list[int] | None, fold_dt: bool
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Some heads and their matrices, `[b h r s]`: all at once for chosen rows, else in slabs, ascending."""
+    terms = record.terms
+    if rows is not None:
+        yield heads, attention_rows(terms, rows, fold_dt=fold_dt)[:, heads]
+        return
+    per_group = terms.heads // terms.groups
+    size = max(1, SLAB_BYTES // (terms.x.element_size() * terms.batch * terms.length**2))
+    for group, members in groupby(sorted(heads), key=lambda head: head // per_group):
+        found = list(members)
+        for slab in (found[start : start + size] for start in range(0, len(found), size)):
+            part = Terms(
+                terms.x[:, :, slab], terms.dt[:, :, slab], terms.A[slab], terms.B[:, :, [group]], terms.C[:, :, [group]]
+            )
+            yield slab, attention(part, fold_dt=fold_dt)
+
+
+def _shown(
+    record: MixerRecord, form: Form, heads: list[int], matrix: Tensor, targets: list[int]
+) -> Iterator[Float[Tensor, "b c r s"]]:
+    """The matrix in its form, a few rows at a time where there are many channels."""
+    if form == "value":
+        lengths = torch.linalg.vector_norm(record.terms.x[:, :, heads], dim=-1)  # b s h
+        yield matrix.abs() * lengths.mT[:, :, None]
+    elif form == "unified":
+        skip = torch.zeros_like(matrix)
+        skip[:, :, range(len(targets)), targets] = record.skip[heads]
+        convolution = Convolution(*(part[heads] for part in record.convolution))
+        secant, gate = record.secant[:, :, heads], record.gate[:, :, heads][:, targets]
+        size = max(1, SLAB_BYTES // (secant.element_size() * secant.numel()))
+        for start in range(0, len(targets), size):
+            some = slice(start, start + size)
+            rows = unified_rows((matrix + skip)[:, :, some], convolution, secant, gate[:, some])  # b r s+1 h p
+            yield rows.permute(0, 3, 4, 1, 2).flatten(1, 2)
+    else:
+        yield matrix

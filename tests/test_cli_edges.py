@@ -1,0 +1,75 @@
+"""`ssm-interp edges`, run in this process."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_cli import refused, run
+
+import ssm_interp as si
+from ssm_interp.features import check_edges, edge_attribution, logit_difference
+from ssm_interp.prompts import pad, tokenize
+
+TEXT = "The name of the capital city of France is"
+
+
+def test_edges_of_a_fact_beside_exact_knockouts(tmp_path: Path) -> None:
+    result = run(
+        "edges", "capital/France/0", "--model", "tiny-mamba1", "--check", 4, "--out", tmp_path / "new" / "e.svg"
+    )
+    assert result.exit_code == 0, result.output
+    model, tokenizer = si.load("tiny-mamba1")
+    (prompt,) = [prompt for prompt in si.load_prompts() if prompt.id == "capital/France/0"]
+    row = tokenize(prompt, tokenizer)
+    batch = pad([row])
+    logits = model(**{"input_ids": batch.input_ids}).logits[0, -1]
+    other = next(token for token in logits.topk(2).indices.tolist() if token != row.target_id)
+    with si.attach(model) as ssm:
+        metric = logit_difference(row.target_id, other)
+        found = edge_attribution(ssm, batch, metric)
+        checked = check_edges(ssm, batch, metric, found, top=4, random=4)
+    table = pd.read_parquet(tmp_path / "new" / "e.parquet")
+    assert len(table) == 10 * len(row) * (len(row) + 1) // 2
+    assert table["exact"].notna().sum() == 8
+    assert (table["attribution"] - found.frame()["attribution"]).abs().max() <= 1e-5
+    assert table["target_token"].tolist() == [row.tokens[target] for target in table["target"]]
+    assert "<svg" in (tmp_path / "new" / "e.svg").read_text()
+    strongest = checked.frame.iloc[0]
+    assert f"{strongest['attribution']:+.4g}" in result.stdout
+    assert f"{strongest['exact']:+.4g}" in result.stdout
+    assert f"rank correlation with exact knockouts: {checked.correlation():.2f} over 8 edges" in result.stdout
+    assert "4 top" in result.stdout
+    assert "550 edges in 10 layers" in result.stdout
+
+
+def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
+    options = ["--model", "tiny-mamba1", "--steps", 2, "--top", 3, "--out", tmp_path / "e.csv"]
+    result = run("edges", TEXT, "--target", "Paris", "--other", "Rome", *options)
+    assert result.exit_code == 0, result.output
+    assert "logit(·P) - logit(·R) = " in result.stdout
+    assert "without any of them" in result.stdout
+    assert result.stdout.count(" ← ") == 4  # the header, and three edges
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    frame = pd.read_csv(tmp_path / "e.csv")
+    assert len(frame) == 550
+    assert "exact" not in frame
+    result = run("edges", TEXT, "--target", "Paris", "--metric", "logprob", "--out", tmp_path / "p")
+    assert result.exit_code == 0, result.output
+    assert "ln p(·P) = " in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"e.csv", "e.png", "p.png", "p.parquet"}
+
+
+BAD = {
+    "For a text of your own, give its answer too: --target Paris": [TEXT],
+    "the suffix is one of .png, .svg, .pdf, .parquet, .csv": [TEXT, "--target", "Paris", "--out", "edges.txt"],
+    "is a folder; name a picture": [TEXT, "--target", "Paris", "--out", "."],
+    "the log-probability has no wrong answer": [TEXT, "--target", "Paris", "--other", "Rome", "--metric", "logprob"],
+    "has no SSM layers": [TEXT, "--target", "Paris", "--model", "tiny-llama"],
+    "should be greater than or equal to 0": [TEXT, "--target", "Paris", "--check", "-1"],
+    "empty target": [TEXT, "--target", ""],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_line(message: str) -> None:
+    refused(run("edges", *BAD[message]), message)
