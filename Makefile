@@ -1,7 +1,7 @@
 # make demo   install into .venv and draw the information-flow maps of the embedded models (demo/)
 # make test   lint, types, import contracts and tests
 # make lint   ruff, mypy and the import contracts alone
-# make bench  time and memory of the library beside a plain forward, and of many knockouts beside one
+# make bench  time and memory of the library beside the model's own
 # make clean  remove .venv, demo/ and caches
 #
 # PYTHON=python3.12 make demo   uses another interpreter (>= 3.11)
@@ -33,6 +33,8 @@ lint: $(VENV)/.tools
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.flow --profile
+	$(BIN)/python -m benchmarks.decomposition
+	$(BIN)/python -m benchmarks.edges
 
 clean:
 	rm -rf $(VENV) demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
