@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ssm_interp.features.circuit_trials import Asked, EdgeGroup, Metric, Trials
+from ssm_interp.features.circuit_trials import Asked, EdgeGroup, Trials
 from ssm_interp.features.groups import ALL, FeatureError, check_groups, feature_groups
+from ssm_interp.features.metrics import Metric
 from ssm_interp.hooks import Attachment, Knockout
 from ssm_interp.plots import circuit_figure
 from ssm_interp.prompts import Batch

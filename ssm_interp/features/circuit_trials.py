@@ -13,23 +13,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ssm_interp.features.groups import ALL, FeatureError
+from ssm_interp.features.metrics import Metric, log_probability, measure
 from ssm_interp.hooks import Attachment, Knockout
 from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.site import position_mask
 from ssm_interp.prompts import Batch
 
-Metric = Callable[[Tensor], Tensor]
-"""From logits at the last token `[b v]` to a number per row `[b]`."""
-
-
-def _logprob(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
-
-
-METRICS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "logprob": _logprob,
-    "probability": lambda logits, targets: _logprob(logits, targets).exp(),
-    "accuracy": lambda logits, targets: (logits.argmax(1) == targets).double(),
+METRICS: Mapping[str, Callable[[Tensor], Metric]] = {
+    "logprob": log_probability,
+    "probability": lambda targets: lambda logits: log_probability(targets)(logits).exp(),
+    "accuracy": lambda targets: lambda logits: (logits.argmax(1) == targets.to(logits.device)).double(),
 }
 """Metrics of the prompts' own targets, by name."""
 
@@ -227,7 +220,7 @@ class Trials:
             parts = [self._logits(some, part) for part in rows]
             for logits in torch.cat(parts, dim=1):
                 self.count += 1
-                yield self._checked(self.metric(logits))
+                yield float(measure(self.metric, logits).double().mean())
 
     @torch.no_grad()
     def _logits(self, removed: Sequence[Collection[EdgeGroup]], rows: range) -> Float[Tensor, "m r v"]:
@@ -291,20 +284,4 @@ class Trials:
                 f"the metric {metric!r} needs the prompts' targets, which a Batch of prompts has; for plain input_ids "
                 "give a function from logits at the last token [b v] to a number per row [b]"
             )
-        return lambda logits: METRICS[metric](logits, targets.to(logits.device))
-
-    def _checked(self, found: Any) -> float:
-        rows = len(self.asked.mask)
-        if not isinstance(found, Tensor) or tuple(found.shape) != (rows,):
-            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise FeatureError(
-                f"the metric must give one number per prompt, a tensor [{rows}], got {got}; "
-                "it is called with the logits at the last token, [b v]"
-            )
-        if not found.isfinite().all():
-            row = int((~found.isfinite()).nonzero()[0, 0])
-            raise FeatureError(
-                f"the metric is {found[row].item()} for row {row}, not a finite number; try a wider dtype, or a metric "
-                "that stays finite when edges are knocked out"
-            )
-        return float(found.double().mean())
+        return METRICS[metric](targets)

@@ -83,7 +83,10 @@ def measure(metric: Metric, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, " 
         raise FeatureError(f"the metric returned {value.dtype}, but must return {expected}, in floating point")
     if not value.isfinite().all():
         row = int((~value.reshape(rows).isfinite()).nonzero()[0, 0])
-        raise FeatureError(f"the metric is {value.reshape(rows)[row].item()} for row {row}; it must be finite")
+        raise FeatureError(
+            f"the metric is {value.reshape(rows)[row].item()} for row {row}, not a finite number; try a wider dtype, "
+            "or a metric that stays finite when edges are knocked out"
+        )
     return value.reshape(rows)
 
 
