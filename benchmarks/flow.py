@@ -1,9 +1,10 @@
-"""Measure the fast engine, as ratios within one run, on random models of the 130M shape and on an embedded one.
+"""Measure the fast engine, as ratios within one run, on random models of the 130M shape.
 
     python -m benchmarks.flow                     # a few minutes on 2 cores
     python -m benchmarks.flow --profile           # and where the time of the batched step goes
 
 192 variants of one 12-token prompt: 4 sources x 3 feature groups x 16 windows of 9 of 24 layers, each source -> last.
+Then sweeps of 16 of them over 10, 100 and 1,000 such prompts: what a prompt costs, and the memory of the process.
 """
 
 from __future__ import annotations
@@ -13,28 +14,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import ssm_interp as si
 from benchmarks.__main__ import build
 from benchmarks.memory import peak_megabytes
 from ssm_interp.features import feature_groups
-from ssm_interp.flow import Study, run_study
+from ssm_interp.flow import sweep
 from ssm_interp.hooks import run_each
+from ssm_interp.prompts import Prompt
 
 LENGTH, WINDOW, LAYERS = 12, 9, 24
 SOURCES = {"subject": [2, 3, 4], "relation": [0, 1, 5, 6, 7, 8, 9, 10, 11], "first": [0], "last": [11]}
 GROUPS = ("all", "top third", "all but bottom third")
 PROMPTS = (10, 100, 1000)
+MODELS = ("mamba1-130m", "mamba2-130m")
 
 
 def variants(ssm: si.Attachment) -> list[list[si.Knockout]]:
@@ -100,24 +102,37 @@ def ratios(name: str, repeats: int, profile: bool, console: Console) -> list[str
     return [name, *medians, f"{faster:.1f}", f"{slower:.2f}"]
 
 
-def cost_per_prompt(count: int) -> None:
-    """Run a study of an embedded model; print milliseconds per prompt, and how the process's peak grew, in MB."""
-    with TemporaryDirectory() as folder:
-        run_study(Study(model="tiny-mamba2", limit=8, seed=1), Path(folder, "warm"))
+def cost_per_prompt(name: str, count: int) -> None:
+    """Sweep so many prompts; print milliseconds per prompt, and the process's peak before and after, in MB."""
+    model = build(name)
+    words = PreTrainedTokenizerFast(tokenizer_object=_words(model.config.vocab_size), pad_token="w0", unk_token="w0")
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, model.config.vocab_size, (count, LENGTH + 1), generator=draw).tolist()
+    named = [[f"w{word}" for word in row] for row in rows]
+    prompts = [Prompt(" ".join(row[:-1]), subject=" ".join(row[2:5]), target=row[-1]) for row in named]
+    with si.attach(model) as ssm:
         before, start = peak_megabytes(), time.perf_counter()
-        run_study(Study(model="tiny-mamba2", limit=count), Path(folder, "study"))
+        sweep(ssm, words, prompts, sources=["subject"], window=WINDOW, answered_only=False)
         spent = time.perf_counter() - start
-    print(1000 * spent / count, peak_megabytes() - before)
+    print(1000 * spent / count, before, peak_megabytes())
+
+
+def _words(count: int) -> Tokenizer:
+    """A tokenizer of whole words, w0 w1 w2 ..."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{word}": word for word in range(count)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
 
 
 def main(
     repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = 5,
     profile: Annotated[bool, typer.Option(help="Print where the step's time goes.")] = False,
     prompts: Annotated[int, typer.Option(hidden=True)] = 0,
+    model: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Print the ratios."""
     if prompts:
-        cost_per_prompt(prompts)
+        cost_per_prompt(model, prompts)
         return
     logging.set_verbosity_error()
     console = Console(width=140)
@@ -125,16 +140,17 @@ def main(
     table = Table(
         "model", "step s", "hooked forward s", "plain forward s", "x faster than 192", "x of plain", title=title
     )
-    for name in ("mamba1-130m", "mamba2-130m"):
+    for name in MODELS:
         table.add_row(*ratios(name, repeats, profile, console))
     console.print(table)
     table = Table(
-        "prompts", "ms per prompt", "growth of the peak, MB", title="a study of tiny-mamba2, 28 knockouts each"
+        "model", "prompts", "ms per prompt", "peak before, MB", "peak, MB", title="16 knockouts of each prompt"
     )
-    for count in PROMPTS:
-        command = [sys.executable, "-m", "benchmarks.flow", "--prompts", str(count)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-        table.add_row(str(count), *(f"{float(value):.1f}" for value in done))
+    for name in MODELS:
+        for count in PROMPTS:
+            command = [sys.executable, "-m", "benchmarks.flow", "--model", name, "--prompts", str(count)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            table.add_row(name, str(count), *(f"{float(value):.0f}" for value in done))
     console.print(table)
 
 

@@ -28,7 +28,8 @@ from ssm_interp.hooks.rowsite import Rows, rows_at_work
 from ssm_interp.hooks.softmax import knockable
 
 FRACTION = 4  # of the free memory, one part in so many
-CPU_ROWS = 512  # more rows in a step make a CPU no faster
+CPU_ROWS = 512  # more rows in a step, or more bytes of states, make a CPU no faster
+CPU_STATES = 2**28
 TRIAL_MEMORY = 2**30  # bytes, far more than a trial takes
 TRIAL_ERROR = 1e-3  # of the largest logit: far above rounding, far below what blocks give that rows do not fit
 
@@ -164,7 +165,8 @@ def _each_length(ssm: Attachment, ids: Tensor, mask: Tensor, plan: Plan, memory:
         for variant, start in first.items():
             starts.setdefault(length - 1 if start is None else start, []).append(variant)
         for start, members in starts.items():
-            each = max(1, memory // 2 // max(1, _state_bytes(ssm, part, set(members))))
+            room = min(memory // 2, CPU_STATES) if ids.device.type == "cpu" else memory // 2
+            each = max(1, room // max(1, _state_bytes(ssm, part, set(members))))
             for some in (torch.arange(first, min(first + each, len(rows))) for first in range(0, len(rows), each)):
                 group = _Group(ssm, ids[rows[some]][:, columns], part.narrow(some, slice(None), members), start, memory)
                 for answers in group.answers(members):
