@@ -112,7 +112,7 @@ def test_rows_at_odd_lengths(length):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reduced_is_the_reduced_matrix_however_it_is_cut(shape, reduction, slab_bytes, monkeypatch):
-    monkeypatch.setattr(sys.modules["ssm_interp.scan.attention"], "SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(sys.modules["ssm_interp.scan.blocks"], "SLAB_BYTES", slab_bytes)
     for length in (1, 5, 63):
         terms = random_terms(shape, length)
         expected = naive_attention(terms)

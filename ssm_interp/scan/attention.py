@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ssm_interp.scan.blocks import SLAB_BYTES, block_rows, checked_block, square
+from ssm_interp.scan.blocks import checked_block, slabs, square
 from ssm_interp.scan.edges import edge_products
 from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
 
@@ -41,12 +41,12 @@ def attention(terms: Terms, *, block: int = 32, fold_dt: bool = True) -> Float[T
     Example:
         >>> torch.einsum("bhts,bshp->bthp", attention(terms), terms.x)      # is scan(terms)[0]
     """
-    slabs = _slabs(terms, checked_block(block), fold_dt)
+    by_slab = slabs(terms, checked_block(block), fold_dt)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (terms.dt, terms.A, terms.B, terms.C)):
-        return torch.cat([square(list(rows)) for _, rows in slabs], dim=1)
+        return torch.cat([square(list(rows)) for _, rows in by_slab], dim=1)
     length = terms.length
     matrix = terms.x.new_zeros(terms.batch, terms.heads, length, length)
-    for heads, rows in slabs:
+    for heads, rows in by_slab:
         for row in rows:
             size, stop = row.shape[2:]
             matrix[:, heads, stop - size : stop, :stop] = row
@@ -81,7 +81,7 @@ def reduced_attention(terms: Terms, reduction: Reduction, *, block: int = 32) ->
         ones = terms.x.new_ones(*terms.dt.shape, 1)
         return edge_products(terms.with_x(ones), ones, block=block) / terms.heads
     sums: list[Tensor] = []
-    for _, rows in _slabs(terms, checked_block(block)):
+    for _, rows in slabs(terms, checked_block(block)):
         parts = [measures[reduction](row).sum(1, keepdim=True) for row in rows]  # b 1 q s
         sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
     total = square(sums)[:, 0]
@@ -138,36 +138,6 @@ def _columns(terms: Terms, targets: list[int]) -> Iterator[Float[Tensor, "b h r"
         column = (g @ terms.B[:, s, None, :, :, None]).reshape(b, -1, h).transpose(1, 2)
         yield pad(column, (0, r - g.shape[1]))
         g = g * (terms.dt[:, s, :, None] * terms.A).exp().reshape(b, 1, *by_group, -1)
-
-
-def _slabs(
-    terms: Terms, block: int, fold_dt: bool = True
-) -> Iterator[tuple[slice, Iterator[Float[Tensor, "b h q s"]]]]:
-    """The heads in slabs that share a group, and the block rows of each slab."""
-    length, n = terms.length, terms.A.shape[1]
-    one_head = terms.x.element_size() * terms.batch * length * (4 * block + 8 * n)
-    size = max(1, SLAB_BYTES // one_head)
-    per_group = terms.heads // terms.groups
-    for group in range(terms.groups):
-        C, B = terms.C[:, None, :, group], terms.B[:, None, :, group]  # b 1 t n
-        scores = C @ B.mT if terms.scalar_decay else None  # b 1 t s
-        for start in range(group * per_group, (group + 1) * per_group, size):
-            heads = slice(start, min(start + size, (group + 1) * per_group))
-            dt = terms.dt[:, :, heads].transpose(1, 2)[..., None]  # b h t 1
-            log_decay = dt * terms.A[heads, None]  # b h t n
-            steps = dt if fold_dt else torch.ones_like(dt)
-            if scores is None:
-                yield heads, block_rows(log_decay, C, steps * B, block)
-            else:
-                yield heads, _scored(block_rows(log_decay, torch.ones_like(dt[:, :1]), steps, block), scores)
-
-
-def _scored(
-    rows: Iterator[Float[Tensor, "b h q s"]], scores: Float[Tensor, "b 1 t l"]
-) -> Iterator[Float[Tensor, "b h q s"]]:
-    for row in rows:
-        size, stop = row.shape[2:]
-        yield row * scores[:, :, stop - size : stop, :stop]
 
 
 def _position(terms: Terms, position: SupportsIndex) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ssm_interp.scan.terms import TermsError
+from ssm_interp.scan.terms import Terms, TermsError
 
 SLAB_BYTES = 2**24  # temporary memory of one slab of heads, about
 
@@ -72,6 +72,34 @@ def square(rows: list[Float[Tensor, "b h _ _"]]) -> Float[Tensor, "b h t t"]:
     """Block rows, each up to its diagonal, as one square matrix."""
     length = rows[-1].shape[-1]
     return torch.cat([pad(row, (0, length - row.shape[-1])) for row in rows], dim=2)
+
+
+def slabs(terms: Terms, block: int, fold_dt: bool = True) -> Iterator[tuple[slice, Iterator[Float[Tensor, "b h q s"]]]]:
+    """The heads in slabs that share a group, and the block rows of each slab."""
+    length, n = terms.length, terms.A.shape[1]
+    one_head = terms.x.element_size() * terms.batch * length * (4 * block + 8 * n)
+    size = max(1, SLAB_BYTES // one_head)
+    per_group = terms.heads // terms.groups
+    for group in range(terms.groups):
+        C, B = terms.C[:, None, :, group], terms.B[:, None, :, group]  # b 1 t n
+        scores = C @ B.mT if terms.scalar_decay else None  # b 1 t s
+        for start in range(group * per_group, (group + 1) * per_group, size):
+            heads = slice(start, min(start + size, (group + 1) * per_group))
+            dt = terms.dt[:, :, heads].transpose(1, 2)[..., None]  # b h t 1
+            log_decay = dt * terms.A[heads, None]  # b h t n
+            steps = dt if fold_dt else torch.ones_like(dt)
+            if scores is None:
+                yield heads, block_rows(log_decay, C, steps * B, block)
+            else:
+                yield heads, _scored(block_rows(log_decay, torch.ones_like(dt[:, :1]), steps, block), scores)
+
+
+def _scored(
+    rows: Iterator[Float[Tensor, "b h q s"]], scores: Float[Tensor, "b 1 t l"]
+) -> Iterator[Float[Tensor, "b h q s"]]:
+    for row in rows:
+        size, stop = row.shape[2:]
+        yield row * scores[:, :, stop - size : stop, :stop]
 
 
 def checked_block(block: int) -> int:

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ssm_interp.scan.attention import _slabs
-from ssm_interp.scan.blocks import checked_block
+from ssm_interp.scan.blocks import checked_block, slabs
 from ssm_interp.scan.terms import Terms, in_full_precision
 
 
@@ -34,7 +33,7 @@ def distance_sums(terms: Terms, *, block: int = 32) -> tuple[Float[Tensor, "b h"
     """
     parts: list[Tensor] = []
     positions = torch.arange(terms.length, device=terms.x.device, dtype=terms.x.dtype)
-    for heads, rows in _slabs(terms, checked_block(block)):
+    for heads, rows in slabs(terms, checked_block(block)):
         sums = terms.x.new_zeros(2, terms.batch, heads.stop - heads.start)
         for row in rows:
             size, stop = row.shape[2:]
