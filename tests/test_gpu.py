@@ -11,6 +11,18 @@ from tiny_hosts import inputs
 from transformers import PreTrainedModel
 
 import ssm_interp as si
+from ssm_interp.features import (
+    attention_views,
+    check_edges,
+    decompose,
+    edge_attribution,
+    feature_groups,
+    find_circuit,
+    logit_attribution,
+    logit_difference,
+    spectrum,
+)
+from ssm_interp.hooks import Attachment
 
 pytestmark = pytest.mark.gpu
 
@@ -35,10 +47,11 @@ def test_rows_of_one_step_on_cuda(host: PreTrainedModel) -> None:
     ids = inputs(2, LENGTH)["input_ids"].cuda()
     with si.attach(host.cuda()) as ssm:
         variants = [
-            si.Knockout(sources=ROLES[source], targets=ROLES[target], layers=window)
+            si.Knockout(sources=ROLES[source], targets=ROLES[target], layers=window, through=through)
             for source in ("subject", "relation")
             for target in ("last", "subject")
             for window in windows(ssm)
+            for through in ("ssm", ("ssm", "conv"))
         ]
         assert error(answers(ssm, ids, variants), forwards(ssm, ids, variants)) <= 1e-4
 
@@ -48,3 +61,35 @@ def test_softmax_knockouts_on_cuda() -> None:
     with si.attach(transformer("llama", "sdpa").cuda()) as ssm:
         variants = [si.Knockout(sources=[2, 3], targets=[5, 8], layers=window) for window in windows(ssm)]
         assert error(answers(ssm, ids, variants), forwards(ssm, ids, variants)) <= 1e-4
+
+
+def features_of(ssm: Attachment, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Something of everything that the features floor computes, on the CPU."""
+    layer, metric = max(ssm.layers), logit_difference(3, 4)
+    groups = feature_groups(ssm, ["top half", "all but top half"])
+    edges = edge_attribution(ssm, ids, metric, features=groups)
+    found = {
+        "decomposition": decompose(ssm, ids, features=groups)[layer].parts["ssm"],
+        "by input": decompose(ssm, ids, by="input")[layer].parts["ssm"],
+        "logits": logit_attribution(ssm, ids, 3, 4).by_position(),
+        "unified": attention_views(ssm, ids, "unified", reduction="norm")[layer].values,
+        "edges": edges.values,
+        "mean distance": spectrum(ssm, ids)["mean distance"][layer],
+    }
+    exact = check_edges(ssm, ids, metric, edges, top=3, random=0).frame["exact"]
+    found["exact"] = torch.tensor(exact.to_numpy()).abs().sort().values
+    circuit = find_circuit(
+        ssm, ids, roles={"early": range(4), "late": range(4, 9)}, layers=[layer], metric=metric, tolerance=0.0
+    )
+    found["circuit"] = torch.tensor([circuit.clean, circuit.empty])
+    return {name: tensor.detach().cpu() for name, tensor in found.items()}
+
+
+def test_features_on_cuda_are_those_on_the_cpu(host: PreTrainedModel) -> None:
+    ids = inputs(2, LENGTH)["input_ids"]
+    with si.attach(host) as ssm:
+        on_cpu = features_of(ssm, ids)
+    with si.attach(host.cuda()) as ssm:
+        on_gpu = features_of(ssm, ids.cuda())
+    for name, known in on_cpu.items():
+        assert error(on_gpu[name], known) <= 1e-3, name
