@@ -151,7 +151,7 @@ def test_a_kernel_is_called_as_the_host_called_it(adapter: type[Operator]) -> No
     )
 
     def site() -> Site:
-        return Site(SimpleNamespace(ssm=points, layer_idx=0, training=False), None, None, t)
+        return Site(SimpleNamespace(ssm=points, conv1d=points, layer_idx=0, training=False), None, None, t)
 
     operator = adapter(kernel, (), fresh(arguments))
     assert not operator.is_reference
@@ -174,7 +174,7 @@ def test_packed_sequences_are_refused_where_positions_matter() -> None:
         layer=4, heads=h, head_dim=1, state_size=n, gated=True, own_operator=False, memory=EditMemory()
     )
     points.hook_attn.exposures = 1
-    site = Site(SimpleNamespace(ssm=points, layer_idx=4, training=False), None, None, t)
+    site = Site(SimpleNamespace(ssm=points, conv1d=points, layer_idx=4, training=False), None, None, t)
     with pytest.raises(si.HookError, match="layer 4 got packed sequences.*one sequence per row"):
         serve(operator, site)
 
