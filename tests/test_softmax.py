@@ -292,7 +292,7 @@ def test_bad_knockouts_in_attention() -> None:
             ssm.run(ids, read="attn", layers=[0])
         with ssm.edit(si.Knockout(sources=0)), pytest.raises(si.HookError, match="inside `with ssm.edit"):
             ssm.detach()
-    with pytest.raises(si.InterventionError, match=r"through must name streams, out of 'ssm', 'conv', 'attention'; got 'mlp'"):
+    with pytest.raises(si.InterventionError, match=r"through must name streams, out of .*'conv'.*; got 'mlp'"):
         si.Knockout(sources=0, through="mlp")
     sliding = transformer("gemma2")
     with si.attach(sliding) as ssm, torch.no_grad(), ssm.edit(si.Knockout(sources=0)):
