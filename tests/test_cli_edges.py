@@ -73,3 +73,9 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_one_line(message: str) -> None:
     refused(run("edges", *BAD[message]), message)
+
+
+def test_another_answer_must_begin_otherwise(tmp_path: Path) -> None:
+    asked = ("edges", "The capital of France is", "--target", "Paris", "--out", tmp_path / "x.png", "--other")
+    refused(run(*asked, "Prague"), "begins with the same token as the answer 'Paris'")
+    refused(run(*asked, ""), "empty target")

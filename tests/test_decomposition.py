@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from random_terms import as_users_run_it
@@ -255,3 +256,26 @@ def test_another_activation_has_no_view_by_inputs() -> None:
         assert relative_error(total(decompose(ssm, inputs())[0]), mixer_outputs(ssm, inputs())[0][:, [-1]]) < 1e-5
         with pytest.raises(FeatureError, match="activation is 'gelu'"):
             decompose(ssm, inputs(), by="input")
+
+
+def test_layers_as_numpy_torch_and_python_have_them() -> None:
+    with si.attach(build("mamba2")) as ssm, as_users_run_it():
+        for layers in (1, np.int64(1), torch.tensor(1), [np.int64(1)], torch.tensor([1]), (1,), range(1, 2)):
+            assert list(decompose(ssm, inputs(), layers=layers)) == [1]
+        for layers, message in (
+            ([], "names no layer"),
+            (1.5, "integer"),
+            ("1", "integer"),
+            (range(0), "names no layer"),
+        ):
+            with pytest.raises(FeatureError, match=message):
+                decompose(ssm, inputs(), layers=layers)
+        for ids, message in ((torch.ones(2, 3), "float32"), (torch.ones(3).long(), r"\[b t\], got torch.int64 \[3\]")):
+            with pytest.raises(si.HookError, match=message):
+                decompose(ssm, ids)
+
+
+@pytest.mark.parametrize("wrong", ["top third", [0, 1], {"a": [0, 1]}, {"a": {0: None}}, {"a": "top third"}])
+def test_groups_of_another_form_are_refused(wrong: Any) -> None:
+    with si.attach(build("mamba2")) as ssm, as_users_run_it(), pytest.raises(FeatureError, match="group"):
+        decompose(ssm, inputs(), features=wrong)

@@ -66,8 +66,10 @@ def check(done: Result, recipe: Recipe, models: list[str], out: Path) -> None:
     """Everything that a recipe names is in the table, on the screen and in the pictures."""
     assert done.exit_code == 0, done.output
     frame = FlowResult.load(out / "table.parquet").frame
-    assert list(frame["model"].unique()) == models
     knockouts = recipe.knockouts.values()
+    names = dict.fromkeys(one.name for one in knockouts)
+    known = [f"{model}, {name}" if name else model for name in names for model in models]
+    assert list(frame["model"].unique()) == known
     edges = {(source, target) for one in knockouts for source in one.sources or () for target in one.targets}
     if recipe.plot.kind == "heatmap":
         edges = {(str(position), "last") for position in range(int(frame["source"].astype(int).max()) + 1)}

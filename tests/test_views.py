@@ -152,3 +152,12 @@ def test_bad_input_is_refused() -> None:
                 rollout(matrices)
         with pytest.raises(FeatureError, match="from 0 to 1, got 1.5"):
             rollout([ones], residual=1.5)
+
+
+@pytest.mark.parametrize("form", ["operator", "no_dt", "value", "unified"])
+def test_columns_of_padding_are_zero(form: str) -> None:
+    rows = padded([7, 4], side="left")
+    with si.attach(build("mamba2")) as ssm:
+        for view in attention_views(ssm, rows, form, reduction="mean_abs").values():
+            assert view.values[1, :, :3].abs().max() == 0
+            assert view.values[1, 3:, 3:].abs().max() > 0

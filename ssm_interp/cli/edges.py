@@ -74,7 +74,7 @@ def edges(
         number: Metric = log_probability(row.target_id)
         label = f"ln p({_word(tokenizer, row.target_id)})"
         if metric == "difference":
-            rival = tokenize(replace(asked, target=other), tokenizer).target_id if other else _runner_up(ssm, row)
+            rival = _runner_up(ssm, row) if other is None else _rival(asked, row, other, tokenizer)
             number = logit_difference(row.target_id, rival)
             label = f"logit({_word(tokenizer, row.target_id)}) - logit({_word(tokenizer, rival)})"
         found = edge_attribution(ssm, ids, number, steps=steps)
@@ -110,6 +110,16 @@ def _prompt(words: str, target: str | None, facts: str, columns: dict[str, str] 
     except PromptError as error:
         error.add_note("For a text of your own, give its answer too: --target Paris")
         raise
+
+
+def _rival(asked: Prompt, row: TokenizedPrompt, other: str, tokenizer: Any) -> int:
+    found = tokenize(replace(asked, target=other), tokenizer).target_id
+    if found == row.target_id:
+        raise FeatureError(
+            f"--other {other}: it begins with the same token as the answer {asked.target!r}, "
+            f"{_word(tokenizer, found)!r}, so their logits do not differ; give an answer with another first token"
+        )
+    return found
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ def as_inputs(inputs: Any) -> tuple[dict[str, Any], Bool[Tensor, "b t"]]:
         raise FeatureError(
             f"inputs must be ids [b t], or a mapping with input_ids [b t] of at least one token; got {got}"
         )
-    if unfit := [name for name in (*CACHES, *PACKED) if given.get(name) is not None]:
+    if unfit := [name for name in (*CACHES, *PACKED, "logits_to_keep") if given.get(name) is not None]:
         raise FeatureError(f"the inputs hold {unfit[0]}: edges are those of one whole text per row; leave it out")
     mask = given.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask

@@ -200,8 +200,6 @@ def edge_attribution(
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise FeatureError(f"steps must be a whole number, at least 1, got {steps!r}")
     chosen = tuple(sorted(chosen_layers(ssm, layers)))
-    if not chosen:
-        raise FeatureError(f"layers names no layer; leave it out for all SSM layers, {sorted(ssm.layers)}")
     masks = _group_masks(ssm, features, chosen)
     question = Question.of(ssm, inputs, metric, positions, chosen)
     total, clean, without = None, None, None

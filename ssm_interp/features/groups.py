@@ -202,6 +202,9 @@ def feature_groups(
     """
     names = [names] if isinstance(names, str) else names
     sets = sets or {}
+    for what, given in (("statistics", statistics or {}), ("sets", sets)):
+        if not isinstance(given, Mapping) or not all(isinstance(layers, Mapping) for layers in given.values()):
+            raise FeatureError(f"{what} must be name -> layer -> one entry per feature, got {given!r:.200}")
     known = {**dict.fromkeys(STATISTICS), **(statistics or {})}
     ranked = {name: FeatureGroup.named(name, known) for name in names if name != ALL and name not in sets}
     if not ssm.layers and (ranked or any(name in sets for name in names)):
@@ -213,11 +216,11 @@ def feature_groups(
     check_groups(ssm, {name: sets[name] for name in names if name in sets})
     found: dict[str, dict[int, tuple[int, ...] | tuple[tuple[int, int], ...]] | None] = {}
     for name in names:
-        given: Mapping[int, Sequence[Any]] | None = sets.get(name)
+        own: Mapping[int, Sequence[Any]] | None = sets.get(name)
         if name in ranked:
             found[name] = dict(ranked[name].of(numbers[ranked[name].statistic]))
         else:
-            found[name] = None if given is None else {layer: tuple(given[layer]) for layer in sorted(given)}
+            found[name] = None if own is None else {layer: tuple(own[layer]) for layer in sorted(own)}
     return found
 
 
@@ -236,9 +239,18 @@ def check_groups(ssm: Attachment, groups: Groups, *, disjoint: bool = False) -> 
     Example:
         >>> check_groups(ssm, {"a": {0: [0, 1]}, "b": {0: [(2, 0)]}}, disjoint=True)              # doctest: +SKIP
     """
+    if not isinstance(groups, Mapping):
+        raise FeatureError(
+            f"feature groups are name -> layer -> features, as feature_groups gives them, got {type(groups).__name__}"
+        )
     for name, group in groups.items():
         if group is None:
             continue
+        if not isinstance(group, Mapping):
+            raise FeatureError(
+                f"the feature group {name!r} must be layer -> features, or None for all, got {type(group).__name__}; "
+                "feature_groups(ssm, [name]) makes one of a name"
+            )
         if not group:
             raise FeatureError(f"the feature group {name!r} names no layer; give layer -> features, or None for all")
         for layer, features in group.items():
@@ -251,7 +263,7 @@ def _check_layer(ssm: Attachment, name: str, layer: int, features: Sequence[Any]
     where = f"the feature group {name!r}"
     if layer not in ssm.layers:
         raise FeatureError(f"{where} names layer {layer!r}; the SSM layers of this model are {list(ssm.layers)}")
-    if isinstance(features, str | int) or not len(features):
+    if isinstance(features, str) or not isinstance(features, Sequence | np.ndarray | Tensor) or not len(features):
         raise FeatureError(
             f"{where} has no features in layer {layer} (got {features!r}); name some, or leave the layer out"
         )

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssm_interp.features.groups import FeatureError
-from ssm_interp.hooks import Attachment, Run
+from ssm_interp.hooks import Attachment, InterventionError, Run
+from ssm_interp.hooks.interventions import as_indices
 from ssm_interp.hooks.site import active_edits
 from ssm_interp.scan import Terms
 from ssm_interp.scan.unified import Convolution
@@ -142,12 +143,19 @@ def chosen_layers(ssm: Attachment, layers: Any) -> list[int]:
     """Layers that exist, in the order given; None: all SSM layers.
 
     Raises:
-        FeatureError: a model without SSM layers, or a layer that is none.
+        FeatureError: a model without SSM layers; no layer, or one that is none of them.
     """
     known = sorted(ssm.layers)
     if not known:
         raise FeatureError(f"{type(ssm.model).__name__} has no SSM layers (or was detached): there is nothing to read")
-    wanted = known if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    try:
+        wanted = as_indices(layers, "layers")
+    except InterventionError as error:
+        raise FeatureError(f"{error}; the SSM layers of this model are {known}") from None
+    if wanted is None:
+        return known
+    if not wanted:
+        raise FeatureError(f"layers names no layer; leave it out for all SSM layers, {known}")
     if missing := [layer for layer in wanted if layer not in known]:
         raise FeatureError(f"there is no SSM layer {missing[0]!r}; the SSM layers of this model are {known}")
     return list(dict.fromkeys(wanted))

@@ -38,6 +38,8 @@ def last_norm(ssm: Attachment) -> nn.Module:
             input (a LayerNorm subtracts the mean, or adds a bias), so that it cannot be frozen.
     """
     model: Any = ssm.model
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise FeatureError("the model was made under torch.inference_mode, and cannot be differentiated; make it again")
     name, blocks = type(model).__name__, blocks_of(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or blocks is None:

@@ -223,10 +223,12 @@ def _shown(
         skip[:, :, range(len(targets)), targets] = record.skip[heads]
         convolution = Convolution(*(part[heads] for part in record.convolution))
         secant, gate = record.secant[:, :, heads], record.gate[:, :, heads][:, targets]
+        read = (record.inputs != 0).flatten(2).any(-1)  # b s: blank at padding, whose column is then zero
         size = max(1, SLAB_BYTES // (secant.element_size() * secant.numel()))
         for start in range(0, len(targets), size):
             some = slice(start, start + size)
             rows = unified_rows((matrix + skip)[:, :, some], convolution, secant, gate[:, some])  # b r s+1 h p
+            rows[:, :, :-1] *= read[:, None, :, None, None]
             yield rows.permute(0, 3, 4, 1, 2).flatten(1, 2)
     else:
         yield matrix

@@ -179,12 +179,13 @@ class Attachment:
         for name, tensor in given.items():
             if isinstance(tensor, Tensor) and tensor.numel() == 0:
                 raise HookError(f"{name} is empty, {list(tensor.shape)}: a run needs at least one token")
+        _check_ids(given)
         caught: dict[tuple[str, int], list[Tensor]] = {}
         with ExitStack() as stack:
             for point, key in self._points([read] if isinstance(read, str) else list(read or ()), layers):
                 caught[key] = []
                 stack.callback(point.register_forward_hook(_catch(caught[key])).remove)
-            output = self.model(**given, **options)
+            output = self.model(**given | options)
         reads = {
             key: found[0] if len(found) == 1 else torch.cat(found, HEAD_AXIS[key[0]]) for key, found in caught.items()
         }
@@ -419,6 +420,18 @@ def _rebind_old_forward(mixer: nn.Module) -> None:
     """accelerate's hooks keep the forward that was bound when they were added."""
     if "_old_forward" in mixer.__dict__:
         mixer._old_forward = MethodType(type(mixer).forward, mixer)  # type: ignore[assignment]
+
+
+def _check_ids(given: Mapping[str, Any]) -> None:
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise HookError(f"input_ids must be integers [b t], got {got}; with a tokenizer give return_tensors='pt'")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim == 2 and mask.shape[0] != ids.shape[0]):
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise HookError(f"attention_mask must be a tensor [b t], as input_ids are ({list(ids.shape)}), got {shape}")
 
 
 def _catch(found: list[Tensor]) -> Callable[[Any, Any, Tensor], None]:
