@@ -79,3 +79,4 @@ def test_another_answer_must_begin_otherwise(tmp_path: Path) -> None:
     asked = ("edges", "The capital of France is", "--target", "Paris", "--out", tmp_path / "x.png", "--other")
     refused(run(*asked, "Prague"), "begins with the same token as the answer 'Paris'")
     refused(run(*asked, ""), "empty target")
+    refused(run("edges", "capital/France/0", "--target", "Rome"), "is the id of a prompt, which has its own answer")

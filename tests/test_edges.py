@@ -389,3 +389,14 @@ def test_a_check_of_other_inputs_is_refused() -> None:
         check_edges(ssm, inputs(2, 5), METRIC, found, top=-1)
     with pytest.raises(FeatureError, match="'top', 'random' or None"):
         check_edges(ssm, inputs(2, 5), METRIC, found, top=3, random=0).correlation("best")
+
+
+def test_a_check_of_something_else_is_refused() -> None:
+    with si.attach(build("mamba2")) as ssm:
+        found = edge_attribution(ssm, inputs(2, 7), logit_difference(3, 5))
+        for other, metric in ((inputs(2, 7, seed=4), logit_difference(3, 5)), (inputs(2, 7), logit_difference(8, 9))):
+            with pytest.raises(FeatureError, match="give the same model, inputs and metric to both"):
+                check_edges(ssm, other, metric, found)
+        for count in (-1, True):
+            with pytest.raises(FeatureError, match="0 or more"):
+                found.top(count)

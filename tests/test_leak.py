@@ -9,7 +9,7 @@ from drawn import png
 from tiny_flow import world
 
 import ssm_interp as si
-from ssm_interp.flow import full_forwards, leak, sweep
+from ssm_interp.flow import LeakReport, full_forwards, leak, sweep
 from ssm_interp.flow.leak import THROUGH
 from ssm_interp.plots import stream_figure
 
@@ -73,3 +73,14 @@ def test_what_it_cannot_compare_is_refused() -> None:
             sweep(ssm, given.tokenizer, given.prompts, features=["top third"], through=("ssm", "conv"))
     with pytest.raises(ValueError, match="needs a column `through`"):
         stream_figure(pd.DataFrame({"source": ["subject"]}))
+
+
+def test_the_last_digits_of_the_clean_run_split_no_prompt() -> None:
+    given = world("mamba2")
+    with si.attach(given.model) as ssm:
+        report = leak(ssm, given.tokenizer, given.prompts, sources=["last"], window=2)
+    frame = report.frame.copy()
+    frame.loc[frame["through"] == "conv", "p_base"] *= 1 + 1e-7
+    moved = LeakReport(frame)
+    assert set(moved.summary()["n"]) == {len(given.prompts)}
+    assert not moved.by_prompt().isna().any(axis=None)

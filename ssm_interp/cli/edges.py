@@ -56,8 +56,9 @@ def edges(
 ) -> None:
     """Attribute a prompt's answer to every single edge, target <- source, of every SSM layer, in one backward pass.
 
-    Prints the strongest edges; writes a picture, and a table with a row per edge (--out X.csv: as CSV). An edge's
-    number predicts how the metric changes if the edge is knocked out; --check N compares it with the truth.
+    Prints the strongest edges (with --check, by their exact effect, of those knocked out); writes a picture, and a table
+    with a row per edge (--out X.csv: as CSV). An edge's number predicts, to first order, how the metric changes if the
+    edge is knocked out; --check N compares it with the truth.
 
     Example:  [bold]ssm-interp edges capital/France/0 --model tiny-mamba1 --check 20[/bold]
 
@@ -104,6 +105,8 @@ def _files(out: Path) -> tuple[Path, Path]:
 def _prompt(words: str, target: str | None, facts: str, columns: dict[str, str] | None) -> Prompt:
     """A prompt of the facts by its id; or, with a target, a text as a prompt that is all subject."""
     if target is not None:
+        if words in {prompt.id for prompt in load_prompts(facts, columns=columns)}:
+            raise FeatureError(f"{words} is the id of a prompt, which has its own answer; leave --target out")
         return Prompt(words, subject=words, target=target)
     try:
         return with_ids(load_prompts(facts, columns=columns), [words])[0]
@@ -146,7 +149,8 @@ def _print(found: EdgeAttribution, row: TokenizedPrompt, frame: pd.DataFrame, la
             f"{float(found.gap):.2g}, and the closer, the more --steps"
         )
     table = Table("layer", f"target {ARROW} source", "attribution", *(["exact"] if "exact" in frame else []))
-    strongest = frame.reindex(frame["attribution"].abs().sort_values(ascending=False, kind="stable").index)
+    by = "exact" if "exact" in frame else "attribution"
+    strongest = frame.reindex(frame[by].abs().sort_values(ascending=False, kind="stable", na_position="last").index)
     for edge in strongest[:top].to_dict("records"):
         names = [f"{token_label(row.tokens[edge[name]])} {edge[name]}" for name in ("target", "source")]
         cells = [str(edge["layer"]), f" {ARROW} ".join(names), f"{edge['attribution']:+.4g}"]

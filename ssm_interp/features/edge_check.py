@@ -92,6 +92,13 @@ def check_edges(
             f"the attribution is of inputs {list(found.mask.shape)} with {int(found.mask.sum())} tokens, but these are "
             f"{list(question.mask.shape)} with {int(question.mask.sum())}; give the same inputs to both"
         )
+    with torch.no_grad():
+        clean = measure(metric, question.logits()).to(found.metric)
+    if not torch.allclose(clean, found.metric, rtol=1e-2, atol=1e-2):
+        raise FeatureError(
+            f"the attribution is of a metric that is {found.metric.tolist()} here, but this one is {clean.tolist()}; "
+            "give the same model, inputs and metric to both"
+        )
     edges = found.top(len(found.frame()))
     drawn = edges[top:].sample(min(random, max(0, len(edges) - top)), random_state=seed)
     chosen = pd.concat([edges[:top].assign(chosen="top"), drawn.assign(chosen="random")], ignore_index=True)

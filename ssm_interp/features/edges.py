@@ -113,9 +113,14 @@ class EdgeAttribution:
     def top(self, count: int = 10, tokens: Sequence[Any] | None = None) -> pd.DataFrame:
         """The rows of `frame(tokens)` with the largest attribution of either sign, the largest first.
 
+        Raises:
+            FeatureError: a negative count; and as `frame`.
+
         Example:
             >>> found.top(3)[["layer", "target", "source"]]              # doctest: +SKIP
         """
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise FeatureError(f"top takes a number of edges, 0 or more, got {count!r}")
         frame = self.frame(tokens)
         order = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order[:count]].reset_index(drop=True)
@@ -190,6 +195,7 @@ def edge_attribution(
         product of L^2 H P N (Mamba-1) or L^2 H P (Mamba-2) multiplications, for each group in proportion to its heads.
         Memory O(layers groups L^2) beside what the backward needs. On the CPU the library's own operator runs in the
         place of the host's, which is slow to differentiate there; gradients of parameters are not computed.
+        Not for several threads at once on one model, whose hooks would catch each other's tensors.
     Source: attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348), on the edges of the hidden attention
         (Ali et al., arXiv 2403.01590); integrated gradients (Sundararajan et al., arXiv 1703.01365).
 

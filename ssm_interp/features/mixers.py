@@ -114,6 +114,10 @@ def run_recorded(ssm: Attachment, inputs: Any, layers: Any = None) -> tuple[Run,
             "an edit is at work, under which a mixer's output is not M x and what follows it; leave the "
             "`with ssm.edit(...)` block first"
         )
+    if isinstance(inputs, Mapping) and inputs.get("logits_to_keep") is not None:
+        raise FeatureError(
+            "the inputs hold logits_to_keep, without which positions are those of the text; leave it out"
+        )
     if isinstance(inputs, Mapping) and any(inputs.get(name) is not None for name in CACHES):
         raise FeatureError(
             "the inputs hold a filled cache, whose tokens are not among the sources; give the whole text"

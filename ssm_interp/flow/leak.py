@@ -43,8 +43,10 @@ class LeakReport:
             each; `leak`: 100 (p through ssm - p through both) / p_base in %: the share of the answer that survives the
             SSM's knockout because the convolution carries it.
         """
-        wide = self.frame.pivot(index=["prompt_id", *KEYS, "p_base"], columns="through", values="p")
-        wide = wide[list(THROUGH)].reset_index().rename_axis(columns=None)
+        place = ["prompt_id", *KEYS]  # p_base differs in its last digits from sweep to sweep
+        wide = self.frame.pivot(index=place, columns="through", values="p")[list(THROUGH)]
+        clean = self.frame[self.frame["through"] == "ssm"].set_index(place)["p_base"]
+        wide = wide.join(clean).reset_index().rename_axis(columns=None)
         return wide.assign(leak=100 * (wide["ssm"] - wide["ssm + conv"]) / wide["p_base"])
 
     def summary(self, *, level: float = 0.95) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from ssm_interp.plots.attention import attention_figure
 from ssm_interp.plots.heatmap import TokenMap, heatmap_figure
 from ssm_interp.plots.style import INK, picture, signed, token_label
 
-LABEL = "Change of the metric if the edge is removed"
+LABEL = "Predicted change of the metric if the edge is removed"
 
 
 def edge_figure(
@@ -28,7 +28,8 @@ def edge_figure(
 ) -> Figure:
     """Two maps of attributions of edges: source token x layer into one token, and target x source summed over layers.
 
-    Blue is a loss of the metric when the edge is removed, red a gain, white no change; each map has its own colours.
+    Blue is a predicted loss of the metric when the edge is removed (the edge supports it), red a gain; each map has its
+    own colours.
 
     Args:
         values: one per layer and edge, `[layer t s]`, lower-triangular in its last two dimensions.
