@@ -57,8 +57,8 @@ def edges(
     """Attribute a prompt's answer to every single edge, target <- source, of every SSM layer, in one backward pass.
 
     Prints the strongest edges (with --check, by their exact effect, of those knocked out); writes a picture, and a
-    table with a row per edge (--out X.csv: as CSV). An edge's number predicts, to first order, how the metric changes if the
-    edge is knocked out; --check N compares it with the truth.
+    table with a row per edge (--out X.csv: as CSV). An edge's number predicts, to first order, how the metric changes
+    if the edge is knocked out; --check N compares it with the truth.
 
     Example:  [bold]ssm-interp edges capital/France/0 --model tiny-mamba1 --check 20[/bold]
 
