@@ -79,7 +79,8 @@ def attention_views(
         heads: those to look at, a sequence, or layer -> sequence; None: all.
 
     Returns:
-        Layer -> its view. Padding is zero, as rows and as columns.
+        Layer -> its view. Padding is zero, as rows and as columns (but for the unified columns of left padding where
+        the input projection has a bias, which the host's convolution then reads).
 
     Raises:
         FeatureError: an unknown form, reduction, layer or head; no heads; targets outside the prompt or in padding; and
