@@ -1,14 +1,16 @@
 """Measure the fast engine, as ratios within one run, on random models of the 130M shape.
 
-    python -m benchmarks.flow                     # a few minutes on 2 cores
+    python -m benchmarks.flow                     # a quarter of an hour on 2 cores
     python -m benchmarks.flow --profile           # and where the time of the batched step goes
 
 192 variants of one 12-token prompt: 4 sources x 3 feature groups x 16 windows of 9 of 24 layers, each source -> last.
-Then sweeps of 16 of them over 10, 100 and 1,000 such prompts: what a prompt costs, and the memory of the process.
+Then sweeps of 16 of them over 10, 100 and 1,000 such prompts, in batches of 8 and of 32: what a prompt costs, and the
+memory of the process.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,7 @@ LENGTH, WINDOW, LAYERS = 12, 9, 24
 SOURCES = {"subject": [2, 3, 4], "relation": [0, 1, 5, 6, 7, 8, 9, 10, 11], "first": [0], "last": [11]}
 GROUPS = ("all", "top third", "all but bottom third")
 PROMPTS = (10, 100, 1000)
+BATCHES = (8, 32)
 MODELS = ("mamba1-130m", "mamba2-130m")
 
 
@@ -102,7 +105,7 @@ def ratios(name: str, repeats: int, profile: bool, console: Console) -> list[str
     return [name, *medians, f"{faster:.1f}", f"{slower:.2f}"]
 
 
-def cost_per_prompt(name: str, count: int) -> None:
+def cost_per_prompt(name: str, count: int, batch_size: int) -> None:
     """Sweep so many prompts; print milliseconds per prompt, and the process's peak before and after, in MB."""
     model = build(name)
     words = PreTrainedTokenizerFast(tokenizer_object=_words(model.config.vocab_size), pad_token="w0", unk_token="w0")
@@ -112,7 +115,7 @@ def cost_per_prompt(name: str, count: int) -> None:
     prompts = [Prompt(" ".join(row[:-1]), subject=" ".join(row[2:5]), target=row[-1]) for row in named]
     with si.attach(model) as ssm:
         before, start = peak_megabytes(), time.perf_counter()
-        sweep(ssm, words, prompts, sources=["subject"], window=WINDOW, answered_only=False)
+        sweep(ssm, words, prompts, sources=["subject"], window=WINDOW, answered_only=False, batch_size=batch_size)
         spent = time.perf_counter() - start
     print(1000 * spent / count, before, peak_megabytes())
 
@@ -129,10 +132,11 @@ def main(
     profile: Annotated[bool, typer.Option(help="Print where the step's time goes.")] = False,
     prompts: Annotated[int, typer.Option(hidden=True)] = 0,
     model: Annotated[str, typer.Option(hidden=True)] = "",
+    batch_size: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Print the ratios."""
     if prompts:
-        cost_per_prompt(model, prompts)
+        cost_per_prompt(model, prompts, batch_size)
         return
     logging.set_verbosity_error()
     console = Console(width=140)
@@ -143,14 +147,13 @@ def main(
     for name in MODELS:
         table.add_row(*ratios(name, repeats, profile, console))
     console.print(table)
-    table = Table(
-        "model", "prompts", "ms per prompt", "peak before, MB", "peak, MB", title="16 knockouts of each prompt"
-    )
-    for name in MODELS:
-        for count in PROMPTS:
-            command = [sys.executable, "-m", "benchmarks.flow", "--model", name, "--prompts", str(count)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-            table.add_row(name, str(count), *(f"{float(value):.0f}" for value in done))
+    columns = ("model", "batch size", "prompts", "ms per prompt", "peak before, MB", "peak, MB")
+    table = Table(*columns, title="16 knockouts of each prompt")
+    for name, batch, count in itertools.product(MODELS, BATCHES, PROMPTS):
+        options = ["--model", name, "--batch-size", str(batch), "--prompts", str(count)]
+        command = [sys.executable, "-m", "benchmarks.flow", *options]
+        done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        table.add_row(name, str(batch), str(count), *(f"{float(value):.0f}" for value in done))
     console.print(table)
 
 

@@ -31,7 +31,7 @@ def outcome(logits: Float[Tensor, "m r v"], target_ids: Int[Tensor, " r"]) -> Ou
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.take_along_dim(target_ids.to(logits.device)[None, :, None], dim=2).squeeze(2)
-    logprob = -(logits - chosen[..., None]).logsumexp(2)
+    logprob = torch.stack([-(row - own[:, None]).logsumexp(1) for row, own in zip(logits, chosen, strict=True)])
     return Outcome(logprob.double(), chosen >= logits.amax(2))
 
 
