@@ -19,7 +19,7 @@ help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/ssm-interp flow --out demo
+	$(BIN)/ssm-interp flow --out demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not gpu and not hub" --durations 10

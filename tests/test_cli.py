@@ -2,9 +2,9 @@
 
 import io
 import json
-import subprocess
-import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 
 import ssm_interp as si
 from ssm_interp import cli, plots
-from ssm_interp.cli import flow, look
-from ssm_interp.flow import FlowResult, Study, run_study
+from ssm_interp.cli import flow, look, output
+from ssm_interp.flow import FlowResult, Ranks, Study, run_study, study_run
 from ssm_interp.flow.study_store import Store
 from ssm_interp.hooks.check import Row
 from ssm_interp.models import EMBEDDED
@@ -182,18 +182,19 @@ def test_flow_goes_on_where_it_was_and_refuses_other_options(
     refused(run(*words, "--window", 1), "windows (stored: null, given: [1])")
 
 
-def test_flow_shows_prompts_per_second_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_has_a_rate_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(flow, "Console", lambda **options: Console(file=screen, force_terminal=True, width=120))
-    with flow.progress_bar(shown=True) as progress:
-        task = progress.add_task("model", total=None)
-        for done in (0, 10, 20):
-            progress.update(task, completed=done, total=40)
-            time.sleep(0.01)
-    assert "20/40" in screen.getvalue()
-    assert "prompts/s" in screen.getvalue()
+    monkeypatch.setattr(output, "Console", lambda **options: Console(file=screen, force_terminal=True, width=120))
+    for unit in ("prompts", "trials"):
+        with output.progress_bar(shown=True, unit=unit) as progress:
+            task = progress.add_task("model", total=None)
+            for done in (0, 10, 20):
+                progress.update(task, completed=done, total=40)
+                time.sleep(0.01)
+        assert "20/40" in screen.getvalue()
+        assert f"{unit}/s" in screen.getvalue()
     screen.truncate(0)
-    with flow.progress_bar(shown=False) as progress:
+    with output.progress_bar(shown=False) as progress:
         progress.add_task("model", total=1)
     assert "model" not in screen.getvalue()
 
@@ -242,29 +243,6 @@ def test_check_prints_a_table_and_fails_with_1(model: str, monkeypatch: pytest.M
     (line,) = [line for line in result.stdout.splitlines() if "bad" in line]
     assert "FAILED" in line
     assert "0.5" in line
-
-
-@pytest.mark.parametrize("command", ["flow", "check", "attention"])
-def test_help_has_an_example(command: str) -> None:
-    result = run(command, "--help")
-    assert result.exit_code == 0
-    assert f"ssm-interp {command}" in result.stdout.split("Example:")[1]
-
-
-def test_help_and_version() -> None:
-    for words in ([], ["--help"]):
-        result = run(*words)
-        assert result.exit_code == 0
-        assert "attention" in result.stdout
-    assert run("--version").stdout.strip() == f"ssm-interp {si.__version__}"
-
-
-def test_it_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ssm_interp", "check"], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip().lower() == "error: missing argument 'model'."
 
 
 @pytest.mark.parametrize(
@@ -354,31 +332,6 @@ def test_attention_refuses_an_empty_text(model: str) -> None:
     refused(run("attention", "  ", "--model", model), "has no tokens: it is empty")
 
 
-@pytest.mark.parametrize("words", [["--debug", "flow"], ["flow", "--debug"]])
-def test_debug_shows_the_traceback(words: list[str]) -> None:
-    result = run(*words, "--prompts", "missing.jsonl")
-    assert isinstance(result.exception, si.PromptError)
-    assert result.exit_code == 1
-
-
-def test_a_fault_of_our_own_is_not_dressed_up(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(model: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(look, "check_model", broken)
-    assert isinstance(run("check", model).exception, ZeroDivisionError)
-
-
-def test_control_c_says_so(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(model: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(look, "check_model", interrupt)
-    result = run("check", model)
-    assert result.exit_code == 130
-    assert result.stderr.strip() == "interrupted"
-
-
 def test_heatmap_draws_a_panel_for_each_prompt_and_model(
     model: str, prompts: str, scene: World, tmp_path: Path
 ) -> None:
@@ -391,6 +344,42 @@ def test_heatmap_draws_a_panel_for_each_prompt_and_model(
     page = run(*words, "--out", tmp_path / "map.html", "--limit", 0.3)
     assert page.exit_code == 0, page.output
     assert "Plotly.newPlot" in (tmp_path / "map.html").read_text()
+
+
+def test_a_look_at_a_model_takes_its_type_and_its_device(
+    model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, object]] = []
+
+    def spy(name: str, **options: object) -> object:
+        given.append(options)
+        return si.load(name, **options)
+
+    monkeypatch.setattr(study_run, "load", spy)
+    how = ["--revision", "v1", "--dtype", "float64", "--device", "cpu", "--device-map", "auto"]
+    for words in (["check", model], ["attention", "ban dus", "--model", model], ["heatmap", "p0", "--facts", prompts]):
+        out = [] if words[0] == "check" else ["--out", tmp_path / "a.png"]
+        result = run(*words, *(["--model", model] if words[0] == "heatmap" else []), *how, *out)
+        assert result.exit_code == 0, result.output
+        expected = {"revision": "v1", "dtype": torch.float64, "device": torch.device("cpu"), "device_map": "auto"}
+        assert given.pop() == expected
+    assert result.stdout.startswith(f"overwrote {tmp_path / 'a.png'}: ")  # where the attention was
+    for words in (["check", model], ["attention", "ban", "--model", model], ["heatmap", "p0", "--facts", prompts]):
+        refused(run(*words, "--device", "gpu"), "there is no device 'gpu'")
+
+
+def test_ranks_without_a_shard_are_told(
+    model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["flow", "--model", model, "--prompts", prompts, "--shard-size", 4, "--source", "subject"]
+    for index, count, told in ((0, 3, True), (1, 3, False), (0, 2, False)):
+        monkeypatch.setattr(flow, "ranks", partial(nullcontext, Ranks(index, count)))
+        result = run(*words, "--out", tmp_path / f"{index}{count}")
+        assert result.exit_code == 0, result.output
+        assert result.stderr == told * (
+            "1 of 3 ranks have nothing to do: 8 prompts make 2 shards of 4; in another --out, --shard-size 2 gives "
+            "each of them some\n"
+        )
 
 
 @pytest.mark.parametrize(

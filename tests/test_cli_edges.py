@@ -59,7 +59,28 @@ def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"e.csv", "e.png", "p.png", "p.parquet"}
 
 
+def test_it_says_what_the_model_answers_instead(tmp_path: Path) -> None:
+    asked = ("edges", TEXT, "--model", "tiny-mamba1", "--out", tmp_path / "e.png", "--target")
+    wrong, right = run(*asked, "London"), run(*asked, "Paris")
+    said = (
+        "tiny-mamba1 answers \N{MIDDLE DOT}P, not \N{MIDDLE DOT}L; what follows is about \N{MIDDLE DOT}L all the same"
+    )
+    assert wrong.stdout.startswith(f"{said}\nlogit(\N{MIDDLE DOT}L) - logit(\N{MIDDLE DOT}P) = ")
+    assert wrong.stdout.endswith(f"\nwrote {tmp_path / 'e.png'} and {tmp_path / 'e.parquet'} (550 edges)\n")
+    assert right.exit_code == 0
+    assert right.stdout.startswith("logit(·P) - ")
+    assert f"\noverwrote {tmp_path / 'e.png'} and {tmp_path / 'e.parquet'} (550 edges)" in right.stdout
+
+
+def test_in_float64(tmp_path: Path) -> None:
+    wide = run("edges", TEXT, "--target", "Paris", "--dtype", "float64", "--out", tmp_path / "wide.png")
+    assert wide.exit_code == 0, wide.output
+    values = pd.read_parquet(tmp_path / "wide.parquet")["attribution"]
+    assert (values != values.astype("float32")).any()
+
+
 BAD = {
+    "there is no device 'gpu'": [TEXT, "--target", "Paris", "--device", "gpu"],
     "For a text of your own, give its answer too: --target Paris": [TEXT],
     "the suffix is one of .png, .svg, .pdf, .parquet, .csv": [TEXT, "--target", "Paris", "--out", "edges.txt"],
     "is a folder; name a picture": [TEXT, "--target", "Paris", "--out", "."],

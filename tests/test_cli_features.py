@@ -75,6 +75,20 @@ def test_the_embedded_mambas_by_default(tmp_path: Path) -> None:
     assert set(frame["statistic"]) == set(STATISTICS)
 
 
+def test_the_answers_need_not_be_known_to_the_tokenizer(folder: Path, tmp_path: Path) -> None:
+    good = '{"text": "ban dus", "subject": "dus", "target": "Paris"}'
+    (tmp_path / "facts.jsonl").write_text(f"{good}\n{good.replace('dus', 'kit', 1)}\n")
+    shared = ["--model", folder / "tiny", "--facts", tmp_path / "facts.jsonl", "--out", tmp_path / "out"]
+    done = run(*shared, "--skip-bad", "--statistic", "mean dt")
+    assert done.exit_code == 0, done.output
+    assert "(2 tokens)" in done.stdout
+    assert f"\nwrote {tmp_path / 'out' / 'features.png'} (.svg) and " in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "rows left out: 1, no prompts; first: " in line
+    again = run(*shared, "--skip-bad", "--statistic", "mean dt")
+    assert f"\noverwrote {tmp_path / 'out' / 'features.png'} (.svg) and " in again.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

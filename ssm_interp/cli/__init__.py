@@ -1,6 +1,11 @@
-"""The command line: `ssm-interp flow`, `features`, `edges`, `run`, `heatmap`, `attention` and `check`."""
+"""The command line: `ssm-interp flow`, `run`, `heatmap`, `edges`, `circuit`, `features`, `attention` and `check`."""
 
-from ssm_interp.cli import edges, features, flow, look, run  # noqa: F401 - each adds its commands to the app
-from ssm_interp.cli.app import app, main
+import sys
+
+try:
+    from ssm_interp.cli.app import app, main
+except KeyboardInterrupt:
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
 
 __all__ = ["app", "main"]

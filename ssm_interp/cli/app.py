@@ -1,37 +1,79 @@
-"""What the commands share: the app, its errors, its console, its checks."""
+"""The app: its commands, each loaded when it is called, and its errors."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.utils import logging as hub_logging
-from pydantic import ValidationError
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from ssm_interp import __version__
-from ssm_interp.flow import explain
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError, MemoryError)
 INTERRUPTED = 130
+COMMANDS = {
+    "flow": ("flow", "Draw an information-flow map: where in the layers each part of a prompt reaches the answer."),
+    "run": ("run", "Run an experiment from a recipe: a TOML file that says what is asked, knocked out and drawn."),
+    "heatmap": ("look", "Draw which single token of a prompt matters in which layers."),
+    "edges": ("edges", "Attribute a prompt's answer to every single edge, target <- source, in one backward pass."),
+    "circuit": ("circuit", "Search for the edge groups that a behaviour needs, by exact knockouts of all the others."),
+    "features": (
+        "features",
+        "Measure what tells the features of each layer apart: decay, half-life, reach, variation of dt.",
+    ),
+    "attention": ("look", "Draw the SSM attention of one layer on a text as a heat map."),
+    "check": ("look", "Attach to a model and prove, on a tiny input, that the hooks tell the truth."),
+}
+"""Command -> the module that its function of that name is in, and the first line of that function's docstring."""
+
+
+class _Later(TyperCommand):
+    """A command as the list of commands shows it. Called, it gives way to the real one."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return _command(str(self.name)).make_context(info_name, args, parent=parent, **extra)
+
+
+def _command(name: str) -> Any:
+    """The command itself, whose module brings torch and transformers with it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: its idle threads sleep, not spin
+    function = getattr(import_module(f"ssm_interp.cli.{COMMANDS[name][0]}"), name)
+    _quiet()
+    own = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    own.command(name)(function)
+    return get_command(own)
+
+
+def _quiet() -> None:
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class _Commands(TyperGroup):
     """Every error is one line on stderr and exit code 2; with `--debug`, wherever it stands, its traceback."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {name: _Later(name, help=summary) for name, (_, summary) in COMMANDS.items()}
 
     def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         options["standalone_mode"] = False
         try:
             code = super().main([word for word in given if word != "--debug"] or ["--help"], *positional, **options)
+            if code == INTERRUPTED:  # before a command was at work
+                _complain("interrupted", None)
         except typer.Abort as error:
-            _complain("interrupted", error)
+            _complain("interrupted", error.__cause__)
             code = INTERRUPTED
         except Exception as error:
             explained = getattr(
@@ -47,12 +89,17 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:  # typer keeps nothing of it but the exit code
-            _complain("interrupted", error)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Abort from error
 
 
 def _message(error: Exception) -> str:
-    return (explain(error) if isinstance(error, ValidationError) else str(error)) or type(error).__name__
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error) or type(error).__name__
+    from ssm_interp.flow import explain
+
+    return explain(error)
 
 
 def _complain(message: str, error: BaseException | None) -> None:
@@ -80,26 +127,12 @@ def _options(
     ] = False,
 ) -> None:
     """Mechanistic interpretability of Mamba-1 and Mamba-2 language models."""
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def check_folder(folder: Path) -> None:
-    """Raise OSError, before the work, if files cannot be written to a folder that may not exist yet."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"cannot write to {folder}: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"cannot write to {folder}: no permission to write in {nearest}")
-
-
-def console() -> Console:
-    """On stdout, wide enough not to break the lines of a table that is piped into a file."""
-    on_stdout = Console()
-    return on_stdout if on_stdout.is_terminal else Console(width=120)
 
 
 def main() -> None:
     """Entry point of the `ssm-interp` command."""
-    app(prog_name="ssm-interp")
+    try:
+        app(prog_name="ssm-interp")
+    except KeyboardInterrupt:
+        _complain("interrupted", None)
+        sys.exit(INTERRUPTED)

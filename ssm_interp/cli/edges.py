@@ -9,11 +9,24 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import torch
 import typer
+from jaxtyping import Int
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from ssm_interp.cli.app import app, check_folder, console
-from ssm_interp.cli.flow import Columns, columns_of, option
+from ssm_interp.cli.options import (
+    DEFAULT,
+    Columns,
+    Device,
+    Facts,
+    ModelName,
+    OfType,
+    Revision,
+    Spread,
+    columns_of,
+    loaded,
+)
+from ssm_interp.cli.output import console, picture_and_table, wrote
 from ssm_interp.features import (
     EdgeAttribution,
     EdgeCheck,
@@ -24,21 +37,19 @@ from ssm_interp.features import (
     logit_difference,
 )
 from ssm_interp.features.metrics import Metric
+from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import Attachment, attach
-from ssm_interp.models import load
 from ssm_interp.plots import token_label
 from ssm_interp.prompts import Prompt, PromptError, TokenizedPrompt, load_prompts, tokenize, with_ids
 
-PICTURES, TABLES = (".png", ".svg", ".pdf"), (".parquet", ".csv")
 EDGE = ["row", "layer", "target", "source"]
 ARROW = "\N{LEFTWARDS ARROW}"
 
 
-@app.command()
 def edges(
     prompt: Annotated[str, typer.Argument(help="Id of a prompt; or a text, with --target.", metavar="ID|TEXT")],
-    model: Annotated[str, typer.Option(help="Embedded name, local folder or hub id.")] = "tiny-mamba2",
-    facts: Annotated[str, option("facts", "--facts", "--prompts")] = "geo",
+    model: ModelName = "tiny-mamba2",
+    facts: Facts = DEFAULT["facts"],
     column: Columns = None,
     target: Annotated[str | None, typer.Option(help="The answer to a text of your own.")] = None,
     other: Annotated[
@@ -52,9 +63,13 @@ def edges(
     check: Annotated[
         int, typer.Option(help="Knock out so many of the strongest edges, and as many random ones.", min=0)
     ] = 0,
+    revision: Revision = DEFAULT["revision"],
+    dtype: OfType = DEFAULT["dtype"],
+    device: Device = DEFAULT["device"],
+    device_map: Spread = DEFAULT["device_map"],
     out: Annotated[Path, typer.Option(help="Picture (.png, .svg, .pdf); a table goes beside it.")] = Path("edges.png"),
 ) -> None:
-    """Attribute a prompt's answer to every single edge, target <- source, of every SSM layer, in one backward pass.
+    """Attribute a prompt's answer to every single edge, target <- source, in one backward pass.
 
     Prints the strongest edges (with --check, by their exact effect, of those knocked out); writes a picture, and a
     table with a row per edge (--out X.csv: as CSV). An edge's number predicts, to first order, how the metric changes
@@ -64,42 +79,36 @@ def edges(
 
     Example:  [bold]ssm-interp edges "The capital of France is" --target Paris --other Rome --out paris.svg[/bold]
     """
-    picture, table = _files(out)
+    picture, table = picture_and_table(out, "edges.png", ".parquet")
     if other is not None and metric == "logprob":
         raise FeatureError("--other is for --metric difference; the log-probability has no wrong answer")
     asked = _prompt(prompt, target, facts, columns_of(column))
-    loaded, tokenizer = load(model)
+    host, tokenizer = loaded(model, revision, dtype, device, device_map)
     row = tokenize(asked, tokenizer)
-    ids = torch.tensor([row.ids])
-    with attach(loaded) as ssm:
+    rival = None if other is None else _rival(asked, row, other, tokenizer)
+    ids = torch.tensor([row.ids], device=device_of(host))
+    with attach(host) as ssm:
+        likely = _likely(ssm, ids)
         number: Metric = log_probability(row.target_id)
         label = f"ln p({_word(tokenizer, row.target_id)})"
         if metric == "difference":
-            rival = _runner_up(ssm, row) if other is None else _rival(asked, row, other, tokenizer)
-            number = logit_difference(row.target_id, rival)
-            label = f"logit({_word(tokenizer, row.target_id)}) - logit({_word(tokenizer, rival)})"
+            against = next(token for token in likely if token != row.target_id) if rival is None else rival
+            number = logit_difference(row.target_id, against)
+            label = f"logit({_word(tokenizer, row.target_id)}) - logit({_word(tokenizer, against)})"
         found = edge_attribution(ssm, ids, number, steps=steps)
         checked = check_edges(ssm, ids, number, found, top=check, random=check) if check else None
     frame = _with_exact(found.frame(row.tokens), checked)
+    if likely[0] != row.target_id:
+        wanted, said = (_word(tokenizer, token) for token in (row.target_id, likely[0]))
+        typer.echo(f"{model} answers {said}, not {wanted}; what follows is about {wanted} all the same")
     _print(found, row, frame, label, top)
     if checked is not None:
         _print_correlation(checked)
+    verb = wrote(picture, table)
     picture.parent.mkdir(parents=True, exist_ok=True)
     found.plot(row.tokens, title=f"{model}: {label} = {float(found.metric):.3g}").savefig(picture, dpi=200)
     frame.to_csv(table, index=False) if table.suffix == ".csv" else frame.to_parquet(table, index=False)
-    typer.echo(f"\nwrote {picture} and {table} ({len(frame)} edges)")
-
-
-def _files(out: Path) -> tuple[Path, Path]:
-    """The picture and the table, one of which the user named."""
-    if out.is_dir():
-        raise IsADirectoryError(f"{out} is a folder; name a picture, such as {out / 'edges.png'}")
-    if out.suffix and out.suffix not in PICTURES + TABLES:
-        raise FeatureError(f"--out {out}: the suffix is one of {', '.join(PICTURES + TABLES)}")
-    check_folder(out.parent)
-    if out.suffix in TABLES:
-        return out.with_suffix(".png"), out
-    return out if out.suffix else out.with_suffix(".png"), out.with_suffix(".parquet")
+    typer.echo(f"\n{verb} {picture} and {table} ({len(frame)} edges)")
 
 
 def _prompt(words: str, target: str | None, facts: str, columns: dict[str, str] | None) -> Prompt:
@@ -126,11 +135,10 @@ def _rival(asked: Prompt, row: TokenizedPrompt, other: str, tokenizer: Any) -> i
 
 
 @torch.no_grad()
-def _runner_up(ssm: Attachment, row: TokenizedPrompt) -> int:
-    """The most likely token that is not the target's."""
-    logits = ssm.run(torch.tensor([row.ids]), use_cache=False).logits[0, -1]
-    logits[row.target_id] = -torch.inf
-    return int(logits.argmax())
+def _likely(ssm: Attachment, ids: Int[Tensor, "1 t"]) -> list[int]:
+    """The two most likely next tokens."""
+    found: list[int] = ssm.run(ids, use_cache=False).logits[0, -1].topk(2).indices.tolist()
+    return found
 
 
 def _word(tokenizer: Any, token: int) -> str:

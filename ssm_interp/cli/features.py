@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
+import torch
 import typer
 from rich.table import Table
+from torch.nn.utils.rnn import pad_sequence
 
 from ssm_interp import plots
-from ssm_interp.cli.app import app, check_folder, console
-from ssm_interp.cli.flow import DEFAULT, Columns, Ids, columns_of, option, progress_bar
+from ssm_interp.cli.options import (
+    DEFAULT,
+    BatchSize,
+    Columns,
+    Device,
+    Facts,
+    Ids,
+    Limit,
+    OfType,
+    Revision,
+    Seed,
+    SkipBad,
+    Spread,
+    option,
+    studies,
+)
+from ssm_interp.cli.output import check_folder, console, progress_bar, wrote
 from ssm_interp.features import STATISTICS, FeatureError, Spectrum, spectrum
 from ssm_interp.features.groups import unknown_statistic
 from ssm_interp.flow import Ranks, Study
-from ssm_interp.flow.study import DeviceMap, Dtype
 from ssm_interp.flow.study_run import StudyFacts, load_for
 from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import attach
-from ssm_interp.prompts import pad, tokenize
+from ssm_interp.prompts import encode
 
 MODELS = ("tiny-mamba1", "tiny-mamba2")
 Models = Annotated[list[str] | None, option("model", "--model", show_default="the embedded Mambas")]
@@ -29,24 +45,23 @@ Statistic = Annotated[
 ]
 
 
-@app.command()
 def features(
     model: Models = None,
-    facts: Annotated[str, option("facts", "--facts", "--prompts")] = DEFAULT["facts"],
+    facts: Facts = DEFAULT["facts"],
     column: Columns = None,
-    skip_bad: Annotated[bool, option("skip_bad", "--skip-bad")] = DEFAULT["skip_bad"],
-    limit: Annotated[int, option("limit", min=0)] = DEFAULT["limit"],
-    seed: Annotated[int, option("seed")] = DEFAULT["seed"],
+    skip_bad: SkipBad = DEFAULT["skip_bad"],
+    limit: Limit = DEFAULT["limit"],
+    seed: Seed = DEFAULT["seed"],
     id: Ids = None,
     statistic: Statistic = None,
-    revision: Annotated[str, option("revision")] = DEFAULT["revision"],
-    dtype: Annotated[Dtype, option("dtype")] = DEFAULT["dtype"],
-    device: Annotated[str, option("device")] = DEFAULT["device"],
-    device_map: Annotated[DeviceMap | None, option("device_map")] = DEFAULT["device_map"],
-    batch_size: Annotated[int, option("batch_size", min=1)] = DEFAULT["batch_size"],
+    revision: Revision = DEFAULT["revision"],
+    dtype: OfType = DEFAULT["dtype"],
+    device: Device = DEFAULT["device"],
+    device_map: Spread = DEFAULT["device_map"],
+    batch_size: BatchSize = DEFAULT["batch_size"],
     out: Annotated[Path, typer.Option(help="Folder for table and figures.")] = Path("features"),
 ) -> None:
-    """Measure what tells the features of each layer apart: decay, half-life, how far they look back, how dt varies.
+    """Measure what tells the features of each layer apart: decay, half-life, reach, variation of dt.
 
     Features are channels in Mamba-1 and heads in Mamba-2. Prints the median and 5 to 95 % of them per layer; writes a
     table with a row per feature, and a figure. What these statistics rank, --features of flow knocks out, such as
@@ -56,31 +71,14 @@ def features(
 
     Example:  [bold]ssm-interp features --model tiny-mamba2 --statistic half-life --out spectrum[/bold]
     """
-    options: dict[str, Any] = {
-        "facts": facts,
-        "columns": columns_of(column),
-        "skip_bad": skip_bad,
-        "limit": limit,
-        "seed": seed,
-        "ids": id,
-        "revision": revision,
-        "dtype": dtype,
-        "device": device,
-        "device_map": device_map,
-        "batch_size": batch_size,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    names = model or list(MODELS)
-    if len(set(names)) < len(names):
-        raise FeatureError(f"give each --model once, got {', '.join(names)}")
+    asked = studies(model or MODELS, locals())
     if unknown := [one for one in statistic or () if one not in STATISTICS]:
         raise FeatureError(unknown_statistic(unknown[0], STATISTICS))
-    studies = [Study(model=name, **given) for name in names]
     check_folder(out)
     found = []
-    with progress_bar(shown=True) as progress:
-        task = progress.add_task("models", total=len(studies))
-        for study in studies:
+    with progress_bar(shown=True, unit="models") as progress:
+        task = progress.add_task("models", total=len(asked))
+        for study in asked:
             found.append(_measured(study, statistic))
             progress.advance(task)
     _write(found, out)
@@ -88,12 +86,18 @@ def features(
 
 def _measured(study: Study, statistics: list[str] | None) -> Spectrum:
     facts = StudyFacts(study)
+    if facts.bad:
+        typer.echo(f"{study.facts}: rows left out: {len(facts.bad)}, no prompts; first: {facts.bad[0]}", err=True)
     loaded, tokenizer = load_for(study, Ranks())
+    texts = [torch.tensor(encode(prompt.text, tokenizer).ids) for prompt in facts.prompts]
+    inputs = {
+        "input_ids": pad_sequence(texts, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(text) for text in texts], batch_first=True),
+    }
     with attach(loaded) as ssm:
-        batch = pad([tokenize(prompt, tokenizer) for prompt in facts.askable(tokenizer, say=True)])
         return spectrum(
             ssm,
-            batch.to(device_of(loaded)),
+            {name: tensor.to(device_of(loaded)) for name, tensor in inputs.items()},
             statistics=statistics,
             batch_size=study.batch_size,
             name=study.model,
@@ -103,13 +107,15 @@ def _measured(study: Study, statistics: list[str] | None) -> Spectrum:
 def _write(found: list[Spectrum], out: Path) -> None:
     frame = pd.concat([one.frame() for one in found], ignore_index=True)
     figure = plots.spectrum_figure(frame)
+    picture, table = out / "features.png", out / "features.parquet"
+    verb = wrote(picture, table)
     out.mkdir(parents=True, exist_ok=True)
-    frame.to_parquet(out / "features.parquet", index=False)
-    figure.savefig(out / "features.png", dpi=200)
-    figure.savefig(out / "features.svg")
+    frame.to_parquet(table, index=False)
+    figure.savefig(picture, dpi=200)
+    figure.savefig(picture.with_suffix(".svg"))
     for one in found:
         _print(one)
-    typer.echo(f"\nwrote {out / 'features.png'} (.svg) and {out / 'features.parquet'} ({len(frame)} rows)")
+    typer.echo(f"\n{verb} {picture} (.svg) and {table} ({len(frame)} rows)")
 
 
 def _print(found: Spectrum) -> None:

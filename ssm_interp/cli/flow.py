@@ -2,76 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
-from ssm_interp.cli.app import app, check_folder, console
-from ssm_interp.flow import Align, FlowError, FlowResult, FlowRun, Study, StudyError, ranks, run_study, windows
-from ssm_interp.flow.study import DeviceMap, Dtype
+from ssm_interp.cli.options import (
+    DEFAULT,
+    Alignment,
+    BatchSize,
+    Columns,
+    Device,
+    Facts,
+    Features,
+    Ids,
+    Limit,
+    MaxMemory,
+    OfType,
+    Revision,
+    Seed,
+    SkipBad,
+    Spread,
+    Through,
+    option,
+    studies,
+)
+from ssm_interp.cli.output import check_folder, console, progress_bar
+from ssm_interp.flow import FlowResult, FlowRun, Ranks, Study, ranks, run_study, windows
+from ssm_interp.flow.study_run import StudyFacts
 from ssm_interp.models import EMBEDDED
 
-RATE_OVER = 600.0
-"""Seconds over which the progress bar averages: prompts come in bursts."""
-
-
-def option(field: str, *names: str, **more: Any) -> Any:
-    """An option of a study, with the description that it has there."""
-    return typer.Option(*names, help=Study.model_fields[field].description, **more)
-
-
-DEFAULT: dict[str, Any] = {name: field.default for name, field in Study.model_fields.items()}
-
-
 Models = Annotated[list[str] | None, option("model", "--model", show_default="the embedded ones")]
-Columns = Annotated[
-    list[str] | None, option("columns", "--column", metavar="FIELD=COLUMN", show_default="the fields' own names")
-]
-Ids = Annotated[list[str] | None, option("ids", "--id", show_default="all")]
 Sources = Annotated[list[str] | None, option("sources", "--source", show_default="subject relation first last")]
 Targets = Annotated[list[str] | None, option("targets", "--target", show_default="last")]
 Windows = Annotated[list[int] | None, option("windows", "--window", show_default="three in eight of the layers")]
-Features = Annotated[list[str] | None, option("features", "--features", show_default="all")]
-Through = Annotated[list[str] | None, option("through", "--through", show_default="ssm where the model has it")]
+ShardSize = Annotated[int, option("shard_size", min=1)]
 
 
-@app.command()
 def flow(
     model: Models = None,
-    facts: Annotated[str, option("facts", "--facts", "--prompts")] = DEFAULT["facts"],
+    facts: Facts = DEFAULT["facts"],
     column: Columns = None,
-    skip_bad: Annotated[bool, option("skip_bad", "--skip-bad")] = DEFAULT["skip_bad"],
-    limit: Annotated[int, option("limit", min=0)] = DEFAULT["limit"],
-    seed: Annotated[int, option("seed")] = DEFAULT["seed"],
+    skip_bad: SkipBad = DEFAULT["skip_bad"],
+    limit: Limit = DEFAULT["limit"],
+    seed: Seed = DEFAULT["seed"],
     id: Ids = None,
     source: Sources = None,
     target: Targets = None,
     window: Windows = None,
-    align: Annotated[Align, option("align")] = DEFAULT["align"],
+    align: Alignment = DEFAULT["align"],
     features: Features = None,
     through: Through = None,
-    revision: Annotated[str, option("revision")] = DEFAULT["revision"],
-    dtype: Annotated[Dtype, option("dtype")] = DEFAULT["dtype"],
-    device: Annotated[str, option("device")] = DEFAULT["device"],
-    device_map: Annotated[DeviceMap | None, option("device_map")] = DEFAULT["device_map"],
-    batch_size: Annotated[int, option("batch_size", min=1)] = DEFAULT["batch_size"],
-    shard_size: Annotated[int, option("shard_size", min=1)] = DEFAULT["shard_size"],
-    max_memory: Annotated[str | None, option("max_memory", metavar="BYTES")] = DEFAULT["max_memory"],
+    revision: Revision = DEFAULT["revision"],
+    dtype: OfType = DEFAULT["dtype"],
+    device: Device = DEFAULT["device"],
+    device_map: Spread = DEFAULT["device_map"],
+    batch_size: BatchSize = DEFAULT["batch_size"],
+    shard_size: ShardSize = DEFAULT["shard_size"],
+    max_memory: MaxMemory = DEFAULT["max_memory"],
     out: Annotated[Path, typer.Option(help="Folder for figures, table, shards.")] = Path("flow"),
 ) -> None:
     """Draw an information-flow map: where in the layers each part of a prompt reaches the answer.
@@ -84,35 +75,10 @@ def flow(
 
     Example:  [bold]ssm-interp flow --model tiny-mamba2 --source subject --source last --window 3 --out map[/bold]
     """
-    options: dict[str, Any] = {
-        "facts": facts,
-        "columns": columns_of(column),
-        "skip_bad": skip_bad,
-        "limit": limit,
-        "seed": seed,
-        "ids": id,
-        "sources": source,
-        "targets": target,
-        "windows": window,
-        "align": align,
-        "features": features,
-        "through": through,
-        "revision": revision,
-        "dtype": dtype,
-        "device": device,
-        "device_map": device_map,
-        "batch_size": batch_size,
-        "shard_size": shard_size,
-        "max_memory": max_memory,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    names = model or list(EMBEDDED)
-    if len(set(names)) < len(names):
-        raise FlowError(f"give each --model once, got {', '.join(names)}")
-    run_studies([Study(model=name, **given) for name in names], out)
+    run_studies(studies(model or EMBEDDED, locals()), out)
 
 
-def run_studies(studies: Sequence[Study], out: Path) -> None:
+def run_studies(asked: Sequence[Study], out: Path) -> None:
     """Run studies one after another, then write and print what they found together; on rank 0, if there are several.
 
     Raises:
@@ -120,9 +86,11 @@ def run_studies(studies: Sequence[Study], out: Path) -> None:
     """
     check_folder(out)
     with ranks() as peers:
+        if peers.count > 1 and peers.index == 0:
+            _tell_idle(asked[0], peers)
         results = []
         with progress_bar(shown=peers.index == 0) as progress:
-            for study in studies:
+            for study in asked:
                 task = progress.add_task(study.model, total=None)
 
                 def report(done: int, total: int, task: Any = task) -> None:
@@ -132,38 +100,27 @@ def run_studies(studies: Sequence[Study], out: Path) -> None:
         if peers.index:
             return
     result = FlowResult.join(results)
-    result.save(out / "flow.parquet")
+    picture, table = out / "flow.png", out / "flow.parquet"
+    result.save(table)
     figure = result.plot()
-    figure.savefig(out / "flow.png", dpi=200)
-    figure.savefig(out / "flow.svg")
-    (out / "flow.html").write_text(result.page(), encoding="utf-8")
+    figure.savefig(picture, dpi=200)
+    figure.savefig(picture.with_suffix(".svg"))
+    picture.with_suffix(".html").write_text(result.page(), encoding="utf-8")
     print_flow(result)
-    typer.echo(f"\nwrote {out / 'flow.png'} (.svg, .html) and {out / 'flow.parquet'} ({len(result.frame)} rows)")
+    typer.echo(f"\nwrote {picture} (.svg, .html) and {table} ({len(result.frame)} rows)")
 
 
-def columns_of(pairs: list[str] | None) -> dict[str, str] | None:
-    """FIELD=COLUMN options as a mapping; None stays None."""
-    if pairs is None:
-        return None
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise StudyError(f"--column {wrong[0]}: give FIELD=COLUMN, such as text=question")
-    return {field: column for field, _, column in (pair.partition("=") for pair in pairs)}
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.3g} prompts/s" if task.speed else "")
-
-
-@contextmanager
-def progress_bar(*, shown: bool) -> Iterator[Progress]:
-    """Prompts done, their rate and the time left, on stderr; nothing where that is no terminal, or not to be shown."""
-    on_stderr = Console(stderr=True)
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    disable = not (shown and on_stderr.is_terminal)
-    with Progress(*columns, console=on_stderr, disable=disable, speed_estimate_period=RATE_OVER) as progress:
-        yield progress
+def _tell_idle(study: Study, peers: Ranks) -> None:
+    """Say so if there are more ranks than shards."""
+    prompts = len(StudyFacts(study).prompts)
+    shards = ceil(prompts / study.shard_size)
+    if idle := max(0, peers.count - shards):
+        typer.echo(
+            f"{idle} of {peers.count} ranks have nothing to do: {prompts} prompts make {shards} shard"
+            f"{'' if shards == 1 else 's'} of {study.shard_size}; in another --out, --shard-size "
+            f"{max(1, prompts // peers.count)} gives each of them some",
+            err=True,
+        )
 
 
 def print_flow(result: FlowResult) -> None:

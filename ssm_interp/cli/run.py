@@ -12,10 +12,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ssm_interp.cli.app import app, check_folder, console
-from ssm_interp.cli.flow import Columns, columns_of, option, print_flow, progress_bar
+from ssm_interp.cli.flow import print_flow
+from ssm_interp.cli.options import Columns, MaxMemory, Spread, columns_of, option
+from ssm_interp.cli.output import check_folder, console, progress_bar
 from ssm_interp.flow import ranks
-from ssm_interp.flow.study import DeviceMap
 from ssm_interp.flow.sweep import Progress
 from ssm_interp.plots import TokenMap, token_label
 from ssm_interp.recipes import Findings, read_recipe, run_recipe
@@ -27,7 +27,6 @@ def _instead(description: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=description, show_default=AS_WRITTEN, **more)
 
 
-@app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file, such as hooks/tiny-flow.toml.")],
     model: Annotated[list[str] | None, _instead("Ask these models instead.", "--model")] = None,
@@ -37,9 +36,9 @@ def run(
     window: Annotated[list[int] | None, _instead("Layers per window.", "--window")] = None,
     prompt: Annotated[list[str] | None, _instead("Prompts of a heat map, by id.", "--prompt")] = None,
     device: Annotated[str | None, option("device", show_default="auto")] = None,
-    device_map: Annotated[DeviceMap | None, option("device_map")] = None,
+    device_map: Spread = None,
     batch_size: Annotated[int | None, option("batch_size", min=1, show_default="32")] = None,
-    max_memory: Annotated[str | None, option("max_memory", metavar="BYTES")] = None,
+    max_memory: MaxMemory = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all files.", show_default="the recipe's name")] = None,
 ) -> None:
     """Run an experiment from a recipe: a TOML file that says what is asked, knocked out and drawn.

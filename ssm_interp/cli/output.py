@@ -1,0 +1,80 @@
+"""What the commands write: files that can be written, the console, and a progress bar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+PICTURES, TABLES = (".png", ".svg", ".pdf"), (".parquet", ".csv")
+RATE_OVER = 600.0
+"""Seconds over which the progress bar averages: prompts come in bursts."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError, before the work, if files cannot be written to a folder that may not exist yet."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"cannot write to {folder}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"cannot write to {folder}: no permission to write in {nearest}")
+
+
+def picture(out: Path, example: str) -> Path:
+    """A file to draw into: with a suffix, in a folder that can be written."""
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; name a picture, such as {out / example}")
+    check_folder(out.parent)
+    return out if out.suffix else out.with_suffix(".png")
+
+
+def picture_and_table(out: Path, example: str, table: str) -> tuple[Path, Path]:
+    """A picture and a table beside it, one of which the user named; `table` is the suffix of one that has no name."""
+    named = picture(out, example)
+    if named.suffix not in PICTURES + TABLES:
+        raise ValueError(f"--out {out}: the suffix is one of {', '.join(PICTURES + TABLES)}")
+    return (named.with_suffix(".png"), named) if named.suffix in TABLES else (named, named.with_suffix(table))
+
+
+def wrote(*files: Path) -> str:
+    """The verb for files that are about to be written: another one where an earlier file goes."""
+    return "overwrote" if any(file.exists() for file in files) else "wrote"
+
+
+def console() -> Console:
+    """On stdout, wide enough not to break the lines of a table that is piped into a file."""
+    on_stdout = Console()
+    return on_stdout if on_stdout.is_terminal else Console(width=120)
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g} {self.unit}/s" if task.speed else "")
+
+
+@contextmanager
+def progress_bar(*, shown: bool, unit: str = "prompts") -> Iterator[Progress]:
+    """Units done, their rate and the time left, on stderr; nothing where that is no terminal, or not to be shown."""
+    on_stderr = Console(stderr=True)
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    disable = not (shown and on_stderr.is_terminal)
+    with Progress(*columns, console=on_stderr, disable=disable, speed_estimate_period=RATE_OVER) as progress:
+        yield progress
