@@ -6,12 +6,28 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from drawn import png, summary
 from matplotlib.figure import Figure
 
-from ssm_interp.plots import STYLES, attention_figure, flow_figure, token_label
+from ssm_interp.plots import (
+    STYLES,
+    TokenMap,
+    attention_figure,
+    attribution_figure,
+    circuit_figure,
+    depth_figure,
+    edge_figure,
+    features_figure,
+    flow_figure,
+    heatmap_figure,
+    spectrum_figure,
+    stream_figure,
+    token_label,
+)
+from ssm_interp.plots.style import CHANGED, SIZES, WRITTEN
 from ssm_interp.prompts import ROLES
 
 
@@ -29,7 +45,7 @@ def test_attention_of_any_length(length: int) -> None:
     assert labels == [text.get_text() for text in axes.get_xticklabels()]
     assert len(labels) <= 64
     assert labels[0] == "·t0"
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("source (written at)", "target (read at)")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Source token", "Target token")
     assert bar.get_ylabel() == "Attention"
 
 
@@ -39,7 +55,7 @@ def test_signed_attention_is_centred_on_zero_and_unsigned_starts_there() -> None
     assert signed.get_clim() == (-2.0, 2.0)
     unsigned = attention_figure(torch.tensor([[0.5, 0.0], [2.0, 1.0]]), tokens).axes[0].get_images()[0]
     assert unsigned.get_clim() == (0.0, 2.0)
-    assert signed.get_cmap().name != unsigned.get_cmap().name
+    assert (signed.get_cmap().name, unsigned.get_cmap().name) == (WRITTEN, SIZES)  # blue is positive in both
     assert attention_figure(torch.zeros(2, 2), tokens).axes[0].get_images()[0].get_clim() == (0.0, 1.0)
 
 
@@ -59,6 +75,83 @@ def test_attention_that_cannot_be_drawn_is_refused() -> None:
         attention_figure(torch.zeros(0, 0), [])
     with pytest.raises(ValueError, match="not finite"):
         attention_figure(torch.tensor([[torch.nan]]), ["a"])
+
+
+def test_blue_speaks_for_the_answer_in_every_map() -> None:
+    loss, tokens = torch.tensor([[[-1.0]]]), ["a"]
+    removed = edge_figure(loss, tokens, [3]).axes[:2] + heatmap_figure(TokenMap(-np.eye(1), tokens, [3])).axes[:1]
+    written = attribution_figure(-loss[0], tokens, [3]).axes[:1]
+    for axes in (*removed, *written):
+        (image,) = axes.get_images()
+        values = image.get_array()
+        assert values is not None
+        red, _, blue, _ = image.to_rgba(values)[0, 0]
+        assert blue > red
+        assert image.get_cmap().name == (WRITTEN if axes in written else CHANGED)
+
+
+def edges(layers: int, length: int) -> torch.Tensor:
+    return torch.randn(layers, length, length, generator=torch.Generator().manual_seed(0)).tril()
+
+
+@pytest.mark.parametrize(("layers", "length", "target"), [(1, 1, -1), (3, 5, -1), (3, 5, 2), (64, 70, 69)])
+def test_edges_into_a_token_and_of_each_edge_its_strongest_layer(layers: int, length: int, target: int) -> None:
+    values = edges(layers, length)
+    figure = edge_figure(values, [f"t{i}" for i in range(length)], range(layers), target=target, title="a model")
+    png(figure)
+    left, right, bar = figure.axes
+    place = target % length
+    shown = [axes.get_images()[0].get_array() for axes in (left, right)]
+    np.testing.assert_allclose(np.ma.filled(shown[0]), values[:, place, : place + 1].T, rtol=1e-6)
+    drawn = torch.tensor(np.ma.filled(shown[1], 0))
+    np.testing.assert_allclose(drawn.abs(), values.abs().amax(0), rtol=1e-6)
+    assert (drawn[None].float() == values).any(0).all()  # each is one layer's, with its sign
+    assert left.get_images()[0].get_clim() == right.get_images()[0].get_clim()
+    assert bar.get_ylabel().replace("\n", " ") == "Predicted change of the metric if the edge is removed"
+    assert (left.get_xlabel(), left.get_ylabel()) == ("Layer", "Source token")
+    assert left.get_title() == f"Edges into “t{place}”, position {place}"
+    assert right.get_title().replace("\n", " ") == (
+        "All edges, each in its strongest layer" if layers > 1 else "All edges of layer 0"
+    )
+    assert figure.get_suptitle() == "a model"
+
+
+NASTY = ["$\\frac$", "_private", "日本", "a\nb", "x" * 60]
+
+
+def nasty_figures() -> list[Figure]:
+    rows = summary(NASTY[:3], NASTY[:2], groups=NASTY[:3])
+    circuit = {"layer": 0, "source": NASTY[:4], "target": NASTY[1:], "feature_group": NASTY[:4]}
+    statistics = {"layer": [0, 1] * 2, "feature": 0, "statistic": ["half-life"] * 2 + ["$日"] * 2, "value": 1.0}
+    titled = {"title": "$T_ 日" * 40, "label": "$l_ 日" * 9}
+    return [
+        attention_figure(torch.eye(5), NASTY, **titled),
+        attribution_figure(torch.ones(1, 5), NASTY, [0], **titled),
+        edge_figure(edges(2, 5), NASTY, [0, 1], **titled),
+        heatmap_figure(TokenMap(np.eye(5), NASTY, range(5), title=titled["title"], answer="$日")),
+        flow_figure(rows),
+        features_figure(rows),
+        depth_figure(rows),
+        stream_figure(pd.concat([rows.assign(through=name) for name in NASTY[:3]])),
+        circuit_figure(pd.DataFrame(circuit).assign(kept=True, effect=-1.0), metric="$m_ 日"),
+        spectrum_figure(pd.concat([pd.DataFrame(statistics).assign(model=name) for name in NASTY[:3]]), title="$日"),
+    ]
+
+
+def test_names_of_any_characters_are_drawn_as_they_are() -> None:
+    for figure in nasty_figures():  # a formula would not parse, and a missing glyph would warn
+        png(figure)
+    figure = flow_figure(summary(["m"], ["$x$", "_own", "last"]))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["$x$", " own", "last"]
+
+
+def test_a_title_is_broken_where_the_picture_ends() -> None:
+    axes = attention_figure(torch.eye(2), ["a", "b"], title="some/long/path " * 8).axes[0]
+    figure = axes.figure.figure
+    png(figure)
+    box = axes.title.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert "\n" in axes.get_title()
 
 
 def test_pyplot_stays_out_of_it() -> None:

@@ -26,7 +26,7 @@ def frame(layers: int, kept: dict[tuple[int, str, str], float], groups: Sequence
 
 def test_an_arrow_per_edge_with_its_width_and_number() -> None:
     kept = {(0, "subject", "last"): -4.0, (1, "subject", "subject"): -1.0, (1, "after", "last"): 0.0}
-    figure = circuit_figure(frame(2, kept), roles=ROLES, title="a circuit")
+    figure = circuit_figure(frame(2, kept), roles=ROLES, title="a circuit", metric="ln p (nats)")
     png(figure)
     (axes,) = figure.axes
     arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
@@ -36,6 +36,7 @@ def test_an_arrow_per_edge_with_its_width_and_number() -> None:
     assert len({arrow.get_edgecolor() for arrow in arrows}) == 2
     assert len(ends) == 3
     assert figure.get_suptitle() == "a circuit"
+    assert "change of ln p (nats) if the edges are removed" in axes.get_xlabel().replace("\n", " ")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ssm_interp.plots import MOST_GROUPS, STATISTICS, STYLES, depth_figure, features_figure, flow_figure
+from ssm_interp.plots import MOST_GROUPS, STATISTICS, STYLES, depth_figure, features_figure, flow_figure, stream_figure
 from ssm_interp.prompts import ROLES
 
 
@@ -213,3 +213,15 @@ def test_sources_and_targets_of_feature_groups_go_down() -> None:
     assert sides == ["subject → last", "first → last"]
     with pytest.raises(ValueError, match=f"{MOST_GROUPS + 1} feature groups cannot be told apart in one picture"):
         features_figure(summary(["one"], ["last"], groups=tuple(map(str, range(MOST_GROUPS + 1)))))
+
+
+def test_streams_have_a_row_per_model_and_feature_group() -> None:
+    parts = [
+        summary(["one", "two"], ["subject"], groups=["all", "top third"]).assign(through=t) for t in ("ssm", "conv")
+    ]
+    figure = stream_figure(pd.concat(parts))
+    png(figure)
+    assert figure.get_suptitle() == "2 models   (12 prompts)"
+    assert len(figure.axes) == 4  # a line of its own for each stream in every panel
+    assert {len(axes.get_lines()) for axes in figure.axes} == {3}
+    assert "features: top third" in figure.axes[1].get_ylabel()

@@ -35,7 +35,7 @@ def test_a_row_per_token_and_a_column_per_window_with_the_numbers() -> None:
     plain, subject = axes.get_yticklabels()
     assert (subject.get_color(), subject.get_weight()) == (STYLES["subject"].colour, "bold")
     assert plain.get_weight() != "bold"
-    assert bar.get_ylabel() == "Change of the answer's probability"
+    assert bar.get_ylabel().replace("\n", " ") == "Change of the answer's probability"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 63), (13, 16), (130, 56)])

@@ -7,15 +7,16 @@ a string of HTML that opens in a browser offline: `Path("flow.html").write_text(
 from ssm_interp.plots.attention import attention_figure
 from ssm_interp.plots.attribution import attribution_figure
 from ssm_interp.plots.circuit import circuit_figure
-from ssm_interp.plots.edges import edge_figure
+from ssm_interp.plots.edges import EDGE_LABEL, edge_figure
 from ssm_interp.plots.flow import depth_figure, features_figure, flow_figure, stream_figure
 from ssm_interp.plots.heatmap import TokenMap, heatmap_figure
 from ssm_interp.plots.html import flow_page, heatmap_page
 from ssm_interp.plots.panels import STATISTICS, StatisticName
 from ssm_interp.plots.spectrum import QUANTILES, quantiles, spectrum_figure
-from ssm_interp.plots.style import MOST_GROUPS, STYLES, token_label
+from ssm_interp.plots.style import MOST_GROUPS, STYLES, short, token_label
 
 __all__ = [
+    "EDGE_LABEL",
     "MOST_GROUPS",
     "QUANTILES",
     "STATISTICS",
@@ -33,6 +34,7 @@ __all__ = [
     "heatmap_figure",
     "heatmap_page",
     "quantiles",
+    "short",
     "spectrum_figure",
     "stream_figure",
     "token_label",

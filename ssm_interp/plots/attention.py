@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ssm_interp.plots.style import FAINT, INK, MOST_LABELS, picture, token_label
+from ssm_interp.plots.cells import centred, colour_bar, extent, target_cells
+from ssm_interp.plots.style import SIZES, WRITTEN, headline, picture
 
 
 def attention_figure(
@@ -24,15 +24,15 @@ def attention_figure(
 ) -> Figure:
     """Heat map of an attention matrix: a row per target position, a column per source position.
 
-    A matrix with negative entries gets a diverging colour map centred on 0, another one a sequential map from 0. What
-    lies above the diagonal (a target before its source) is left blank. On a long text every second, third, ... token is
-    labelled.
+    A matrix with negative entries gets a diverging colour map centred on 0, blue where it is positive; another one a
+    sequential map from 0. What lies above the diagonal (a target before its source) is left blank. On a long text every
+    second, third, ... token is labelled.
 
     Args:
         attention: a lower-triangular matrix, `[t, s]`; a head's, or a reduction over heads.
         tokens: a readable token per position; a space is shown as a middle dot.
-        title: over the picture.
-        label: of the colour bar.
+        title: over the picture; a reader wants the model and the layer.
+        label: of the colour bar: what an entry is.
         ax: draw into these axes.
 
     Raises:
@@ -46,35 +46,16 @@ def attention_figure(
         raise ValueError(f"an attention heat map needs a square matrix [t, s], got {shape}")
     if len(tokens) != shape[0]:
         raise ValueError(f"the attention matrix is {shape}, but there are {len(tokens)} tokens; give one per position")
-    values = attention.detach().double().cpu().numpy()
-    if not np.isfinite(values).all():
+    if not attention.isfinite().all():
         raise ValueError("the attention matrix has entries that are not finite numbers")
-    values = np.ma.masked_array(values, mask=np.triu(np.ones(shape, dtype=bool), k=1))
-    signed, largest = bool((values < 0).any()), float(abs(values).max()) or 1.0
-    side = min(max(2.6, 0.27 * len(tokens)), 11.0)
+    values = attention.detach().double().cpu().tril().numpy()
+    largest = float(abs(values).max())
+    side = extent(len(tokens), each=0.27, least=2.6)
     axes = picture(side + 2.0, side + 1.4).subplots() if ax is None else ax
-    image = axes.imshow(
-        values, cmap="RdBu_r" if signed else "Blues", vmin=-largest if signed else 0.0, vmax=largest, aspect="equal"
-    )
-    _token_axes(axes, tokens)
-    bar = axes.figure.colorbar(image, ax=axes, shrink=0.7, aspect=8 * side**0.5, pad=0.02)
-    bar.set_label(label, fontsize=9, parse_math=False)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
-    axes.set_title(title, fontsize=10, color=INK, parse_math=False)
+    if (values < 0).any():
+        image = target_cells(axes, values, tokens, cmap=WRITTEN, norm=centred(largest))
+    else:
+        image = target_cells(axes, values, tokens, cmap=SIZES, norm=Normalize(0.0, largest or 1.0))
+    colour_bar(image, axes, label)
+    headline(axes, title)
     return axes.figure.figure
-
-
-def _token_axes(axes: Axes, tokens: Sequence[str]) -> None:
-    every = -(-len(tokens) // MOST_LABELS)
-    places = range(0, len(tokens), every)
-    labels = [token_label(tokens[place]) for place in places]
-    style: dict[str, Any] = {"fontsize": 8, "family": "DejaVu Sans Mono", "parse_math": False}
-    axes.set_xticks(places, labels, rotation=90, **style)
-    axes.set_yticks(places, labels, **style)
-    axes.set_xlabel("source (written at)", fontsize=9)
-    axes.set_ylabel("target (read at)", fontsize=9)
-    axes.tick_params(length=2, colors=INK)
-    axes.spines[:].set_visible(False)
-    corners = np.arange(len(tokens) + 1) - 0.5  # of the staircase that bounds the causal half
-    axes.plot(corners.repeat(2)[1:], corners.repeat(2)[:-1], color=FAINT, linewidth=0.6)

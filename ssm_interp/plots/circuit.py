@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
-from ssm_interp.plots.style import FAINT, INK, picture, readable, signed, source_styles
+from ssm_interp.plots.style import (
+    FAINT,
+    INK,
+    headline,
+    legend,
+    picture,
+    printable,
+    readable,
+    short,
+    signed,
+    source_styles,
+)
 
 COLUMNS = ["layer", "source", "target", "feature_group", "kept", "effect"]
 Place = tuple[float, float]
@@ -25,7 +37,9 @@ HEIGHT = 0.7  # of an arrow; a layer is 1
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
 
 
-def circuit_figure(frame: pd.DataFrame, *, roles: Sequence[str] | None = None, title: str | None = None) -> Figure:
+def circuit_figure(
+    frame: pd.DataFrame, *, roles: Sequence[str] | None = None, title: str | None = None, metric: str = "the metric"
+) -> Figure:
     """Which edges a circuit has, in which layers, and how much each matters.
 
     A column per role, which the residual stream runs up, from the embedding to the answer; a row per layer, in which an
@@ -37,7 +51,8 @@ def circuit_figure(frame: pd.DataFrame, *, roles: Sequence[str] | None = None, t
         frame: a row per edge group, with `layer`, `source`, `target`, `feature_group`, `kept` and `effect`, as
             `Circuit.frame()` gives. Groups that are not kept give the picture its layers and nothing else.
         roles: the columns, from left to right; None: as the frame has them, sources first.
-        title: over the picture.
+        title: over the picture; a reader wants the model and how much the circuit explains. None: numbers of groups.
+        metric: what the effects are changes of, with its unit.
 
     Raises:
         ValueError: missing columns, no rows, a role of the frame that `roles` leaves out, an effect of a kept group
@@ -48,24 +63,17 @@ def circuit_figure(frame: pd.DataFrame, *, roles: Sequence[str] | None = None, t
     """
     columns, layers = _checked(frame, roles), sorted(map(int, frame["layer"].unique()))
     kept = frame[frame["kept"].astype(bool)]
-    figure = picture(1.6 + 1.35 * len(columns), 1.5 + (0.95 if len(layers) < 5 else 0.62) * len(layers))
+    wide, high = 1.35 if len(columns) < 10 else 0.8, 0.95 if len(layers) < 5 else 0.62
+    figure = picture(1.6 + wide * len(columns), 1.5 + high * len(layers))
     axes = figure.subplots()
-    _streams(axes, columns, layers)
+    _streams(axes, columns, layers, metric)
     _arrows(axes, kept, columns, layers)
-    figure.suptitle(title or f"{len(kept)} of {len(frame)} edge groups", fontsize=10, color=INK, parse_math=False)
+    headline(figure, title or f"{len(kept)} of {len(frame)} edge groups")
     groups = list(dict.fromkeys(kept["feature_group"]))
     if len(groups) > 1:
         handles = [Line2D([], [], color=INK, linestyle=dash) for _, dash in zip(groups, cycle(DASHES), strict=False)]
-        figure.legend(
-            handles,
-            groups,
-            title="Features",
-            loc="outside lower center",
-            ncols=3,
-            fontsize=8,
-            title_fontsize=8,
-            frameon=False,
-        )
+        options = {"loc": "outside lower center", "ncols": min(3, len(columns) // 2 + 1), "fontsize": 8}
+        legend(figure, handles, [short(group) for group in groups], title="Features", title_fontsize=8, **options)
     return figure
 
 
@@ -82,14 +90,16 @@ def _checked(frame: pd.DataFrame, roles: Sequence[str] | None) -> list[str]:
     return named if roles is None else list(roles)
 
 
-def _streams(axes: Axes, roles: Sequence[str], layers: Sequence[int]) -> None:
+def _streams(axes: Axes, roles: Sequence[str], layers: Sequence[int], metric: str) -> None:
     """The residual streams and the axes around them."""
     for x in range(len(roles)):
         axes.plot([x, x], [-0.35, len(layers) + 0.05], color=FAINT, linewidth=5, solid_capstyle="round", zorder=1)
-    axes.set_xticks(range(len(roles)), [readable(role).replace(" ", "\n", 1) for role in roles], fontsize=9)
+    names = [fill(readable(role), 12) for role in roles]
+    axes.set_xticks(range(len(roles)), names, fontsize=9, parse_math=False)
     axes.set_yticks([row + HEIGHT / 2 for row in range(len(layers))], [str(layer) for layer in layers], fontsize=8)
     axes.set_ylabel("Layer", fontsize=9, color=INK)
-    axes.set_xlabel("Role of the token\n(width: change of the metric if the edges are removed)", fontsize=9, color=INK)
+    numbers = fill(f"(width and number: change of {metric} if the edges are removed)", 20 + 14 * len(roles))
+    axes.set_xlabel(f"Role of the token\n{printable(numbers)}", fontsize=9, color=INK, parse_math=False)
     axes.set_xlim(-0.6, len(roles) - 0.4)
     axes.set_ylim(-0.45, len(layers) + 0.2)
     axes.spines[:].set_visible(False)

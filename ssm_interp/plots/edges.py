@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ssm_interp.plots.attention import attention_figure
-from ssm_interp.plots.heatmap import TokenMap, heatmap_figure
-from ssm_interp.plots.style import INK, picture, signed, token_label
+from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, target_cells
+from ssm_interp.plots.style import CHANGED, headline, picture, token_label
 
-LABEL = "Predicted change of the metric if the edge is removed"
+EDGE_LABEL = "Predicted change of the metric if the edge is removed"
 
 
 def edge_figure(
@@ -24,19 +22,20 @@ def edge_figure(
     *,
     target: int = -1,
     title: str = "",
-    label: str = LABEL,
+    label: str = EDGE_LABEL,
 ) -> Figure:
-    """Two maps of attributions of edges: source token x layer into one token, and target x source summed over layers.
+    """Two maps of attributions of edges: source token x layer into one token, and target x source for all tokens.
 
-    Blue is a predicted loss of the metric when the edge is removed (the edge supports it), red a gain; each map has its
-    own colours.
+    The second map shows of each edge the layer in which it is worth most, with its sign, so that nothing cancels and
+    both maps have the same colours: blue is a predicted loss of the metric when the edge is removed (the edge supports
+    it), red a gain.
 
     Args:
         values: one per layer and edge, `[layer t s]`, lower-triangular in its last two dimensions.
         tokens: a readable token per position.
         layers: the model's number of each layer.
         target: the position whose edges the first map shows.
-        title: over the picture.
+        title: over the picture; a reader wants the model and the metric.
         label: of the colours.
 
     Raises:
@@ -58,20 +57,14 @@ def edge_figure(
     if not values.isfinite().all():
         raise ValueError("the values of an edge map must be finite; some are not")
     target %= len(tokens)
-    into = TokenMap(values[:, target, : target + 1].T.numpy(), tokens[: target + 1], layers)
-    side = min(max(2.6, 0.27 * len(tokens)), 11.0)
-    wide = min(max(2.2, 0.24 * len(layers)), 9.0)
-    figure = picture(wide + side + 5.0, side + 1.8)
+    wide, side = extent(len(layers), each=0.24, least=2.2, most=9.0), extent(len(tokens), each=0.27, least=2.6)
+    figure = picture(wide + side + 4.4, side + 1.9)
     left, right = figure.subplots(1, 2, width_ratios=[wide, side])
-    heatmap_figure(into, limit=into.largest or 1.0, ax=left)
-    left.set_xlabel("layer", fontsize=9)
-    left.set_ylabel("source (written at)", fontsize=9)
-    left.set_title(f"into “{token_label(tokens[target])}”, position {target}", fontsize=10, color=INK, parse_math=False)
-    norm = Normalize(-(end := into.largest or 1.0), end)
-    bar = figure.colorbar(ScalarMappable(norm, "RdBu_r"), ax=left, shrink=0.7, aspect=8 * side**0.5, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(signed)
-    bar.ax.tick_params(labelsize=8, colors=INK)
-    bar.outline.set_visible(False)
-    attention_figure(values.sum(0), tokens, title=f"all edges, summed over {len(layers)} layers", label=label, ax=right)
-    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
+    colours: dict[str, Any] = {"cmap": CHANGED, "norm": centred(float(values.abs().max()))}
+    layer_cells(left, values[:, target, : target + 1].T.numpy(), tokens[: target + 1], layers, **colours)
+    headline(left, f"Edges into “{token_label(tokens[target])}”, position {target}")
+    strongest = values.gather(0, values.abs().argmax(0, keepdim=True))[0]
+    colour_bar(target_cells(right, strongest.numpy(), tokens, **colours), [left, right], label)
+    headline(right, "All edges, each in its strongest layer" if len(layers) > 1 else f"All edges of layer {layers[0]}")
+    headline(figure, title)
     return figure

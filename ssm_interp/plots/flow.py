@@ -13,12 +13,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ssm_interp.plots.panels import Layout, Panel, Statistic, StatisticName, arrange, drawable, header, legend_title
+from ssm_interp.plots.panels import (
+    Layout,
+    Panel,
+    Statistic,
+    StatisticName,
+    arrange,
+    drawable,
+    header,
+    in_words,
+    legend_title,
+)
 from ssm_interp.plots.style import (
     FAINT,
     INK,
     Style,
     group_styles,
+    headline,
+    legend,
     model_styles,
     picture,
     plain,
@@ -109,7 +121,7 @@ def _drawn(
     figure.supylabel(chosen.label, fontsize=9, color=INK)
     if layout.across != "model":
         name = short(str(rows["model"].iloc[0]), 60)
-        figure.suptitle(f"{name}   ({header(rows)})", fontsize=10, color=INK, parse_math=False)
+        headline(figure, f"{name}   ({header(rows)})")
     return figure
 
 
@@ -124,10 +136,10 @@ def _one_panel(
     panel = layout.panels[0]
     _lines(axes, panel.rows, "source", "layer", styles, chosen)
     _layer_axis(axes)
-    axes.set_title(f"{panel.across}   ({header(panel.rows)})", fontsize=10, color=INK, parse_math=False)
+    headline(axes, f"{panel.across}   ({header(panel.rows)})")
     axes.set_xlabel(x_labels.get(panel.rows["model"].iloc[0], "Layer of the window"), fontsize=9, parse_math=False)
     axes.set_ylabel("\n".join((chosen.label, *panel.lane)), fontsize=9, color=INK)
-    axes.legend(_handles(styles.values()), list(map(readable, styles)), title="Source knocked out", **_LEGEND)
+    legend(axes, _handles(styles.values()), list(map(readable, styles)), title="Source knocked out", **_LEGEND)
 
 
 def _fill(
@@ -150,7 +162,7 @@ def _fill(
 def _titles(axes: Axes, panel: Panel, layout: Layout) -> None:
     if panel.row == 0 or layout.wrapped:
         count = f"   ({header(panel.rows)})" if layout.across == "model" else ""
-        axes.set_title(f"{panel.across}{count}", fontsize=9.5, color=INK, parse_math=False)
+        headline(axes, f"{panel.across}{count}", size=9.5)
     if panel.column == 0:
         words = "\n".join(fill(line, LANE) for line in panel.lane)
         axes.set_ylabel(words, fontsize=9, color=INK, parse_math=False)
@@ -190,7 +202,7 @@ def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") ->
 def stream_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -> Figure:
     """The same knockouts through different streams in the same axes, over the layer windows.
 
-    A panel per source, and a row for each model, target and window size; in each a line per stream.
+    A panel per source, and a row for each model, target, feature group and window size; in each a line per stream.
 
     Args:
         summary: rows as from `FlowResult.summary`, with a column `through`.
@@ -208,10 +220,14 @@ def stream_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -
     rows = pd.concat([part.assign(through=name) for name, (part, _) in found.items()])
     chosen = next(iter(found.values()))[1]
     styles = model_styles(rows["through"].unique())
-    layout = arrange(rows, ("model", "target", "window"), across="source")
-    figure = _by_source(layout, "through", "layer", styles, chosen, "Layer of the window")
+    layout = arrange(rows, ("model", "target", "feature_group", "window"), across="source")
+    sizes = [in_words("window", size) for size in rows["window"].unique()]
+    label = f"Layer ({sizes[0]})" if len(sizes) == 1 else "Layer of the window"
+    figure = _by_source(layout, "through", "layer", styles, chosen, label)
     for axes in figure.axes:
         _layer_axis(axes)
+    models = list(map(str, rows["model"].unique()))
+    headline(figure, f"{short(models[0], 60) if len(models) == 1 else f'{len(models)} models'}   ({header(rows)})")
     _legend(figure, list(map(str, styles)), styles.values(), legend_title("Knocked out through", chosen, rows))
     return figure
 
@@ -270,7 +286,7 @@ def _layer_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
 
 
-_LEGEND: Mapping[str, Any] = {"frameon": False, "title_fontsize": 8, "fontsize": 9, "handlelength": 3}
+_LEGEND: Mapping[str, Any] = {"title_fontsize": 8, "handlelength": 3}
 
 
 def _handles(styles: Iterable[Style]) -> list[Line2D]:
@@ -282,4 +298,4 @@ def _legend(figure: Figure, names: Sequence[str], styles: Iterable[Style], title
     """Below the panels, in as many columns as fit."""
     inches = 0.6 + 0.08 * max(len(name) for name in names)
     columns = int(np.clip(figure.get_figwidth() // inches, 1, len(names)))
-    figure.legend(_handles(styles), names, loc="outside lower center", ncols=columns, title=title, **_LEGEND)
+    legend(figure, _handles(styles), names, loc="outside lower center", ncols=columns, title=title, **_LEGEND)

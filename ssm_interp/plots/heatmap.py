@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,19 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ssm_interp.plots.style import (
-    ARROW,
-    FAINT,
-    INK,
-    MOST_LABELS,
-    STYLES,
-    Picture,
-    picture,
-    readable,
-    short,
-    signed,
-    token_label,
-)
+from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells
+from ssm_interp.plots.style import ARROW, CHANGED, headline, picture, readable, short, token_label
 
 LABEL = "Change of the answer's probability"
 MOST_ACROSS = 3
@@ -167,7 +155,7 @@ def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None 
     Example:
         >>> heatmap_figure(first, second, limit=0.3).savefig("tokens.png", dpi=200)     # doctest: +SKIP
     """
-    norm = Normalize(-(end := colour_limit(maps, limit)), end)
+    norm = centred(colour_limit(maps, limit))
     if ax is not None:
         if len(maps) > 1:
             raise ValueError(f"one axes holds one token map, got {len(maps)}; leave `ax` out, or call once for each")
@@ -181,49 +169,26 @@ def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None 
     grid = figure.subplots(len(lanes), across, squeeze=False, height_ratios=heights, width_ratios=widths)
     for axes in grid.flat[len(maps) :]:
         axes.set_visible(False)
-    for place, (axes, one) in enumerate(zip(grid.flat, maps, strict=False)):
-        _map(axes, one, norm)
+    drawn = list(grid.flat[: len(maps)])
+    for place, (axes, one) in enumerate(zip(drawn, maps, strict=True)):
+        image = _map(axes, one, norm)
         if place % across:
             axes.set_ylabel("")
-    _colour_bar(figure, list(grid.flat[: len(maps)]), maps, norm)
+    beyond = max(one.largest for one in maps) > float(norm.vmax or 0)
+    colour_bar(image, drawn, LABEL, extend="both" if beyond else "neither")
     return figure
 
 
 def _height(one: TokenMap) -> float:
-    return 1.2 + min(max(1.6, 0.22 * len(one.tokens)), 11.0)
+    return 1.2 + extent(len(one.tokens))
 
 
 def _width(one: TokenMap) -> float:
-    return 1.5 + min(max(2.8, 0.2 * len(one.layers)), 9.0)
+    return 1.5 + extent(len(one.layers), each=0.2, least=2.8, most=9.0)
 
 
-def _map(axes: Axes, one: TokenMap, norm: Normalize) -> None:
-    values = np.ma.masked_invalid(one.values)
-    axes.patch.set(facecolor="white", hatch="/////", edgecolor=FAINT)  # shows where there is no value
-    axes.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="none")
-    axes.tick_params(length=2, colors=INK)
-    every = -(-len(one.tokens) // MOST_LABELS)
-    rows = range(0, len(one.tokens), every)
-    style: dict[str, Any] = {"family": "DejaVu Sans Mono", "parse_math": False}
-    axes.set_yticks(rows, [token_label(one.tokens[row]) for row in rows], fontsize=8, **style)
-    for row, text in zip(rows, axes.get_yticklabels(), strict=True):
-        if row in one.subject:
-            text.set(color=STYLES["subject"].colour, weight="bold")
-    step = -(-len(one.layers) // 16)
-    columns = range(0, len(one.layers), step)
-    axes.set_xticks(columns, [str(one.layers[column]) for column in columns], fontsize=8)
+def _map(axes: Axes, one: TokenMap, norm: Normalize) -> ScalarMappable:
+    image = layer_cells(axes, one.values, one.tokens, one.layers, subject=one.subject, cmap=CHANGED, norm=norm)
     axes.set_xlabel("Layer of the window", fontsize=9)
-    axes.set_ylabel("Source token (bold: the subject)" if one.subject else "Source token", fontsize=9)
-    lines = [line for line in (one.title, one.caption) if line]
-    axes.set_title("\n".join(lines), fontsize=10, color=INK, parse_math=False)
-    axes.spines[:].set_visible(False)
-
-
-def _colour_bar(figure: Picture, grid: list[Axes], maps: Sequence[TokenMap], norm: Normalize) -> None:
-    beyond = max(one.largest for one in maps) > float(norm.vmax or 0)
-    image = ScalarMappable(norm, "RdBu_r")
-    bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=25, pad=0.02, extend="both" if beyond else "neither")
-    bar.set_label(LABEL, fontsize=9)
-    bar.ax.yaxis.set_major_formatter(signed)
-    bar.ax.tick_params(labelsize=8, colors=INK)
-    bar.outline.set_visible(False)
+    headline(axes, "\n".join(line for line in (one.title, one.caption) if line))
+    return image

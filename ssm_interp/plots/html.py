@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from ssm_interp.plots.flow import FLOW_KEYS
 from ssm_interp.plots.heatmap import LABEL, TokenMap, colour_limit
 from ssm_interp.plots.panels import Layout, Panel, Statistic, StatisticName, arrange, drawable, header, legend_title
-from ssm_interp.plots.style import ARROW, INK, Style, readable, source_styles, token_label
+from ssm_interp.plots.style import ARROW, CHANGED, INK, Style, readable, source_styles, token_label
 
 MARKERS = {
     "o": "circle",
@@ -188,7 +188,7 @@ def heatmap_page(*maps: TokenMap, limit: float | None = None, title: str = "Sour
         figure.update_xaxes(type="category", title_text="Layer of the window", row=row)
     figure.update_yaxes(tickfont={"family": "monospace"}, title_text="Source token", showgrid=False)
     bar = {"title": {"text": LABEL, "side": "right"}}
-    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -end, "cmax": end, "colorbar": bar})
+    figure.update_layout(coloraxis={"colorscale": CHANGED, "cmin": -end, "cmax": end, "colorbar": bar})
     return _page(figure, title, area, 1000)
 
 

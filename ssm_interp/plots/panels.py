@@ -75,7 +75,7 @@ class Panel:
     def lane(self) -> tuple[str, ...]:
         """Words for its row of the grid: what is knocked out for which target, and what varies down."""
         said = any(ARROW in words for words in (self.across, *self.down))
-        words = self.down if said else (_words("target", self.rows["target"].iloc[0]), *self.down)
+        words = self.down if said else (in_words("target", self.rows["target"].iloc[0]), *self.down)
         source = readable(self.rows["source"].iloc[0])
         if self.across == f"source: {source}" or self.rows["feature_group"].nunique() == 1:
             return words
@@ -148,8 +148,8 @@ def arrange(rows: pd.DataFrame, keys: Sequence[str], across: str | None = None) 
     for (column, *lane), part in rows.sort_values("layer", kind="stable").groupby([across, *down], sort=False):
         index, line = columns.index(column), lanes.index(tuple(lane))
         place = divmod(index, width) if wrapped else (line, index)
-        words = tuple(_words(key, value) for key, value in zip(down, lane, strict=True))
-        panels.append(Panel(*place, _words(across, column), words, part))
+        words = tuple(in_words(key, value) for key, value in zip(down, lane, strict=True))
+        panels.append(Panel(*place, in_words(across, column), words, part))
     height = -(-len(columns) // width) if wrapped else len(lanes)
     panels.sort(key=lambda panel: (panel.row, panel.column))
     return Layout(tuple(panels), (height, width), across, wrapped)
@@ -167,7 +167,8 @@ def _values(rows: pd.DataFrame, key: str) -> list[Any]:
     return sorted(values) if key == "window" else values
 
 
-def _words(key: str, value: Any) -> str:
+def in_words(key: str, value: Any) -> str:
+    """What a panel, or a legend, says of one value of a key."""
     if key == "window":
         return f"windows of {value} layer{'' if value == 1 else 's'}"
     if key == "target":

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ssm_interp.plots.style import FAINT, INK, Style, model_styles, picture, plain, short
+from ssm_interp.plots.style import FAINT, INK, Style, headline, legend, model_styles, picture, plain, printable, short
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 COLUMNS = ["model", "layer", "feature", "statistic", "value"]
@@ -24,7 +25,8 @@ LABELS: Mapping[str, str] = {
     "mean dt": "Mean step dt",
     "dt variation": "Variation of dt\n(sd / mean)",
 }
-LOGARITHMIC = ("half-life", "mean dt")
+LOGARITHMIC = ("decay norm", "half-life", "mean dt")
+BANDS = (0.16, 0.34)  # how dark the light one is, and how much the dark one adds to it
 OWN_SCALE = ("decay norm",)  # a sum over state dimensions in one family, a single number in the other
 
 
@@ -55,14 +57,15 @@ def quantiles(frame: pd.DataFrame, q: Sequence[float] = QUANTILES) -> pd.DataFra
     return found.rename_axis(index={None: "quantile"}).reset_index()
 
 
-def spectrum_figure(frame: pd.DataFrame) -> Figure:
+def spectrum_figure(frame: pd.DataFrame, *, title: str = "") -> Figure:
     """The features of every layer: the median as a line, half of them in the dark band, nine in ten in the light one.
 
-    A row of panels per statistic, on one scale (but for the decay norm), a column per model. Half-lives and steps are
-    drawn on a logarithmic scale; what is infinite, or no number, is left out.
+    A row of panels per statistic, on one scale (but for the decay norm), a column per model. Decay norms, half-lives
+    and steps are drawn on a logarithmic scale; what is infinite, or no number, is left out.
 
     Args:
         frame: rows as from `Spectrum.frame`, of any number of models.
+        title: over the picture; a reader wants to know on which texts it was measured.
 
     Raises:
         ValueError: missing columns, no rows; more models than can be told apart.
@@ -82,14 +85,15 @@ def spectrum_figure(frame: pd.DataFrame) -> Figure:
         for axes, (model, style) in zip(line, styles.items(), strict=True):
             part = rows[(rows["model"] == model) & (rows["statistic"] == statistic)]
             _bands(axes, part, style, logarithmic=statistic in LOGARITHMIC)
-        line[0].set_ylabel(LABELS.get(statistic, statistic), fontsize=9, color=INK, parse_math=False)
+        line[0].set_ylabel(LABELS.get(statistic, printable(statistic)), fontsize=9, color=INK, parse_math=False)
     for axes, model in zip(grid[0], styles, strict=True):
         features = frame[frame["model"] == model].groupby("layer")["feature"].nunique()
         count = " to ".join(dict.fromkeys((str(features.min()), str(features.max()))))
-        axes.set_title(f"{short(str(model))}   ({count} features a layer)", fontsize=10, color=INK, parse_math=False)
+        headline(axes, f"{short(str(model))}   ({count} features a layer)")
     for axes in grid[-1]:
         axes.set_xlabel("Layer", fontsize=9, color=INK)
-    _legend(figure)
+    headline(figure, title)
+    _legend(figure, list(styles.values()))
     return figure
 
 
@@ -97,15 +101,17 @@ def _bands(axes: Axes, rows: pd.DataFrame, style: Style, *, logarithmic: bool) -
     table = rows.pivot(index="layer", columns="quantile", values="value").sort_index()
     lowest, low, middle, high, highest = table.where(np.isfinite(table)).to_numpy(float).T
     layers = table.index.to_numpy()
-    axes.fill_between(layers, lowest, highest, color=style.colour, alpha=0.16, linewidth=0)
-    axes.fill_between(layers, low, high, color=style.colour, alpha=0.34, linewidth=0)
+    axes.fill_between(layers, lowest, highest, color=style.colour, alpha=BANDS[0], linewidth=0)
+    axes.fill_between(layers, low, high, color=style.colour, alpha=BANDS[1], linewidth=0)
     axes.plot(
         layers, middle, color=style.colour, linewidth=1.6, marker=style.marker, markersize=4, markeredgecolor="white",
         markeredgewidth=0.5, markevery=-(-len(layers) // 16),
     )  # fmt: skip
     if logarithmic and np.nanmax(table.where(np.isfinite(table)).to_numpy(float), initial=0) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if _decades(table) < 2 else (1,), numticks=6))
+        decades = _decades(table)
+        powers = LogLocator(subs=(1, 3) if decades < 2 else (1,), numticks=6)
+        axes.yaxis.set_major_locator(powers if decades > 1 else MaxNLocator(nbins=4))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter("{:g}".format))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
@@ -120,12 +126,14 @@ def _decades(table: pd.DataFrame) -> float:
     return float(np.log10(drawn.max() / drawn.min()))
 
 
-def _legend(figure: Figure) -> None:
-    colour = Style(INK, "o", "-").colour
+def _legend(figure: Figure, styles: Sequence[Style]) -> None:
+    """What a line and its bands are, in the colours of all models."""
+    light, dark = BANDS[0], 1 - (1 - BANDS[0]) * (1 - BANDS[1])  # as they look, one over the other
     handles = [
-        Line2D([], [], color=colour, linewidth=1.6),
-        Patch(color=colour, alpha=0.5, linewidth=0),
-        Patch(color=colour, alpha=0.16, linewidth=0),
+        tuple(Line2D([], [], color=style.colour, linewidth=1.6, marker=style.marker, markersize=4) for style in styles),
+        tuple(Patch(color=style.colour, alpha=dark, linewidth=0) for style in styles),
+        tuple(Patch(color=style.colour, alpha=light, linewidth=0) for style in styles),
     ]
     names = ["median of the features", "25 to 75 %", "5 to 95 %"]
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    options = {"handler_map": {tuple: HandlerTuple(ndivide=None)}, "handlelength": 2 * len(styles), "ncols": 3}
+    legend(figure, handles, names, loc="outside lower center", **options)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.legend import Legend
 
 INK, FAINT = "#222222", "#DDDDDD"
+# Blue speaks for the answer and red against it, in every map: what is written is blue where it is positive, what a
+# knockout changes is blue where it is a loss. Sizes, which have no sign, are blues.
+WRITTEN, CHANGED, SIZES = "RdBu", "RdBu_r", "Blues"
+MONO = "DejaVu Sans Mono"
 ARROW = "\N{RIGHTWARDS ARROW}"
 MOST_LABELS = 64  # more tokens than these on one axis could not be read
 
@@ -105,8 +111,27 @@ def plain(axes: Axes) -> None:
     axes.tick_params(labelsize=8, colors=INK)
 
 
+def headline(place: Axes | Figure, text: str, size: float = 10.0) -> None:
+    """A title over a panel, or over all of them, in as many lines as it takes."""
+    inches = place.figure.figure.get_figwidth()
+    if isinstance(place, Axes):
+        inches *= 1.25 * place.get_position().width  # it may stand out on both sides
+    lines = (fill(line, max(20, int(120 / size * inches))) for line in printable(text).splitlines())
+    write: Callable[..., object] = place.suptitle if isinstance(place, Figure) else place.set_title
+    write("\n".join(lines), fontsize=size, color=INK, parse_math=False)
+
+
+def legend(place: Axes | Figure | SubFigure, handles: Sequence[Any], names: Iterable[str], **options: Any) -> Legend:
+    """A legend whose names are what they are: no formulas, and none left out for its first letter."""
+    found = place.legend(handles, [""] * len(handles), **({"frameon": False, "fontsize": 9} | options))
+    for text, name in zip(found.get_texts(), names, strict=True):
+        text.set(text=printable(name), parse_math=False)
+    return found
+
+
 def short(name: str, most: int = 36) -> str:
     """A name that fits over a panel; of a longer one its end, which says most."""
+    name = printable(name)
     return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
 
@@ -117,7 +142,7 @@ def signed(value: float, _: object = None) -> str:
 
 def readable(source: str) -> str:
     """A role or a token position in words."""
-    return f"token {source}" if source.isdigit() else source.replace("_", " ")
+    return f"token {source}" if source.isdigit() else printable(source).replace("_", " ")
 
 
 def token_label(token: str) -> str:
@@ -127,11 +152,17 @@ def token_label(token: str) -> str:
         >>> token_label(" is"), token_label("\\n")
         ('·is', '\\\\n')
     """
-    known = _glyphs()
-    shown = "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in token.replace(" ", "·"))
+    shown = printable(token.replace(" ", "·"), MONO, breaks=False)
     return shown if len(shown) <= 18 else shown[:17] + "…"
 
 
+def printable(text: str, font: str | None = None, *, breaks: bool = True) -> str:
+    """A text whose characters the font lacks are written as escapes; line breaks are kept, or escaped too."""
+    known = _glyphs(findfont(FontProperties(family=font)))
+    kept = "\n" if breaks else ""
+    return "".join(c if c in kept or ord(c) in known else c.encode("unicode_escape").decode() for c in text)
+
+
 @cache
-def _glyphs() -> frozenset[int]:
-    return frozenset(get_font(findfont("DejaVu Sans Mono")).get_charmap())
+def _glyphs(path: str) -> frozenset[int]:
+    return frozenset(get_font(path).get_charmap())
