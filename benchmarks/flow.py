@@ -115,7 +115,7 @@ def cost_per_prompt(name: str, count: int, batch_size: int) -> None:
     prompts = [Prompt(" ".join(row[:-1]), subject=" ".join(row[2:5]), target=row[-1]) for row in named]
     with si.attach(model) as ssm:
         before, start = peak_megabytes(), time.perf_counter()
-        sweep(ssm, words, prompts, sources=["subject"], window=WINDOW, answered_only=False, batch_size=batch_size)
+        sweep(ssm, words, prompts, sources=["subject"], windows=WINDOW, answered_only=False, batch_size=batch_size)
         spent = time.perf_counter() - start
     print(1000 * spent / count, before, peak_megabytes())
 

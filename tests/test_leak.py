@@ -18,10 +18,10 @@ from ssm_interp.plots import stream_figure
 def test_the_report_is_three_sweeps_and_what_they_leave(family: str) -> None:
     given = world(family)
     with si.attach(given.model) as ssm:
-        report = leak(ssm, given.tokenizer, given.prompts, sources=["subject", "last"], window=2)
+        report = leak(ssm, given.tokenizer, given.prompts, sources=["subject", "last"], windows=2)
         known = {
             name: sweep(
-                ssm, given.tokenizer, given.prompts, sources=["subject", "last"], window=2, through=through,
+                ssm, given.tokenizer, given.prompts, sources=["subject", "last"], windows=2, through=through,
                 engine=full_forwards,
             ).frame
             for name, through in THROUGH.items()
@@ -53,11 +53,13 @@ def test_the_report_is_three_sweeps_and_what_they_leave(family: str) -> None:
 def test_the_picture_has_a_line_per_stream() -> None:
     given = world("mamba2")
     with si.attach(given.model) as ssm:
-        report = leak(ssm, given.tokenizer, given.prompts, sources=["subject", "last"], targets=["last"], window=1)
+        report = leak(ssm, given.tokenizer, given.prompts, sources=["subject", "last"], targets=["last"], windows=1)
     figure = report.plot()
     png(figure)
     assert [axes.get_title() for axes in figure.axes] == ["source: subject", "source: last"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(THROUGH)
+    assert figure.get_suptitle() == f"Mamba2ForCausalLM   ({len(given.prompts)} prompts)"
+    assert figure.axes[0].get_xlabel() == "Layer (windows of 1 layer)"
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
     summary = report.summary()
     for name in THROUGH:
@@ -78,7 +80,7 @@ def test_what_it_cannot_compare_is_refused() -> None:
 def test_the_last_digits_of_the_clean_run_split_no_prompt() -> None:
     given = world("mamba2")
     with si.attach(given.model) as ssm:
-        report = leak(ssm, given.tokenizer, given.prompts, sources=["last"], window=2)
+        report = leak(ssm, given.tokenizer, given.prompts, sources=["last"], windows=2)
     frame = report.frame.copy()
     frame.loc[frame["through"] == "conv", "p_base"] *= 1 + 1e-7
     moved = LeakReport(frame)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from support import logits
-from tiny_hosts import build, inputs
+from tiny_hosts import NAMES, build, inputs
 from transformers import LlamaForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 
 import ssm_interp as si
-from ssm_interp.models import EMBEDDED, load_tokenizer
+from ssm_interp.models import EMBEDDED, load_outline, load_tokenizer
 
 
 def test_embedded_models_are_ordinary_ones() -> None:
@@ -32,6 +32,21 @@ def test_a_local_folder(tmp_path: Path) -> None:
     loaded, tokenizer = si.load(tmp_path)
     assert torch.equal(logits(loaded, inputs()), logits(model, inputs()))
     assert tokenizer.decode(tokenizer("Bern")["input_ids"]) == "Bern"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_outline_is_the_model_without_its_weights(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    outline = load_outline(tmp_path)
+    assert {tensor.device.type for tensor in outline.parameters()} == {"meta"}
+    assert {key: tensor.shape for key, tensor in outline.state_dict().items()} == {
+        key: tensor.shape for key, tensor in model.state_dict().items()
+    }
+    with si.attach(model) as ssm, si.attach(outline) as found:
+        assert {layer: (points.heads, points.state_size) for layer, points in found.layers.items()} == {
+            layer: (points.heads, points.state_size) for layer, points in ssm.layers.items()
+        }
 
 
 def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ def test_subject_span_is_where_the_subject_stands() -> None:
     ("text", "subject", "target", "message"),
     [
         ("", "France", "Paris", "empty text"),
+        ("Fran\ud800ce is", "is", "x", "half of a surrogate pair"),
         ("The capital of France is", " ", "Paris", "empty subject"),
         ("The capital of France is", "France", "", "empty target"),
         ("The capital of France is ", "France", "Paris", "ends in white space"),

@@ -62,7 +62,7 @@ def test_operations_of_one_model_make_one_table(tmp_path: Path) -> None:
     asked = [prompt for prompt in load_prompts() if prompt.id in set(findings.result.frame["prompt_id"])]
     with si.attach(model) as ssm:
         parts = [
-            sweep(ssm, tokenizer, asked, sources=[source], targets=[target], window=4, name="tiny-mamba2").frame
+            sweep(ssm, tokenizer, asked, sources=[source], targets=[target], windows=4, name="tiny-mamba2").frame
             for source, target in (("subject", "last"), ("context", "subject"))
         ]
     pd.testing.assert_frame_equal(findings.result.frame, pd.concat(parts, ignore_index=True))
@@ -90,9 +90,9 @@ def test_edits_that_are_held_on_are_at_work_in_every_run(tmp_path: Path) -> None
     with si.attach(model) as ssm:
         top = si.features.feature_groups(ssm, ["top third"])["top third"]
         edits = [si.ScaleFeatures(factor=0.3, features=top[layer], layers=layer) for layer in (1, 2)]
-        plain = sweep(ssm, tokenizer, asked, sources=["subject"], window=4)
+        plain = sweep(ssm, tokenizer, asked, sources=["subject"], windows=4)
         with ssm.edit(*edits, si.SetDelta(value=0.01, layers=0)):
-            expected = sweep(ssm, tokenizer, asked, sources=["subject"], window=4, name="tiny-mamba2")
+            expected = sweep(ssm, tokenizer, asked, sources=["subject"], windows=4, name="tiny-mamba2")
     pd.testing.assert_frame_equal(found.frame, expected.frame)
     assert not np.allclose(plain.frame["p_base"].mean(), found.frame["p_base"].mean())
 
@@ -109,6 +109,23 @@ def test_metrics_say_what_is_drawn(models: dict[str, Path], tmp_path: Path) -> N
     pd.testing.assert_frame_equal(findings.summary(), expected)
     assert expected["n"].eq(len(facts)).all()
     assert "median over prompts" in findings.write(tmp_path / "out")[1].read_text()
+
+
+def test_a_picture_of_streams_has_a_line_per_operation(tmp_path: Path) -> None:
+    start, end = RECIPE.index("[[operation]]"), RECIPE.index("[sweep]")
+    parts = [f'name = "{name}"\nthrough = ["{name}"]\n\n' for name in ("ssm", "conv")]
+    text = RECIPE[:start] + "".join(RECIPE[start:end].rstrip() + "\n" + part for part in parts) + RECIPE[end:]
+    recipe = read_recipe(written(tmp_path, text.replace('"flow"', '"streams"')))
+    findings = run_recipe(recipe, tmp_path / "out")
+    svg = findings.write(tmp_path / "out")[1]
+    assert svg.name == "streams.svg"
+    (figure,) = findings._figures().values()
+    assert figure.get_suptitle() == "tiny-mamba2   (6 prompts)"
+    summary = findings.summary()
+    lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
+    for name in ("ssm", "conv"):
+        expected = summary.loc[summary["model"] == f"tiny-mamba2, {name}", "mean"]
+        np.testing.assert_allclose(lines[name].get_ydata(), expected)
 
 
 def test_common_prompts_are_those_that_all_models_answer(models: dict[str, Path], tmp_path: Path) -> None:
@@ -210,6 +227,15 @@ def test_a_heat_map_shows_prompts_that_are_answered_wrongly_too(models: dict[str
         (
             RECIPE.replace("[sweep]", '[[operation]]\nkind = "SetDelta"\nvalue = 0\nlayers = [10]\n[sweep]'),
             "line 10: operation: tiny-mamba2: SetDelta: no such layer [10]",
+        ),
+        (RECIPE.replace('mamba2"', 'mamba2", "tiny-mamba3"'), "line 4: model.names: there is no model 'tiny-mamba3'"),
+        (
+            RECIPE.replace(
+                "[sweep]",
+                '[[operation]]\nkind = "Knockout"\nsources = ["first"]\ntargets = ["last"]\nfeatures = ["mine"]\n'
+                "groups.mine = {0 = [1]}\n[sweep]",
+            ),
+            "line 19: operation.features: tiny-mamba2: the feature group 'mine' names no features for layer 1",
         ),
     ],
 )

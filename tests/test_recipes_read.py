@@ -140,6 +140,16 @@ def test_reading_opens_nothing_else(tmp_path: Path) -> None:
             'features = ["top thrd"]\n[sweep]',
             ["line 17: operation.features: there is no feature group 'top thrd': did you mean 'top third'"],
         ),
+        (
+            "[sweep]",
+            'features = ["all", "top half"]\nthrough = ["ssm", "conv"]\n[sweep]',
+            ["line 18: operation.through: the convolution feeds all features together, so a knockout through it takes"],
+        ),
+        (
+            "[sweep]",
+            '[[operation]]\nkind = "SetDelta"\nvalue = 1\nlayers = [1, 1]\n[sweep]',
+            ["line 20: operation.layers: layer 1 occurs more than once; name each layer once"],
+        ),
         ("[sweep]", 'through = ["smm"]\n[sweep]', ["operation.through: there is no \"smm\": did you mean 'ssm'?"]),
         ("[[operation]]", "[operation]", ["line 9: operation: it takes a list in [ ], got"]),
         ("[plot]", '[metrics]\nstatistic = "means"\n[plot]', ["line 21: metrics.statistic:", "did you mean 'mean'?"]),
@@ -149,9 +159,10 @@ def test_reading_opens_nothing_else(tmp_path: Path) -> None:
             '"flwo"',
             ['line 21: plot.kind: there is no "flwo": did you mean \'flow\'? it is "flow", "depth", "features"'],
         ),
-        ('kind = "flow"', "", ['line 20: plot: its kind is missing: it is "flow", "depth", "features" or "heatmap"']),
+        ('kind = "flow"', "", ['line 20: plot: its kind is missing: it is "flow", "depth", "features", "streams" or']),
         ('"flow"', '"flow"\nprompts = ["a"]', ["plot.prompts: there is no such key", "[plot] of kind flow has"]),
         ('"flow"', '"flow"\nformats = ["pgn"]', ["line 22: plot.formats: there is no \"pgn\": did you mean 'png'?"]),
+        ('"flow"', '"streams"', ["line 9: operation: it needs a name"]),
         ('"flow"', '"heatmap"', ["line 20: plot.prompts: this key is missing. Ids of the prompts."]),
         ('sources = [\n    "subject",\n    "last",\n]\n', "", ["line 9: operation: it needs sources"]),
         (
@@ -232,6 +243,8 @@ def test_what_does_not_fit_a_heat_map_is_refused(tmp_path: Path, before: str, af
             "all",
             "operation.groups: 'top half' is the name of a group by rank",
         ),
+        ("[operation.groups.mine]\n0 = [1]\n00 = [2]", "mine", 'groups.mine.00: it takes a whole number, got "00"'),
+        ("[operation.groups.mine]\n0 = [1]", "all", "line 17: operation.features: the group 'mine' is given and not"),
         ("", "top half by halflife", "there is no statistic 'halflife': did you mean 'half-life'?"),
     ],
 )
@@ -290,6 +303,17 @@ def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
         read_recipe(tmp_path / "x.toml")
     with pytest.raises(RecipeError, match=r"x.toml: not a recipe: its values are nested too deeply"):
         read_recipe(written(tmp_path, f"a = {'[' * 10_000}"))
+    with pytest.raises(RecipeError, match=r"x.toml: not a recipe: Exceeds the limit"):
+        read_recipe(written(tmp_path, f"a = {'9' * 5_000}"))
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(("before", "after"), [(b"", b""), (b"\n", b"\r\n"), (b"    ", b"\t"), (b" = ", b"\t=\t")])
+def test_lines_are_counted_however_a_file_is_written(tmp_path: Path, start: bytes, before: bytes, after: bytes) -> None:
+    for text, place in ((GOOD.replace('"last",', '"lst",'), "13: operation.sources"), (f"{GOOD}[a", "22: not TOML")):
+        (tmp_path / "x.toml").write_bytes(start + text.encode().replace(before, after or before))
+        with pytest.raises(RecipeError, match=f"x.toml, line {place}"):
+            read_recipe(tmp_path / "x.toml")
 
 
 def test_a_recipe_can_be_made_in_python() -> None:

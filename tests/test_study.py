@@ -13,11 +13,21 @@ import torch
 from accelerate import disk_offload
 from filelock import FileLock
 from pydantic import ValidationError
-from tiny_study import Scene, manifest, same, scene, shards
+from tiny_study import Scene, manifest, rewrite, same, scene, shards
 
 import ssm_interp as si
-from ssm_interp.features import feature_groups
-from ssm_interp.flow import FlowError, NothingAnswered, Study, StudyError, explain, run_study, study_folder, sweep
+from ssm_interp.features import FeatureError, feature_groups
+from ssm_interp.flow import (
+    FlowError,
+    NothingAnswered,
+    Study,
+    StudyError,
+    check_study,
+    explain,
+    run_study,
+    study_folder,
+    sweep,
+)
 from ssm_interp.flow import study_run as running
 from ssm_interp.prompts import PromptError, load_prompts, save_prompts
 
@@ -37,7 +47,7 @@ def test_a_study_is_a_sweep_over_all_its_prompts(tiny: Scene) -> None:
             tokenizer,
             load_prompts(tiny.options["facts"]),
             sources=["subject", "last"],
-            window=[1, 2],
+            windows=[1, 2],
             features=feature_groups(ssm, ["all", "top half"]),
             name=tiny.options["model"],
         )
@@ -137,20 +147,45 @@ def test_damaged_and_foreign_shards_are_named(tiny: Scene, tmp_path: Path) -> No
 
 def test_a_shard_of_this_study_without_a_record_is_computed_anew(tiny: Scene, tmp_path: Path) -> None:
     run_study(tiny.study(), tmp_path)
-    path = study_folder(tmp_path, tiny.options["model"]) / "manifest.json"
-    content = json.loads(path.read_text())
-    del content["shards"]["00001"]
-    path.write_text(json.dumps(content))
+    rewrite(tiny.study(), tmp_path, lambda stored: stored["shards"].pop("00001"))
     same(run_study(tiny.study(), tmp_path), tiny.result)
 
 
 def test_a_damaged_manifest_is_named(tiny: Scene, tmp_path: Path) -> None:
     path = study_folder(tmp_path, tiny.options["model"]) / "manifest.json"
     path.parent.mkdir(parents=True)
-    for content in ("", "[]", '{"study": "x"}'):
+    for content in ("", "[]", '{"study": "x"}', "[" * 10**5):
         path.write_text(content)
-        with pytest.raises(StudyError, match=r"manifest.json is damaged; delete .*tiny, and give the same command"):
+        with pytest.raises(StudyError, match=r"manifest.json is damaged, or from another .* delete it, and"):
             run_study(tiny.study(), tmp_path)
+    path.unlink()
+    run_study(tiny.study(), tmp_path)
+    stored = json.loads(path.read_text())
+    stored["shards"]["00001"]["kept"] += 1
+    path.write_text(json.dumps(stored))
+    with pytest.raises(StudyError, match="manifest.json is damaged"):
+        run_study(tiny.study(), tmp_path)
+    path.unlink()
+    same(run_study(tiny.study(), tmp_path), tiny.result)
+
+
+def test_a_study_that_found_nothing_makes_room_for_another(tiny: Scene, tmp_path: Path) -> None:
+    wrong = tiny.study(ids=["wrong p0", "wrong p1"])
+    with pytest.raises(NothingAnswered):
+        run_study(wrong, tmp_path)
+    assert len(shards(wrong, tmp_path)) == 1
+    same(run_study(tiny.study(), tmp_path), tiny.result)
+    with pytest.raises(StudyError, match="is another one; what differs: ids"):
+        run_study(wrong, tmp_path)
+    same(run_study(tiny.study(), tmp_path), tiny.result)
+
+
+def test_a_study_that_may_have_found_something_makes_no_room(tiny: Scene, tmp_path: Path) -> None:
+    run_study(tiny.study(), tmp_path)
+    rewrite(tiny.study(), tmp_path, lambda stored: stored["shards"].clear())
+    with pytest.raises(StudyError, match="is another one; what differs: windows"):
+        run_study(tiny.study(windows=[1]), tmp_path)
+    same(run_study(tiny.study(), tmp_path), tiny.result)
 
 
 def test_two_processes_do_not_work_on_one_study(tiny: Scene) -> None:
@@ -263,7 +298,38 @@ def test_nothing_is_written_before_the_options_are_known_to_fit(tiny: Scene, tmp
         run_study(tiny.study(facts="missing.csv"), tmp_path / "new")
     with pytest.raises(StudyError, match="there is no device 'cuda:99'"):
         run_study(tiny.study(device="cuda:99"), tmp_path / "new")
+    with pytest.raises(FeatureError, match="'mine' names no features for layer 1; give some for each"):
+        run_study(tiny.study(groups={"mine": {0: [1]}}, features=["mine"]), tmp_path / "new")
+    with pytest.raises(PromptError, match="prompts must have distinct ids; these occur more than once: a"):
+        save_prompts([si.Prompt("ban dus", "dus", "lot", id="a")] * 2, tmp_path / "p")
+        run_study(tiny.study(facts=str(tmp_path / "p")), tmp_path / "new")
+    with pytest.raises(si.InterventionError, match="two SetDelta set the same step"):
+        held = [{"kind": "SetDelta", "value": 0.5}, {"kind": "SetDelta", "value": 0.1}]
+        run_study(tiny.study(held=held), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": "tiny-mamba9"}, si.LoadError, "did you mean the embedded 'tiny-mamba"),
+        ({"facts": "missing.csv"}, PromptError, "there is no prompt file"),
+        ({"windows": [9]}, FlowError, "a window of 9 layers does not fit"),
+        ({"through": ["attention"]}, si.InterventionError, "has no attention layers"),
+        ({"groups": {"mine": {0: [1]}}, "features": ["mine"]}, FeatureError, "'mine' names no features for layer 1"),
+        ({"groups": {"mine": {0: [9]}}, "features": ["mine"]}, FeatureError, "layer 0 has no feature 9"),
+        ({"model": "tiny-llama", "facts": "geo", "features": ["top half"]}, FeatureError, "has no SSM layers"),
+        ({"held": [{"kind": "SetDelta", "value": 1, "layers": [7]}]}, si.InterventionError, r"no such layer \[7\]"),
+    ],
+)
+def test_a_study_is_checked_without_its_weights(
+    tiny: Scene, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr(running, "load", None)
+    held = [{"kind": "ScaleFeatures", "factor": 0.5, "features": "top half by half-life"}]
+    check_study(tiny.study(features=["top half by half-life"], held=held))
+    with pytest.raises(error, match=message):
+        check_study(tiny.study(**{"features": ["all"]} | options))
 
 
 def test_studies_survive_json() -> None:
@@ -278,14 +344,22 @@ def test_studies_survive_json() -> None:
     ("options", "message"),
     [
         ({"limit": -1}, "limit: input should be greater than or equal to 0, got -1"),
-        ({"windos": [3]}, "windos: extra inputs are not permitted"),
+        ({"windos": [3]}, "there is no option 'windos': did you mean 'windows'? a study has model, revision, dtype,"),
+        ({"window": 3}, "there is no option 'window': did you mean 'windows'?"),
+        ({"sources": [True]}, "sources.0: a source is a role, or a position counted from 0, not true"),
+        ({"features": ["top half"], "through": ["conv"]}, "through: the convolution feeds all features together"),
+        ({"groups": {"mine": {0: [1]}}}, "features: the group 'mine' is given and not used: name it in features"),
+        (
+            {"held": [{"kind": "SetDelta", "value": 1, "layers": [2, 0, 2]}]},
+            "held.0.SetDelta.layers: layer 2 occurs more than once; name each layer once",
+        ),
         ({"windows": [0]}, "windows.0: input should be greater than 0, got 0"),
         ({"windows": []}, "windows: tuple should have at least 1 item"),
         ({"sources": ["subjct"]}, "sources.0: there is no role 'subjct': did you mean 'subject'?"),
         ({"sources": [-1]}, "sources.0: there is no position -1"),
         ({"targets": [3]}, "targets.0: input should be a valid string, got 3"),
         ({"features": ["tpo third"]}, "features.0: there is no feature group 'tpo third'"),
-        ({"through": ["ss"]}, "through.0: input should be 'ssm', 'conv' or 'attention', got 'ss'"),
+        ({"through": ["ss"]}, "through.0: input should be 'ssm', 'conv' or 'attention', got 'ss'; did you mean 'ssm'?"),
         ({"device": "gpu"}, "device: there is no device 'gpu'; give auto, cpu"),
         ({"device_map": "all"}, "device_map: input should be 'auto'"),
         ({"columns": {"txt": "a"}}, "columns: a prompt has no field 'txt' to read a column into: did you mean 'text'?"),

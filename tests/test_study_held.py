@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from pydantic import ValidationError
-from tiny_study import Scene, scene
+from tiny_study import Scene, rewrite, scene
 
 import ssm_interp as si
 from ssm_interp.features import FeatureError, feature_groups, spectrum
 from ssm_interp.features.groups import DECAY_NORM
-from ssm_interp.flow import Study, StudyError, explain, run_study, study_folder, sweep
+from ssm_interp.flow import Study, StudyError, explain, run_study, sweep
 from ssm_interp.flow.study_held import ScaleFeatures, held_on, measured
 from ssm_interp.models import load
 from ssm_interp.prompts import load_prompts, pad, tokenize
@@ -35,7 +34,7 @@ def test_groups_by_data_are_ranked_on_the_prompts_that_are_asked(tiny: Scene, tm
         statistics = spectrum(ssm, pad([tokenize(prompt, tokenizer) for prompt in prompts])).statistics
         groups = feature_groups(ssm, names, statistics=statistics)
         assert groups[BY_DATA] != feature_groups(ssm, ["top half"])["top half"]
-        whole = sweep(ssm, tokenizer, prompts, sources=["subject", "last"], window=[1, 2], features=groups).frame
+        whole = sweep(ssm, tokenizer, prompts, sources=["subject", "last"], windows=[1, 2], features=groups).frame
     keys = ["source", "feature_group", "window_size", "layer", "prompt_id"]
     both = found.merge(whole, on=keys, validate="one_to_one")
     assert len(both) == len(found) == len(whole)
@@ -45,9 +44,7 @@ def test_groups_by_data_are_ranked_on_the_prompts_that_are_asked(tiny: Scene, tm
 def test_other_features_in_a_group_are_another_study(tiny: Scene, tmp_path: Path) -> None:
     study = tiny.study(features=[BY_DATA], limit=4)
     run_study(study, tmp_path)
-    path = study_folder(tmp_path, study.model) / "manifest.json"
-    stored = json.loads(path.read_text())
-    path.write_text(json.dumps(stored | {"features": "0" * 64}))
+    rewrite(study, tmp_path, lambda stored: stored.update(study="0", features="0" * 64))
     with pytest.raises(StudyError, match="the features in the groups, as measured .stored: '0000"):
         run_study(study, tmp_path)
 
@@ -66,7 +63,7 @@ def test_groups_of_a_users_own(tiny: Scene, tmp_path: Path) -> None:
     model, tokenizer = load(tiny.options["model"])
     with si.attach(model.double()) as ssm:
         prompts = load_prompts(tiny.options["facts"])
-        whole = sweep(ssm, tokenizer, prompts, sources=["subject", "last"], window=[1, 2], features=study.groups).frame
+        whole = sweep(ssm, tokenizer, prompts, sources=["subject", "last"], windows=[1, 2], features=study.groups).frame
     keys = ["source", "feature_group", "window_size", "layer", "prompt_id"]
     both = found.frame.merge(whole, on=keys, validate="one_to_one")
     assert len(both) == len(whole)

@@ -12,6 +12,7 @@ from test_softmax import transformer
 from tiny_flow import LAYERS, World, tiny_model, word_tokenizer, world
 
 import ssm_interp as si
+from ssm_interp.features import FeatureError
 from ssm_interp.flow import CLEAN, Answers, FlowError, FlowResult, FlowRun, Variant, default_size, sweep, windows
 from ssm_interp.flow.engine import full_forwards, rows_engine
 from ssm_interp.flow.result import COLUMNS
@@ -74,7 +75,7 @@ def test_every_number_is_that_of_a_single_prompt_by_hand(
     scene: World, align: str, size: int, roles: dict[str, Sequence[str]]
 ) -> None:
     keys = ["prompt_id", "source", "target", "layer"]
-    result = swept(scene, **roles, window=size, align=align, batch_size=3)
+    result = swept(scene, **roles, windows=size, align=align, batch_size=3)
     expected = pd.DataFrame(by_hand(scene, align, size, roles)).set_index(keys)
     found = result.frame.set_index(keys).loc[expected.index]
     assert len(result.frame) == len(expected)
@@ -89,7 +90,7 @@ def test_every_number_is_that_of_a_single_prompt_by_hand(
 
 
 def test_batches_and_padding_change_nothing(scene: World) -> None:
-    one, three, all_at_once = (swept(scene, **FEW, window=2, batch_size=size).frame for size in (1, 3, 64))
+    one, three, all_at_once = (swept(scene, **FEW, windows=2, batch_size=size).frame for size in (1, 3, 64))
     for frame in (three, all_at_once):
         numbers = ["p_base", "p", "relative_change", "logprob_difference"]
         pd.testing.assert_frame_equal(frame.drop(columns=numbers), one.drop(columns=numbers))
@@ -115,7 +116,7 @@ def test_only_prompts_answered_correctly_are_kept_and_counted(scene: World) -> N
 
 
 def test_an_empty_role_changes_nothing_and_is_counted(scene: World) -> None:
-    result = swept(scene, sources=("context",), window=1)
+    result = swept(scene, sources=("context",), windows=1)
     at_start = [prompt.id for prompt in scene.prompts if prompt.subject_span[0] == 0]
     assert 0 < len(at_start) < len(scene.prompts)
     without = result.frame[result.frame["n_edges"] == 0]
@@ -142,7 +143,7 @@ def test_another_engine_can_take_over(scene: World) -> None:
             logits = logits.scatter(1, batch.target_ids[:, None], height)
             yield Answers([number], list(range(len(batch.prompts))), logits[None])
 
-    result = swept(scene, sources=("subject",), window=4, engine=engine, batch_size=64)
+    result = swept(scene, sources=("subject",), windows=4, engine=engine, batch_size=64)
     e = np.e
     expected = 100 * ((e / (e + 39)) / (e**2 / (e**2 + 39)) - 1)
     np.testing.assert_allclose(result.frame["relative_change"], expected, rtol=1e-6)
@@ -152,7 +153,7 @@ def test_another_engine_can_take_over(scene: World) -> None:
 
 
 def test_the_plain_engine_gives_the_same_table_and_says_why(scene: World) -> None:
-    options = {"sources": ("subject", "relation"), "targets": ("last", "subject"), "window": (1, 3)}
+    options = {"sources": ("subject", "relation"), "targets": ("last", "subject"), "windows": (1, 3)}
     fast = swept(scene, **options)
     with si.attach(scene.model) as ssm:
         ssm.layers[1].hook_y.add_hook(lambda y, hook: None)
@@ -168,7 +169,7 @@ def test_feature_groups_and_single_positions_are_rows_too(scene: World) -> None:
     with si.attach(scene.model) as ssm:
         heads = {layer: (0, 2) for layer in ssm.layers}
         result = sweep(
-            ssm, scene.tokenizer, scene.prompts, sources=(0, 2, 8), window=2, features={"all": None, "two": heads}
+            ssm, scene.tokenizer, scene.prompts, sources=(0, 2, 8), windows=2, features={"all": None, "two": heads}
         )
         frame = result.frame.set_index(["prompt_id", "source", "feature_group", "window_start"])
         assert frame.index.is_unique
@@ -182,13 +183,13 @@ def test_feature_groups_and_single_positions_are_rows_too(scene: World) -> None:
                     with ssm.edit(knockout), torch.no_grad():
                         p = softmax(scene.model(torch.tensor([words.ids])).logits[0, -1])[words.target_id]
                     assert row["p"] == pytest.approx(p, rel=1e-5)
-        with pytest.raises(FlowError, match="feature group 'two' names no features for layer 3"):
+        with pytest.raises(FeatureError, match="feature group 'two' names no features for layer 3"):
             sweep(ssm, scene.tokenizer, scene.prompts, features={"two": {0: (0,), 1: (0,), 2: (0,)}})
 
 
 def test_progress_counts_every_answer(scene: World) -> None:
     seen: list[tuple[int, int]] = []
-    swept(scene, sources=("subject", "last"), window=2, batch_size=2, progress=lambda *counts: seen.append(counts))
+    swept(scene, sources=("subject", "last"), windows=2, batch_size=2, progress=lambda *counts: seen.append(counts))
     done = [now for now, _ in seen]
     assert done == sorted(done)
     answers = KEPT + WRONG + KEPT * (1 + 2 * 3)
@@ -198,7 +199,7 @@ def test_progress_counts_every_answer(scene: World) -> None:
 def test_the_model_is_left_as_it_was(scene: World) -> None:
     ids = torch.tensor([tokenize(scene.prompts[0], scene.tokenizer).ids])
     before = scene.model(ids).logits
-    swept(scene, window=2)
+    swept(scene, windows=2)
     after = scene.model(ids).logits
     assert torch.equal(before, after)
     assert after.requires_grad
@@ -206,7 +207,7 @@ def test_the_model_is_left_as_it_was(scene: World) -> None:
 
 
 def test_results_are_saved_joined_and_loaded(scene: World, tmp_path: Path) -> None:
-    one, two = swept(scene, name="one", window=2), swept(scene, name="two", window=3, align="centre")
+    one, two = swept(scene, name="one", windows=2), swept(scene, name="two", windows=3, align="centre")
     both = FlowResult.join([one, two])
     both.save(tmp_path / "flow.parquet")
     loaded = FlowResult.load(tmp_path / "flow.parquet")
@@ -233,7 +234,7 @@ def test_files_that_are_no_results_are_refused(scene: World, tmp_path: Path) -> 
 
 
 def test_largest_drops_are_the_lowest_means(scene: World) -> None:
-    result = swept(scene, window=2)
+    result = swept(scene, windows=2)
     summary = result.summary()
     drops = result.largest_drops()
     assert drops["source"].tolist() == ["subject", "relation", "first", "last"]
@@ -244,8 +245,8 @@ def test_largest_drops_are_the_lowest_means(scene: World) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"window": 5}, FlowError, "a window of 5 layers does not fit: this model has 4 of them; give 1 to 4"),
-        ({"window": 0}, FlowError, "give 1 to 4"),
+        ({"windows": 5}, FlowError, "a window of 5 layers does not fit: this model has 4 of them; give 1 to 4"),
+        ({"windows": 0}, FlowError, "give 1 to 4"),
         ({"align": "right"}, Exception, "align"),
         ({"sources": ("subjct",)}, PromptError, "did you mean 'subject'"),
         ({"targets": ("lst",)}, PromptError, "did you mean 'last'"),
@@ -264,7 +265,7 @@ def test_bad_prompts_and_models_are_refused(scene: World) -> None:
     with si.attach(scene.model) as ssm:
         with pytest.raises(FlowError, match="at least one prompt"):
             sweep(ssm, scene.tokenizer, [])
-        with pytest.raises(FlowError, match="these occur more than once: p0"):
+        with pytest.raises(PromptError, match="these occur more than once: p0"):
             sweep(ssm, scene.tokenizer, scene.prompts[:1] * 2)
         with pytest.raises(FlowError, match="none of the 2 prompts correctly"):
             sweep(ssm, scene.tokenizer, scene.wrong)
@@ -278,7 +279,7 @@ def test_padding_does_not_move_learned_positions() -> None:
     prompts = [Prompt("ban dus", "dus", "kit"), Prompt("lot ban mex dus ral", "mex", "kit")]
     with si.attach(transformer("gpt2")) as ssm:
         found = [
-            sweep(ssm, word_tokenizer(), prompts, window=1, answered_only=False, engine=engine).frame
+            sweep(ssm, word_tokenizer(), prompts, windows=1, answered_only=False, engine=engine).frame
             for engine in (full_forwards, rows_engine())
         ]
     assert np.allclose(found[0]["p_base"], found[1]["p_base"], rtol=1e-4)
@@ -312,4 +313,4 @@ def test_what_a_sweep_takes(scene: World) -> None:
 
 def test_results_are_saved_as_parquet_only(scene: World, tmp_path: Path) -> None:
     with pytest.raises(FlowError, match=r"save writes Parquet.*result\.frame\.to_csv"):
-        swept(scene, window=2).save(tmp_path / "flow.csv")
+        swept(scene, windows=2).save(tmp_path / "flow.csv")

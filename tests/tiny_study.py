@@ -15,6 +15,7 @@ import pandas as pd
 from tiny_flow import world
 
 from ssm_interp.flow import FlowResult, Study, run_study, study_folder
+from ssm_interp.flow.study_store import digest
 from ssm_interp.prompts import save_prompts
 
 FORK = multiprocessing.get_context("fork")  # starts without importing everything anew
@@ -59,6 +60,15 @@ def same(found: FlowResult, expected: FlowResult) -> None:
 def manifest(study: Study, folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((study_folder(folder, study.model) / "manifest.json").read_text())
     return content
+
+
+def rewrite(study: Study, folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the manifest as the program could have written it."""
+    path = study_folder(folder, study.model) / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    change(content)
+    path.write_text(json.dumps({"sha256": digest(content), **content}))
 
 
 def shards(study: Study, folder: Path) -> list[Path]:

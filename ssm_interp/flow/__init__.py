@@ -6,7 +6,7 @@ from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.study import Study, StudyError, explain
 from ssm_interp.flow.study_ranks import Ranks, ranks
-from ssm_interp.flow.study_run import run_study, study_folder
+from ssm_interp.flow.study_run import check_study, run_study, study_folder
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.sweep import FeatureGroups, sweep
 from ssm_interp.flow.tokens import token_map
@@ -30,6 +30,7 @@ __all__ = [
     "Window",
     "WindowError",
     "changes",
+    "check_study",
     "choose_engine",
     "default_size",
     "explain",

@@ -82,7 +82,7 @@ def leak(
         tokenizer: the model's own; a fast one.
         prompts: with distinct ids (or texts).
         sources: roles, or positions, no longer read.
-        options: as of `sweep`: targets, window, align, answered_only, batch_size, max_memory, name, revision; but
+        options: as of `sweep`: targets, windows, align, answered_only, batch_size, max_memory, name, revision; but
             features (the convolution feeds all of them together) and through.
 
     Raises:
@@ -94,7 +94,7 @@ def leak(
     Example:
         >>> model, tokenizer = si.load("tiny-mamba2")                            # doctest: +SKIP
         >>> with si.attach(model) as ssm:                                        # doctest: +SKIP
-        ...     report = leak(ssm, tokenizer, load_prompts()[:100], window=3)
+        ...     report = leak(ssm, tokenizer, load_prompts()[:100], windows=3)
     """
     if wrong := {"features", "through"} & options.keys():
         raise TypeError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,9 +17,11 @@ from pydantic import (
     Field,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
-from ssm_interp.flow.study_held import OWN_GROUPS, Group, Held, Sets
+from ssm_interp.features.groups import ALL
+from ssm_interp.flow.study_held import OWN_GROUPS, AllUsed, Group, Held, Sets
 from ssm_interp.flow.windows import Align, FlowError
 from ssm_interp.prompts import check_role
 from ssm_interp.prompts.facts_file import EMBEDDED, check_columns
@@ -42,7 +47,9 @@ def _target(value: Any) -> Any:
 def _source(value: Any) -> Any:
     if isinstance(value, str) and value.isdecimal():
         return int(value)
-    if isinstance(value, int) and (value < 0 or isinstance(value, bool)):
+    if isinstance(value, bool):
+        raise ValueError(f"a source is a role, or a position counted from 0, not {str(value).lower()}")
+    if isinstance(value, int) and value < 0:
         raise ValueError(f"there is no position {value}: positions in a prompt count from 0")
     return _target(value)
 
@@ -61,9 +68,21 @@ def _fields(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+def _through(value: Any, info: Any) -> Any:
+    groups = [name for name in info.data.get("features", ()) if name != ALL]
+    if groups and "conv" in (value or ()):
+        raise ValueError(
+            f"the convolution feeds all features together, so a knockout through it takes no group such as "
+            f"{groups[0]!r}; leave out the features, or conv"
+        )
+    return value
+
+
 Source = Annotated[str | int, BeforeValidator(_source)]
 Target = Annotated[str, AfterValidator(_target)]
 Columns = Annotated[dict[str, str], AfterValidator(_fields)]
+NotOfConv = AfterValidator(_through)
+"""Of streams: where conv is one of them, the field `features`, which stands before, has no group but "all"."""
 
 
 class Study(BaseModel):
@@ -106,8 +125,10 @@ class Study(BaseModel):
     )
     align: Align = Field("left", description="left: never truncated. centre: truncated at both ends.")
     groups: Sets = Field({}, description=OWN_GROUPS)
-    features: tuple[Group, ...] = Field(("all",), min_length=1, description="Feature groups, a knockout each.")
-    through: tuple[Stream, ...] | None = Field(
+    features: Annotated[tuple[Group, ...], AllUsed] = Field(
+        (ALL,), min_length=1, validate_default=True, description="Feature groups, a knockout each."
+    )
+    through: Annotated[tuple[Stream, ...] | None, NotOfConv] = Field(
         None, min_length=1, description="Streams in which edges are removed; none: ssm where the model has it."
     )
     held: tuple[Held, ...] = Field(
@@ -118,6 +139,15 @@ class Study(BaseModel):
     max_memory: ByteSize | None = Field(
         None, gt=0, description="For the rows of a step, such as 4GB; none: a quarter of what is free."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        known = cls.model_fields
+        if unknown := [name for name in given if name not in known] if isinstance(given, dict) else ():
+            hint = did_you_mean(unknown[0], known)
+            raise ValueError(f"there is no option {unknown[0]!r}: {hint}a study has {', '.join(known)}")
+        return given
 
     def options(self) -> dict[str, Any]:
         """What the table depends on, as JSON values: all but device, device_map, batch_size, max_memory."""
@@ -141,5 +171,24 @@ def explain(error: ValidationError) -> str:
             continue  # pydantic does not count items that are wrong
         own = problem.get("ctx", {}).get("error")
         message = str(own) if own else f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
-        problems.append(f"{'.'.join(map(str, problem['loc']))}: {message}")
+        hint = did_you_mean(problem["input"], choices(problem))
+        where = f"{'.'.join(map(str, problem['loc']))}: " if problem["loc"] else ""
+        problems.append(f"{where}{message}{hint and f'; {hint.strip()}'}")
     return "; ".join(problems)
+
+
+def choices(problem: Any) -> list[str]:
+    """Of one of pydantic's errors, the words that would have been right; none where they cannot be listed."""
+    context = problem.get("ctx", {})
+    return re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags") or ""))
+
+
+def did_you_mean(value: Any, known: Iterable[str]) -> str:
+    """The start of a hint at the nearest known name; empty where none is near.
+
+    Example:
+        >>> did_you_mean("windos", ["windows", "align"])
+        "did you mean 'windows'? "
+    """
+    near = get_close_matches(str(value), known, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ def _from_text(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     return {
-        int(layer) if isinstance(layer, str) and layer.isdecimal() else layer: [
+        int(layer) if isinstance(layer, str) and layer.isdecimal() and layer == str(int(layer)) else layer: [
             tuple(one) if isinstance(one, list) else one for one in features
         ]
         if isinstance(features, list | tuple)
@@ -54,6 +55,19 @@ def _is_share(name: str) -> bool:
         return False
 
 
+def _all_used(value: Any, info: Any) -> Any:
+    asked = (value,) if isinstance(value, str) else value
+    if unused := [name for name in info.data.get("groups", ()) if name not in asked]:
+        raise ValueError(f"the group {unused[0]!r} is given and not used: name it in features, or leave it out")
+    return value
+
+
+def _once(value: list[int] | None) -> list[int] | None:
+    if twice := [layer for layer, count in Counter(value).items() if count > 1]:
+        raise ValueError(f"layer {twice[0]} occurs more than once; name each layer once")
+    return value
+
+
 Some = Field(min_length=1)
 Heads = Annotated[list[int], Some]
 Pairs = Annotated[list[tuple[int, int]], Some]
@@ -61,6 +75,9 @@ Set = Annotated[dict[int, Heads | Pairs], BeforeValidator(_from_text), Some]
 Sets = Annotated[dict[str, Set], AfterValidator(_sets)]
 Group = Annotated[str, AfterValidator(_group)]
 """The name of a group by rank, or of one of the sets in the field `groups`, which stands before it."""
+
+AllUsed = AfterValidator(_all_used)
+"""Of one group, or several: all sets in the field `groups` are among them."""
 
 Statistics = Mapping[str, Mapping[int, Any]]
 OWN_GROUPS = (
@@ -72,8 +89,12 @@ class _Held(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     groups: Sets = Field(default={}, description=OWN_GROUPS)
-    features: Group = Field(default=ALL, description="The feature group that it acts on.")
-    layers: list[int] | None = Field(default=None, min_length=1, description="Where; absent: in every SSM layer.")
+    features: Annotated[Group, AllUsed] = Field(
+        default=ALL, validate_default=True, description="The feature group that it acts on."
+    )
+    layers: Annotated[list[int] | None, AfterValidator(_once)] = Field(
+        default=None, min_length=1, description="Where; absent: in every SSM layer."
+    )
 
 
 class ScaleFeatures(_Held):
@@ -116,6 +137,12 @@ def held_on(held: Sequence[ScaleFeatures | SetDelta], ssm: Attachment, statistic
         InterventionError: a layer that the model does not have.
     """
     return [one for edit in held for one in _interventions(edit, ssm, statistics)]
+
+
+def check_held(held: Sequence[ScaleFeatures | SetDelta], ssm: Attachment) -> None:
+    """Raise what `held_on` and `ssm.edit` would, as far as that takes no weights to know: ranks do."""
+    for intervention in held_on([edit for edit in held if not _is_share(edit.features)], ssm, {}):
+        ssm.check(intervention)
 
 
 def _interventions(edit: ScaleFeatures | SetDelta, ssm: Attachment, statistics: Statistics) -> list[Intervention]:

@@ -7,7 +7,6 @@ import logging
 import platform
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,17 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ssm_interp
 from ssm_interp.features import feature_groups
+from ssm_interp.flow.engine import CLEAN, full_forwards
 from ssm_interp.flow.result import FlowResult
 from ssm_interp.flow.study import Study, StudyError
-from ssm_interp.flow.study_held import held_on, measured
+from ssm_interp.flow.study_held import check_held, held_on, measured
 from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_store import Store, digest
-from ssm_interp.flow.sweep import FeatureGroups, Progress, device_of, sweep
-from ssm_interp.flow.windows import FlowError, NothingAnswered, windows
+from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, check_distinct, device_of, sweep
+from ssm_interp.flow.windows import NothingAnswered, windows
 from ssm_interp.hooks import Attachment, attach
 from ssm_interp.hooks.rows import default_memory
-from ssm_interp.models import load
-from ssm_interp.prompts import Prompt, PromptError, load_prompts, tokenize, with_ids
+from ssm_interp.models import load, load_outline, load_tokenizer
+from ssm_interp.prompts import Prompt, PromptError, load_prompts, pad, tokenize, with_ids
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
     Raises:
         StudyError: the folder holds another study (what differs is named), a damaged or a foreign shard, or a process
             at work; there is no such device.
-        LoadError, PromptError, FlowError, InterventionError: as `load`, `load_prompts` and `sweep`.
+        LoadError, PromptError, FlowError, FeatureError, InterventionError: as `load`, `load_prompts` and `sweep`;
+            all that can be known before the first answer, before anything is written.
         NothingAnswered: the model answers none of the prompts.
         OSError: the folder cannot be written.
         Any error, or KeyboardInterrupt, in the course of the work has a note on what is stored and how to go on.
@@ -71,12 +72,12 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
     with ranks() as peers:
         model, tokenizer = load_for(study, peers)
         with attach(model) as ssm:
+            check_fits(study, ssm)
             asked = facts.askable(tokenizer, say=peers.index == 0)
             names = {*study.features, *(edit.features for edit in study.held)}
             statistics = measured(ssm, [tokenize(prompt, tokenizer) for prompt in asked], names)
             groups = feature_groups(ssm, study.features, statistics=statistics, sets=study.groups)
             job = _Job(study, ssm, tokenizer, asked, groups)
-            job.check()
             identity = {
                 "model": study.model,
                 "commit": getattr(model.config, "_commit_hash", None),
@@ -88,11 +89,41 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
             store = Store(study_folder(folder, study.model), identity, len(job.shards), peers)
             versions = _versions()
             memory = default_memory(device_of(model))
-            with ssm.edit(*held_on(study.held, ssm, statistics)), store.opened(versions, memory):
-                _tell_changed_versions(store, versions)
-                with _noted(store):
-                    job.run(store, versions, progress)
-                return store.collect()
+            with ssm.edit(*held_on(study.held, ssm, statistics)):
+                job.rehearse()
+                with store.opened(versions, memory):
+                    _tell_changed_versions(store, versions)
+                    with _noted(store):
+                        job.run(store, versions, progress)
+                    return store.collect()
+
+
+def check_study(study: Study) -> None:
+    """Raise what `run_study` would, as far as the facts, the tokenizer and the model's config tell: no weights are
+    loaded, and nothing is written.
+
+    Raises:
+        LoadError, PromptError, FlowError, FeatureError, InterventionError: as `run_study`.
+
+    Example:
+        >>> check_study(Study(model="tiny-mamba2", windows=[99]))
+        Traceback (most recent call last):
+        ssm_interp.flow.windows.WindowError: a window of 99 layers does not fit: this model has 10 of them; give 1 to 10
+    """
+    tokenizer = load_tokenizer(study.model, revision=study.revision)
+    StudyFacts(study).askable(tokenizer, say=False)
+    with attach(load_outline(study.model, revision=study.revision)) as ssm:
+        check_fits(study, ssm)
+
+
+def check_fits(study: Study, ssm: Attachment) -> None:
+    """Raise what a sweep over this model would, as far as that takes no weights to know."""
+    layers = ssm.layers_with(study.through)
+    for size in study.windows or ():
+        windows(layers, size, study.align)
+    known = [name for name in study.features if name in study.groups or not ssm.layers]  # ranks take weights
+    check_complete(feature_groups(ssm, known, sets=study.groups), layers)
+    check_held(study.held, ssm)
 
 
 def load_for(study: Study, peers: Ranks) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -170,7 +201,7 @@ class StudyFacts:
     """The prompts of a study, and the rows left out.
 
     Raises:
-        PromptError, FlowError: as `run_study`.
+        PromptError: as `run_study`.
     """
 
     def __init__(self, study: Study) -> None:
@@ -183,9 +214,7 @@ class StudyFacts:
         if 0 < study.limit < len(prompts):
             chosen = random.Random(study.seed).sample(range(len(prompts)), study.limit)
             prompts = [prompts[index] for index in sorted(chosen)]
-        times = Counter(prompt.id or prompt.text for prompt in prompts)
-        if twice := [name for name, count in times.items() if count > 1]:
-            raise FlowError(f"prompts must have distinct ids; these occur more than once: {', '.join(twice[:5])}")
+        check_distinct(prompts)
         self.prompts = prompts
 
     def askable(self, tokenizer: PreTrainedTokenizerBase, *, say: bool) -> list[Prompt]:
@@ -223,11 +252,11 @@ class _Job:
         self.study, self.ssm, self.tokenizer, self.features = study, ssm, tokenizer, features
         self.shards = [asked[start : start + study.shard_size] for start in range(0, len(asked), study.shard_size)]
 
-    def check(self) -> None:
-        """Raise, before anything is written, what a sweep would."""
-        layers = self.ssm.layers_with(self.study.through)
-        for size in self.study.windows or ():
-            windows(layers, size, self.study.align)
+    def rehearse(self) -> None:
+        """Raise, before anything is written, what the edits that are held on would in a forward pass."""
+        if self.study.held:
+            batch = pad([tokenize(self.shards[0][0], self.tokenizer)]).to(device_of(self.ssm.model))
+            next(full_forwards(self.ssm, batch, [CLEAN]))
 
     def run(self, store: Store, versions: dict[str, str], progress: Progress | None) -> None:
         """Compute and store the shards of this rank that are not there yet."""
@@ -253,7 +282,7 @@ class _Job:
                 prompts,
                 sources=study.sources,
                 targets=study.targets,
-                window=study.windows,
+                windows=study.windows,
                 align=study.align,
                 features=self.features,
                 through=study.through,

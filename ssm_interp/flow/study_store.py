@@ -1,6 +1,6 @@
 """What a study leaves in its folder: shards of the table, and a manifest that says what they are.
 
-    <folder>/manifest.json        the study, and a record of each finished shard
+    <folder>/manifest.json        the study, and a record of each finished shard; and the sha256 of all that
     <folder>/manifest.<k>.json    records of rank k that rank 0 has not taken over yet
     <folder>/shards/00000.parquet
 
@@ -146,14 +146,26 @@ class Store:
     def _prepare(self, versions: dict[str, str], max_memory: int) -> None:
         for trace in [*self.folder.glob(".*.tmp"), *self.folder.glob("shards/.*.tmp")]:
             trace.unlink()
-        if (self.folder / "manifest.json").is_file():
-            self.manifest = self._read_json("manifest.json")
+        manifest = self.folder / "manifest.json"
+        if manifest.is_file():
+            self.manifest = self._read_json(manifest.name)
+            if self.manifest["study"] != self.study and self._is_without_rows():
+                manifest.unlink()
+                for name in self.records:
+                    self._path(name).unlink(missing_ok=True)
+        if manifest.is_file():
             self._compare(self.manifest)
         else:
             started = {"versions": versions, "max_memory": max_memory, "shards": {}}
             self.manifest = {"study": self.study, **self.identity, **started}
         self._take_over_parts()
         self._verify()
+
+    def _is_without_rows(self) -> bool:
+        """Whether the stored study failed before it found anything, so that nothing is lost if another begins here."""
+        parts, shards = self.folder.glob("manifest.*.json"), (self.folder / "shards").glob("*.parquet")
+        unknown = any(path.stem not in self.records for path in shards)
+        return not (any(parts) or unknown or any(record["rows"] for record in self.records.values()))
 
     def _take_over_parts(self) -> None:
         """Put the other ranks' records into the manifest; forget the records whose shard somebody deleted."""
@@ -231,15 +243,20 @@ class Store:
         path = self.folder / name
         try:
             stored: dict[str, Any] = json.loads(path.read_bytes())
-            stored["study"], stored["shards"].keys()
+            whole = stored.pop("sha256") == digest(stored)
         except FileNotFoundError:
             raise StudyError(f"{path} is gone: somebody deleted it, or this machine does not see it") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise StudyError(f"{path} is damaged; delete {self.folder}, {AGAIN}: the study begins anew") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise StudyError(
+                f"{path} is damaged, or from another version of ssm_interp; delete it, {AGAIN}: the shards that it "
+                "records are then computed anew"
+            )
         return stored
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.folder / name, json.dumps(content, indent=1).encode())
+        write_whole(self.folder / name, json.dumps({"sha256": digest(content), **content}, indent=1).encode())
 
 
 def _run(fields: dict[str, Any]) -> FlowRun:

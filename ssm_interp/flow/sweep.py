@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssm_interp.features import feature_groups
+from ssm_interp.features import FeatureError, feature_groups
 from ssm_interp.flow.engine import ALL_FEATURES, CLEAN, Answers, Engine, Variant, choose_engine, full_forwards
 from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, default_size, windows
+from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, default_size
+from ssm_interp.flow.windows import windows as windows_over
 from ssm_interp.hooks import Attachment
-from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize
+from ssm_interp.prompts import Batch, Prompt, PromptError, TokenizedPrompt, check_role, pad, tokenize
 
 Progress = Callable[[int, int], None]
 FeatureGroups = Mapping[str, Mapping[int, Sequence[int] | Sequence[tuple[int, int]]] | None]
@@ -33,7 +34,7 @@ def sweep(
     *,
     sources: Sequence[str | int] = ("subject", "relation", "first", "last"),
     targets: Sequence[str] = ("last",),
-    window: int | Sequence[int] | None = None,
+    windows: int | Sequence[int] | None = None,
     align: Align = "left",
     features: FeatureGroups | Sequence[str] | None = None,
     through: str | Sequence[str] | None = None,
@@ -54,7 +55,7 @@ def sweep(
         sources: roles whose writings are no longer read, see `ssm_interp.prompts.ROLES`, or positions in the prompt
             (0 is its first token; a prompt that is too short has no such edges).
         targets: roles that no longer read them.
-        window: layers per window, one size or several; None: three in eight of the layers, as `default_size` gives.
+        windows: layers per window, one size or several; None: three in eight of the layers, as `default_size` gives.
         align: `"left"` (never truncated, drawn at its first layer) or `"centre"` (truncated, drawn at its centre).
         features: feature groups, each a knockout of its own: names as `features.feature_groups` takes them, or name ->
             layer -> features; None: one of all features, named "all".
@@ -70,10 +71,10 @@ def sweep(
         revision: of the model, for the table; "": what its config knows.
 
     Raises:
-        PromptError: an unknown role; a prompt that this tokenizer cannot tokenize as asked.
-        FlowError: no prompts, or prompts with the same id; no role; no prompt answered correctly; a window that does
-            not fit; a feature group that names no features for a layer; a batch size below 1; a model in training
-            mode; logits that are not numbers.
+        PromptError: an unknown role; prompts with the same id; a prompt that this tokenizer cannot tokenize as asked.
+        FlowError: no prompts; no role; no prompt answered correctly; a window that does not fit; a batch size below 1;
+            a model in training mode; logits that are not numbers.
+        FeatureError: a feature group that names no features for a layer.
         InterventionError: a stream or a feature that the model does not have.
 
     Cost: about one forward pass per prompt and one token per knockout; see `rows_engine`.
@@ -87,7 +88,8 @@ def sweep(
     """
     _check_types(ssm, prompts)
     layers = ssm.layers_with(through)
-    sizes = _sizes(window, layers)
+    sizes = _sizes(windows, layers)
+    places = [place for size in sizes for place in windows_over(layers, size, align)]
     _check(ssm.model, sources, targets, batch_size)
     named = features if features is None or isinstance(features, Mapping) else feature_groups(ssm, features)
     groups = _groups(named, layers)
@@ -97,15 +99,14 @@ def sweep(
         for target in dict.fromkeys(targets)
         for source in dict.fromkeys(sources)
         for group, chosen in groups.items()
-        for size in sizes
-        for place in windows(layers, size, align)
+        for place in places
     ]
     asked = _tokenized(prompts, tokenizer)
     chosen_engine, how = (engine, "given") if engine else choose_engine(ssm, max_memory)
     run = _Run(ssm, chosen_engine, batch_size, progress)
     kept = run.answered(asked, per_kept=1 + len(variants)) if answered_only else run.all_of(asked, 1 + len(variants))
     config = getattr(ssm.model, "config", None)
-    model = name or getattr(config, "name_or_path", "") or type(ssm.model).__name__
+    model = name or ssm.name
     frame = run.knocked_out(kept, variants)
     frame.insert(1, "model", model)
     frame.insert(2, "revision", revision or getattr(config, "_commit_hash", None) or "")
@@ -121,10 +122,10 @@ def _check_types(ssm: Any, prompts: Any) -> None:
         )
 
 
-def _sizes(window: int | Sequence[int] | None, layers: tuple[int, ...]) -> tuple[int, ...]:
-    if window is None:
+def _sizes(windows: int | Sequence[int] | None, layers: tuple[int, ...]) -> tuple[int, ...]:
+    if windows is None:
         return (default_size(layers),)
-    sizes = (window,) if isinstance(window, int) else tuple(dict.fromkeys(window))
+    sizes = (windows,) if isinstance(windows, int) else tuple(dict.fromkeys(windows))
     if not sizes:
         raise FlowError("no window size was given; give the number of layers in a window, or several such numbers")
     return sizes
@@ -135,10 +136,17 @@ def _groups(features: FeatureGroups | None, layers: tuple[int, ...]) -> Mapping[
         return {ALL_FEATURES: None}
     if not features:
         raise FlowError("no feature group was given; None means one group of all features")
-    for name, chosen in features.items():
-        if chosen is not None and (missing := [layer for layer in layers if layer not in chosen]):
-            raise FlowError(f"the feature group {name!r} names no features for layer {missing[0]}; give some for each")
+    check_complete(features, layers)
     return features
+
+
+def check_complete(groups: FeatureGroups, layers: Sequence[int]) -> None:
+    """Raise FeatureError if a feature group names no features for one of the layers that windows run over."""
+    for name, chosen in groups.items():
+        if chosen is not None and (missing := [layer for layer in layers if layer not in chosen]):
+            raise FeatureError(
+                f"the feature group {name!r} names no features for layer {missing[0]}; give some for each"
+            )
 
 
 def _check(model: nn.Module, sources: Sequence[str | int], targets: Sequence[str], batch_size: int) -> None:
@@ -159,10 +167,15 @@ def _check(model: nn.Module, sources: Sequence[str | int], targets: Sequence[str
 def _tokenized(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPrompt]:
     if not prompts:
         raise FlowError("a sweep needs at least one prompt, got none")
+    check_distinct(prompts)
+    return [tokenize(prompt, tokenizer) for prompt in prompts]
+
+
+def check_distinct(prompts: Sequence[Prompt]) -> None:
+    """Raise PromptError if prompts share an id (or, where they have none, a text)."""
     times = Counter(_id(prompt) for prompt in prompts)
     if twice := [name for name, count in times.items() if count > 1]:
-        raise FlowError(f"prompts must have distinct ids; these occur more than once: {', '.join(twice[:5])}")
-    return [tokenize(prompt, tokenizer) for prompt in prompts]
+        raise PromptError(f"prompts must have distinct ids; these occur more than once: {', '.join(twice[:5])}")
 
 
 def _id(prompt: Prompt) -> str:
@@ -194,16 +207,19 @@ class _Run:
         return prompts
 
     def knocked_out(self, prompts: list[TokenizedPrompt], variants: list[Variant]) -> pd.DataFrame:
-        """One row per variant and prompt, sorted so."""
-        parts = []
+        """One row per variant and prompt, sorted so.
+
+        The answers go into arrays made once: small pieces kept from every batch would lie between the large tensors of
+        the next ones, and the process would grow with the number of prompts.
+        """
+        shape = (len(variants), len(prompts))
+        logprob, hit = np.empty((1 + shape[0], shape[1])), np.empty((1 + shape[0], shape[1]), dtype=bool)
+        n_edges = np.empty(shape, dtype=np.int64)
         for indices, batch in self._batches(prompts):
-            logprob, hit = self._outcomes(self.engine, batch, [CLEAN, *variants])
-            columns = {key: found.ravel() for key, found in changes(logprob[1:], logprob[:1]).items()}
-            columns |= {"hit": hit[1:].ravel(), "variant": np.repeat(range(len(variants)), len(indices))}
-            columns["index"] = np.tile(indices, len(variants))
-            parts.append(pd.concat([_labels(batch, variants), pd.DataFrame(columns)], axis=1))
-        rows = pd.concat(parts, ignore_index=True).sort_values(["variant", "index"], ignore_index=True)
-        return rows.drop(columns=["variant", "index"])
+            logprob[:, indices], hit[:, indices] = self._outcomes(self.engine, batch, [CLEAN, *variants])
+            n_edges[:, indices] = _edges(batch, variants)
+        found = {key: values.ravel() for key, values in changes(logprob[1:], logprob[:1]).items()}
+        return _labels(prompts, variants).assign(n_edges=n_edges.ravel(), **found, hit=hit[1:].ravel())
 
     def _batches(self, prompts: list[TokenizedPrompt]) -> Iterator[tuple[list[int], Batch]]:
         device = device_of(self.ssm.model)
@@ -246,14 +262,18 @@ def _check_numbers(logprob: NDArray[np.float64], found: Answers, batch: Batch, v
     )
 
 
-def _labels(batch: Batch, variants: Sequence[Variant]) -> pd.DataFrame:
-    """What stands in front of the numbers: a row per variant and prompt."""
-    ids = [_id(row.prompt) for row in batch.prompts]
-    edges: dict[tuple[str | int, str], list[int]] = {}
+def _edges(batch: Batch, variants: Sequence[Variant]) -> list[list[int]]:
+    """How many edges each variant removes in each row."""
+    counts: dict[tuple[str | int, str], list[int]] = {}
     for variant in variants:
-        if (key := (variant.source, variant.target)) not in edges:
+        if (key := (variant.source, variant.target)) not in counts:
             pairs = zip(batch.positions(variant.target), batch.positions(variant.source), strict=True)
-            edges[key] = [sum(s <= t for t in targets for s in sources) for targets, sources in pairs]
+            counts[key] = [sum(s <= t for t in targets for s in sources) for targets, sources in pairs]
+    return [counts[variant.source, variant.target] for variant in variants]
+
+
+def _labels(prompts: Sequence[TokenizedPrompt], variants: Sequence[Variant]) -> pd.DataFrame:
+    """What stands in front of the numbers: a row per variant and prompt."""
     columns: dict[str, list[Any]] = {
         "source": [str(variant.source) for variant in variants],
         "target": [variant.target for variant in variants],
@@ -262,6 +282,5 @@ def _labels(batch: Batch, variants: Sequence[Variant]) -> pd.DataFrame:
         "window_start": [variant.window.layers[0] for variant in variants],
         "window_size": [variant.window.size for variant in variants],
     }
-    repeated = {name: pd.Series(values).repeat(len(ids)).array for name, values in columns.items()}
-    counts = [count for variant in variants for count in edges[variant.source, variant.target]]
-    return pd.DataFrame({"prompt_id": ids * len(variants), **repeated, "n_edges": counts})
+    repeated = {name: pd.Series(values).repeat(len(prompts)).array for name, values in columns.items()}
+    return pd.DataFrame({"prompt_id": [_id(row.prompt) for row in prompts] * len(variants), **repeated})

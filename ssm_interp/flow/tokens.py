@@ -54,7 +54,7 @@ def token_map(
         [prompt],
         sources=range(len(row)),
         targets=[target],
-        window=window,
+        windows=window,
         answered_only=False,
         name=name,
         **options,

@@ -13,15 +13,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssm_interp.hooks.attach import Attachment
+from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.hooks.inputs import check_ids
 from ssm_interp.hooks.interventions import Knockout
+from ssm_interp.hooks.memory import free_memory
 from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.plan import Plan, resolve
 from ssm_interp.hooks.rowsite import Rows, rows_at_work
@@ -66,6 +67,8 @@ def run_each(
         variants: each a Knockout, or several that act together in different layers or streams (none: the clean run).
             They name sources and targets, not single edges.
         attention_mask: 0 at padding, on the left or on the right; rows of one length are computed together, unpadded.
+            Where a mixer's `in_proj` has a bias, a host's own forward of a left-padded row differs from that of the
+            same row unpadded (its convolution sees the bias at the padding); what is given here is the unpadded one.
         max_memory: bytes that states and rows may take; None: a quarter of what is free.
 
     Yields:
@@ -99,6 +102,7 @@ def run_each(
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise HookError(f"input_ids must be [b t] with at least one token, got {got}")
+    check_ids(input_ids, ssm.model)
     for knockout in {(one.layers, one.features, one.through): one for group in sets for one in group}.values():
         ssm.check(knockout)  # which looks at nothing else of it
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -342,13 +346,7 @@ def _state_bytes(ssm: Attachment, plan: Plan, members: set[int]) -> int:
 
 def default_memory(device: torch.device) -> int:
     """Bytes that states and rows may take on a device where nobody says: a quarter of what is free."""
-    return _free_memory(device) // FRACTION
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return free_memory(device) // FRACTION
 
 
 def _out_of_memory(error: BaseException) -> bool:

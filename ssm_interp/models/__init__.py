@@ -1,5 +1,5 @@
 """Loading models by name, and the tiny trained ones that ship with the package."""
 
-from ssm_interp.models.load import EMBEDDED, INDUCTION, LoadError, load, load_tokenizer
+from ssm_interp.models.load import EMBEDDED, INDUCTION, LoadError, load, load_outline, load_tokenizer
 
-__all__ = ["EMBEDDED", "INDUCTION", "LoadError", "load", "load_tokenizer"]
+__all__ = ["EMBEDDED", "INDUCTION", "LoadError", "load", "load_outline", "load_tokenizer"]

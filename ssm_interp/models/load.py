@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = ("tiny-mamba1", "tiny-mamba2", "tiny-llama")  # they know the embedded facts
 INDUCTION = ("tiny-induction-mamba1", "tiny-induction-mamba2")
@@ -71,6 +71,27 @@ def load_tokenizer(name: str | Path, *, revision: str = "main") -> PreTrainedTok
             place, **({} if local else {"revision": revision})
         )
     return tokenizer
+
+
+def load_outline(name: str | Path, *, revision: str = "main") -> PreTrainedModel:
+    """A model without its weights (they are on the device "meta"): what its config alone says of layers and features.
+
+    Args:
+        name, revision: as of `load`.
+
+    Raises:
+        LoadError: nothing of that name, or no config of a causal language model in it.
+
+    Cost: no memory; of a hub id, the download of its config.
+
+    Example:
+        >>> load_outline("tiny-mamba1").device.type
+        'meta'
+    """
+    with _place(name) as (place, local), torch.device("meta"):
+        config = AutoConfig.from_pretrained(place, **({} if local else {"revision": revision}))
+        model: PreTrainedModel = cast(Any, AutoModelForCausalLM).from_config(config).eval()
+    return model
 
 
 @contextmanager

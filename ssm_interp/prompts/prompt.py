@@ -33,7 +33,8 @@ class Prompt:
 
     Raises:
         PromptError: `text`, `subject` or `target` is empty; `text` ends in a space; `target` begins or ends in one;
-            `subject` does not occur in `text`, or more than once.
+            `subject` does not occur in `text`, or more than once; something that is no character (half of a surrogate
+            pair, as broken JSON has).
 
     Example:
         >>> Prompt("The capital of France is", subject="France", target="Paris").subject_span
@@ -50,6 +51,8 @@ class Prompt:
         for name in ("text", "subject", "target"):
             if not getattr(self, name).strip():
                 raise PromptError(f"the prompt {self.id or self.text!r} has an empty {name}: it needs one")
+            if any("\ud800" <= character <= "\udfff" for character in getattr(self, name)):
+                raise PromptError(f"the {name} {getattr(self, name)!r} has half of a surrogate pair, no character")
         if self.text != self.text.rstrip():
             raise PromptError(
                 f"the prompt {self.text!r} ends in white space; end it where the target's leading space begins"

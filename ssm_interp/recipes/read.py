@@ -7,12 +7,12 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ssm_interp.flow.study import choices, did_you_mean
 from ssm_interp.flow.study_held import ScaleFeatures, SetDelta
 from ssm_interp.recipes.lines import Key, key_lines
 from ssm_interp.recipes.schema import (
@@ -42,7 +42,10 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "heatmap": HeatMap,
 }
 """By name; operations and plots by their kind."""
-KINDS = {"operation": ("Knockout", "ScaleFeatures", "SetDelta"), "plot": ("flow", "depth", "features", "heatmap")}
+KINDS = {
+    "operation": ("Knockout", "ScaleFeatures", "SetDelta"),
+    "plot": ("flow", "depth", "features", "streams", "heatmap"),
+}
 
 EXPECTED = {
     "string_type": "text in quotes",
@@ -128,6 +131,8 @@ def _data(source: _Text) -> dict[str, Any]:
         raise RecipeError(f"{source.path}, line {line}: not TOML ({message}, column {column})") from None
     except RecursionError:
         raise RecipeError(f"{source.path}: not a recipe: its values are nested too deeply") from None
+    except ValueError as error:  # such as a number of too many digits
+        raise RecipeError(f"{source.path}: not a recipe: {error}") from None
 
 
 def _explained(error: ValidationError, data: dict[str, Any], source: _Text) -> RecipeError:
@@ -174,9 +179,9 @@ def _message(problems: list[Any]) -> str:
         return _missing(problem)
     if "error" in context:
         return str(context["error"])
-    if choices := re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags") or "")):
+    if right := choices(problem):
         got = context.get("tag", problem["input"])
-        return f"there is no {_toml(got)}: {_nearest(got, choices)}it is {_either(map(_toml, choices))}"
+        return f"there is no {_toml(got)}: {did_you_mean(got, right)}it is {_either(map(_toml, right))}"
     expected = [EXPECTED[one["type"]] for one in problems if one["type"] in EXPECTED]
     if expected:
         return f"it takes {_either(dict.fromkeys(expected))}, got {_toml(problem['input'])}"
@@ -193,7 +198,7 @@ def _unknown(location: tuple[int | str, ...]) -> str:
     known = list(section.model_fields)
     place = "a recipe" if section is Recipe else f"[{location[0]}]"
     kind = next((f" of kind {part}" for part in location[:-1] if part in KINDS.get(str(location[0]), ())), "")
-    return f"there is no such key: {_nearest(location[-1], known)}{place}{kind} has {', '.join(known)}"
+    return f"there is no such key: {did_you_mean(location[-1], known)}{place}{kind} has {', '.join(known)}"
 
 
 def _missing(problem: Any) -> str:
@@ -204,11 +209,6 @@ def _missing(problem: Any) -> str:
         header = "[[operation]]" if location[0] == "operation" else f"[{location[0]}]"
         return f"this section is missing; a recipe needs {header}"
     return f"this key is missing. {_section(location).model_fields[str(location[-1])].description}"
-
-
-def _nearest(value: Any, known: Iterable[str]) -> str:
-    near = get_close_matches(str(value), known, n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _either(words: Iterable[str]) -> str:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ssm_interp import plots
 from ssm_interp.features.groups import FeatureError
-from ssm_interp.flow import FlowResult, NothingAnswered, WindowError, run_study, study_folder, summarise
+from ssm_interp.flow import (
+    FlowResult,
+    NothingAnswered,
+    Study,
+    WindowError,
+    check_study,
+    run_study,
+    study_folder,
+    summarise,
+)
 from ssm_interp.flow.sweep import Progress
 from ssm_interp.hooks import InterventionError
 from ssm_interp.models import LoadError, load_tokenizer
@@ -96,6 +105,8 @@ class Findings:
         if plot.kind == "features":
             figure = plots.features_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)
             return {"features": figure}
+        if plot.kind == "streams":
+            return {"streams": plots.stream_figure(self._by_operation(), statistic=statistic)}
         if plot.kind == "depth":
             return {"depth": plots.depth_figure(self.summary(), statistic=statistic)}
         labels = dict.fromkeys(label for label, _ in self.maps)
@@ -113,6 +124,14 @@ class Findings:
             return plots.heatmap_page(*maps, limit=recipe.plot.colour_limit, title=recipe.title)
         statistic = recipe.metrics.statistic
         return plots.flow_page(self.summary(), x_labels=self._x_labels(), statistic=statistic, title=recipe.title)
+
+    def _by_operation(self) -> pd.DataFrame:
+        """The summary, with the name of the operation as what was knocked out `through`."""
+        recipe, summary = self.recipe, self.summary()
+        pairs = [(model, one) for one in recipe.knockouts.values() for model in recipe.model.names]
+        models = {recipe.label(model, one): model for model, one in pairs}
+        names = {recipe.label(model, one): one.name for model, one in pairs}
+        return summary.assign(model=summary["model"].map(models), through=summary["model"].map(names))
 
     def _x_labels(self) -> dict[str, str]:
         return {run.model: run.x_label for run in self.result.runs}
@@ -133,7 +152,8 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
 
     Raises:
         RecipeError: what the models or the facts do not allow: a model or a file that cannot be loaded, a window of
-            more layers than there are, a stream, a feature group or a prompt that does not exist.
+            more layers than there are, a stream, a feature group or a prompt that does not exist. All models are tried
+            first, without their weights, see `check_study`.
         Else as `run_study`.
 
     Cost: that of `run_study`, for each model and operation.
@@ -143,6 +163,25 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
     """
     results: dict[str, list[FlowResult]] = {}
     maps: list[tuple[str, TokenMap]] = []
+    for one in list(_checked(recipe, how)):
+        with _blaming(recipe, one.place, one.label):
+            progress = started(one.label) if started else None
+            found = run_study(one.study, Path(folder) / f"operation-{one.place + 1}", progress=progress)
+        results.setdefault(one.label, []).append(found)
+        maps += [(one.label, drawn) for prompt in one.prompts for drawn in _maps(found, prompt, one.label)]
+    joined = FlowResult.join([_as_one(label, parts) for label, parts in results.items()])
+    return Findings(recipe, joined, tuple(maps))
+
+
+class _Planned(NamedTuple):
+    place: int  # of the operation
+    label: str
+    study: Study
+    prompts: list[TokenizedPrompt]  # of a heat map
+
+
+def _checked(recipe: Recipe, how: Mapping[str, Any]) -> Iterator[_Planned]:
+    """A study per operation and model, each of which its model's config and tokenizer, and the facts, allow."""
     for place, knockout in recipe.knockouts.items():
         for model in recipe.model.names:
             label = recipe.label(model, knockout)
@@ -150,12 +189,8 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
                 prompts = _prompts(recipe, model) if isinstance(recipe.plot, HeatMap) else []
                 longest = max((len(prompt) for prompt in prompts), default=0)
                 study = recipe.study(model, knockout, positions=longest, **how)
-                progress = started(label) if started else None
-                found = run_study(study, Path(folder) / f"operation-{place + 1}", progress=progress)
-            results.setdefault(label, []).append(found)
-            maps += [(label, one) for prompt in prompts for one in _maps(found, prompt, label)]
-    joined = FlowResult.join([_as_one(label, parts) for label, parts in results.items()])
-    return Findings(recipe, joined, tuple(maps))
+                check_study(study)
+            yield _Planned(place, label, study, prompts)
 
 
 def _as_one(label: str, parts: list[FlowResult]) -> FlowResult:

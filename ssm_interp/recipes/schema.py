@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, model_validator
 
 from ssm_interp.flow import Align, Study
-from ssm_interp.flow.study import Columns, Dtype, Source, Stream, Target
-from ssm_interp.flow.study_held import OWN_GROUPS, Group, ScaleFeatures, SetDelta, Sets
+from ssm_interp.flow.study import Columns, Dtype, NotOfConv, Source, Stream, Target
+from ssm_interp.flow.study_held import OWN_GROUPS, AllUsed, Group, ScaleFeatures, SetDelta, Sets
 from ssm_interp.flow.summary import Interval
 from ssm_interp.plots import MOST_GROUPS, StatisticName
 from ssm_interp.recipes.lines import Key
 
 Format = Literal["png", "svg", "html"]
 Name = Annotated[str, Field(min_length=1)]
-KINDS = "flow, depth, features or heatmap."
+KINDS = "flow, depth, features, streams or heatmap."
 WINDOWS = "Layers per window, each size in turn; absent: three in eight of the model's layers."
 
 
@@ -78,8 +78,10 @@ class Knockout(Section):
     )
     targets: list[Target] = Field(min_length=1, description="Roles that no longer read them.")
     groups: Sets = Field(default={}, description=OWN_GROUPS)
-    features: list[Group] = Field(default=["all"], min_length=1, description="Feature groups, a knockout each.")
-    through: list[Stream] | None = Field(
+    features: Annotated[list[Group], AllUsed] = Field(
+        default=["all"], min_length=1, validate_default=True, description="Feature groups, a knockout each."
+    )
+    through: Annotated[list[Stream] | None, NotOfConv] = Field(
         default=None,
         min_length=1,
         description="Streams in which edges are removed; absent: ssm where the model has it.",
@@ -107,10 +109,10 @@ class Metrics(Section):
 
 
 class Lines(Section):
-    """`[plot]` of lines: over the layers, one per source (flow) or per feature group (features); or over depth in %,
-    one per model (depth)."""
+    """`[plot]` of lines: over the layers, one per source (flow), per feature group (features) or per operation
+    (streams); or over depth in %, one per model (depth)."""
 
-    kind: Literal["flow", "depth", "features"] = Field(description=KINDS)
+    kind: Literal["flow", "depth", "features", "streams"] = Field(description=KINDS)
     formats: list[Format] = Field(default=["png", "svg", "html"], min_length=1, description="What is written.")
 
 
@@ -179,6 +181,11 @@ class Recipe(Section):
             for place, knockout in self.knockouts.items():
                 if knockout.sources is None:
                     message = 'it needs sources: roles such as "subject", or positions, no longer read'
+                    raise ContradictionError(("operation", place), message)
+                if self.plot.kind == "streams" and not knockout.name:
+                    message = (
+                        'it needs a name, such as "ssm" or "conv": what its line is called in a picture of streams'
+                    )
                     raise ContradictionError(("operation", place), message)
         return self
 

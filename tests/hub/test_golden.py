@@ -64,7 +64,7 @@ def swept(name: str) -> FlowResult:
                 sources=list(dict.fromkeys(row["source"] for row in wanted)),
                 targets=[target],
                 features=feature_groups(ssm, list(dict.fromkeys(row["features"] for row in wanted))),
-                window=GOLDEN["window"],
+                windows=GOLDEN["window"],
                 name=f"{name} {target}",
             )
             results.append(result)
