@@ -314,7 +314,7 @@ def test_bad_runs() -> None:
             ssm.run(inputs(), read="attn", layers=9)
         with pytest.raises(si.HookError, match="the gate never reaches the operator"):
             ssm.run(inputs(), read="z")
-        with pytest.raises(si.HookError, match="run takes input_ids or the mapping .*, got str"):
+        with pytest.raises(si.HookError, match="inputs must be ids .*, got str"):
             ssm.run("text")
         with pytest.raises(si.HookError, match="attach takes a model, got tuple"):
             si.attach((ssm.model, None))

@@ -189,7 +189,10 @@ def test_what_a_circuit_says_and_shows() -> None:
     assert len(frame) == 30
     assert frame["kept"].sum() == 1
     assert frame["effect"].notna().sum() == 1
-    (axes,) = circuit.plot().axes
+    figure = circuit.plot()
+    (axes,) = figure.axes
+    assert figure.get_suptitle() == f"tiny-induction-mamba2, 8 prompts\n{lines[0].removeprefix('circuit: ')}"
+    assert "change of the answer's ln p (nats)" in axes.get_xlabel()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["before", "trigger", "answer", "between", "query"]
 
 
@@ -230,7 +233,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"roles": {"a": [0, 1], "b": range(2, 5)}}, "no role has position 5 of row 0; the roles of a circuit"),
     ({"roles": {"a": range(6), "b": []}}, "the role 'b' has no position in row 0; .* leave these 2 prompts out"),
     ({"features": {}}, "features has no group for any of the layers"),
-    ({"features": {"none": {0: []}}}, "the feature group 'none' has no features in layer 0"),
+    ({"features": {"none": {0: []}}}, "the feature group 'none' must name heads or .* in layer 0"),
     ({"features": {"one": {0: [0, 1]}, "two": {0: [1, 2]}}}, "'one' and 'two' overlap: both have head 1 of layer 0"),
 ]
 
@@ -252,10 +255,10 @@ def test_bad_models_prompts_and_inputs() -> None:
     with si.attach(build("mamba").train()) as ssm, pytest.raises(FeatureError, match="is in training mode"):
         find_circuit(ssm, ids, **given)
     ssm, batch = induction("tiny-induction-mamba1", 2)
-    with pytest.raises(FeatureError, match=r"input_ids must be \[b t\] with at least one prompt of one token, got"):
+    with pytest.raises(FeatureError, match=r"input_ids is empty, \[0, 6\]"):
         find_circuit(ssm, ids[:0], **given)
     with pytest.raises(FeatureError, match=r"attention_mask must be a tensor \[b t\].* \(\[2, 6\]\), got \[2, 5\]"):
-        find_circuit(ssm, {"input_ids": ids, "attention_mask": ids[:, 1:]}, **given)
+        find_circuit(ssm, {"input_ids": ids % 27, "attention_mask": ids[:, 1:]}, **given)
     with pytest.raises(FeatureError, match="'context' and 'relation_minus_last' overlap: .* of row 0, '"):
         find_circuit(ssm, batch, roles=["context", "subject", "relation_minus_last", "last"], tolerance=1)
     with pytest.raises(si.InterventionError, match="no such layer"):

@@ -260,7 +260,12 @@ def test_tables_and_pictures() -> None:
     assert top.is_monotonic_decreasing
     assert top[0] == float(found.values.abs().max())
     left, right, *_ = found.plot(tokens, row=1, group="b").axes
-    assert left.get_title() == "into “1.6”, position 3"
+    assert left.get_title() == "Edges into “1.6”, position 3"
+    figure = left.figure.figure
+    assert figure.get_suptitle() == f"{ssm.name}: metric = {float(found.metric[1]):.3g}, features: b"
+    assert found.plot(tokens, group="b", title="mine").get_suptitle() == "mine"
+    integrated = edge_attribution(ssm, batch, METRIC, steps=2).plot(tokens)
+    assert integrated.axes[-1].get_ylabel().startswith("Share of the change of the metric")
     assert [text.get_text() for text in right.get_xticklabels()] == ["1.3", "1.4", "1.5", "1.6"]
     for options, message in (({}, "name one of the feature groups"), ({"row": 2, "group": "b"}, "there is no row 2")):
         with pytest.raises(FeatureError, match=message):
@@ -313,12 +318,12 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "positions must be one of": {"positions": "first"},
     "features must be name -> layer -> features": {"features": {}},
     "names layer 7": {"features": {"a": {7: [0]}}},
-    "has no features in layer 0": {"features": {"a": {0: []}}},
+    "must name heads or .* pairs, at least one, in layer 0": {"features": {"a": {0: []}}},
     "layer 0 has no feature 99": {"features": {"a": {0: [99]}}},
     r"'a' names none of the layers \[1\]": {"features": {"a": {0: [1]}}, "layers": 1},
     r"the metric must be a function of logits.*got 3": {"metric": 3},
     "inputs must be ids": {"inputs": "The capital of"},
-    r"of at least one token; got \[4\]": {"inputs": torch.ones(4, dtype=torch.long)},
+    r"input_ids must be integers \[b t\], got torch.int64 \[4\]": {"inputs": torch.ones(4, dtype=torch.long)},
     "inputs hold past_key_values": {"inputs": inputs(2, 4) | {"past_key_values": object()}},
     "attention_mask must be .* with a token in every row": {
         "inputs": inputs(2, 4) | {"attention_mask": torch.tensor([[1] * 4, [0] * 4])}
@@ -385,7 +390,7 @@ def test_a_check_of_other_inputs_is_refused() -> None:
     found = edge_attribution(ssm, inputs(2, 5), METRIC)
     with pytest.raises(FeatureError, match=r"the attribution is of inputs \[2, 5\] with 10 tokens, .*\[2, 4\]"):
         check_edges(ssm, inputs(2, 4), METRIC, found)
-    with pytest.raises(FeatureError, match="counts of edges, 0 or more; got -1 and 20"):
+    with pytest.raises(FeatureError, match="top must be a whole number, at least 0, got -1"):
         check_edges(ssm, inputs(2, 5), METRIC, found, top=-1)
     with pytest.raises(FeatureError, match="'top', 'random' or None"):
         check_edges(ssm, inputs(2, 5), METRIC, found, top=3, random=0).correlation("best")
@@ -398,5 +403,5 @@ def test_a_check_of_something_else_is_refused() -> None:
             with pytest.raises(FeatureError, match="give the same model, inputs and metric to both"):
                 check_edges(ssm, other, metric, found)
         for count in (-1, True):
-            with pytest.raises(FeatureError, match="0 or more"):
+            with pytest.raises(FeatureError, match="at least 0"):
                 found.top(count)

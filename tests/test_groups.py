@@ -107,7 +107,7 @@ def test_sets_of_a_users_own_act_in_knockouts_and_sweeps() -> None:
         batch["input_ids"] %= 37
         knockout = si.Knockout(sources=[0, 1], targets=-1, layers=2, features=groups["pairs"][2])
         assert relative_error(edited(ssm, batch, knockout), logits(tiny.model, batch)) > 1e-9
-        found = sweep(ssm, tiny.tokenizer, tiny.prompts, window=2, features={"mine": groups["mine"]}).frame
+        found = sweep(ssm, tiny.tokenizer, tiny.prompts, windows=2, features={"mine": groups["mine"]}).frame
         heads = [si.Knockout(sources=[0], targets=-1, layers=layer, features=[1, 3]) for layer in (0, 1)]
         ids = tiny.tokenizer(tiny.prompts[0].text, return_tensors="pt")
         target = tiny.tokenizer(tiny.prompts[0].target)["input_ids"][0]
@@ -149,17 +149,18 @@ def test_bad_groups() -> None:
     ("group", "message"),
     [
         ({}, "the feature group 'mine' names no layer; give layer -> features, or None for all"),
-        ({0: []}, r"'mine' has no features in layer 0 \(got \[\]\); name some, or leave the layer out"),
-        ({0: 3}, r"'mine' has no features in layer 0 \(got 3\)"),
+        ({0: []}, r"'mine' must name heads or .*, at least one, in layer 0, or leave the layer out; got \[\]"),
+        ({0: None}, "'mine' must name heads or .* in layer 0, or leave the layer out; got None"),
         ({7: [0]}, r"'mine' names layer 7; the SSM layers of this model are \[0, 1, 2, 3\]"),
         ({0: [1, 8]}, "layer 0 has no feature 8; it has heads 0 to 7 and state dimensions 0 to 7"),
         ({0: [-1]}, "layer 0 has no feature -1"),
-        ({0: [True]}, "layer 0 has no feature True"),
-        ({0: ["a"]}, "layer 0 has no feature 'a'"),
+        ({0: [True]}, r"must name heads or .* got \[True\]"),
+        ({0: ["a"]}, r"must name heads or .* got \['a'\]"),
+        ({0: torch.tensor([1.0])}, r"must name heads or .* got tensor\(\[1.\]\)"),
         ({0: [(1, 8)]}, r"layer 0 has no feature \(1, 8\)"),
-        ({0: [(1, 2, 3)]}, r"layer 0 has no feature \(1, 2, 3\)"),
+        ({0: [(1, 2, 3)]}, r"must name heads or .* got \[\(1, 2, 3\)\]"),
         ({0: [2, 1, 2]}, "names head 2 of layer 0, with state dimension 0, twice; name each feature once"),
-        ({0: [1, (2, 3)]}, "names heads and .* pairs in layer 0; give either"),
+        ({0: [1, (2, 3)]}, r"must name heads or .* pairs, .* got \[1, \(2, 3\)\]"),
     ],
 )
 def test_bad_sets(group: Any, message: str) -> None:

@@ -18,7 +18,7 @@ import ssm_interp as si
 from ssm_interp.features import FeatureError, feature_groups, logit_attribution
 from ssm_interp.features.stream import _beside, _put, last_norm, written_share
 from ssm_interp.hooks.blocks import blocks_of
-from ssm_interp.plots import attribution_figure
+from ssm_interp.plots import STYLES, attribution_figure
 
 SHARES = {"granitemoehybrid": 0.8, "falcon_h1": 0.9}
 
@@ -150,12 +150,12 @@ def test_bad_input_is_refused() -> None:
     prompt = inputs()
     with si.attach(build("mamba2")) as ssm, as_users_run_it():
         for arguments, message in [
-            (([5, 6, 7],), "target has 3 token ids for a batch of 2 rows"),
-            ((64,), "target: there is no token 64; the vocabulary has 0 to 63"),
-            ((5, -1), "other: there is no token -1"),
+            (([5, 6, 7],), "target names 3 tokens, but there are 2 rows"),
+            ((64,), "target names the token 64, but the vocabulary has 64"),
+            ((5, -1), "other must be a token id, or one for each row, got -1"),
             ((5, "median"), "other is a token id, .* got 'median'"),
-            ((" Paris",), "target must be token ids, integers, got ' Paris'"),
-            ((5.0,), "integers, got 5.0"),
+            ((" Paris",), "target must be a token id, .* got ' Paris'"),
+            ((5.0,), "target must be a token id, .* got 5.0"),
         ]:
             with pytest.raises(FeatureError, match=message):
                 logit_attribution(ssm, prompt, *arguments)
@@ -195,6 +195,27 @@ def test_a_block_that_bends_its_mixers_output_is_refused() -> None:
             logit_attribution(ssm, inputs(), 5)
 
 
+def test_a_result_draws_a_row_of_its_batch() -> None:
+    tokens = [[f"{row}.{column}" for column in range(9)] for row in range(2)]
+    with si.attach(build("mamba2")) as ssm:
+        groups = feature_groups(ssm, ["top third"])
+        found = logit_attribution(ssm, inputs(), 5, 7, features=groups)
+    figure = found.plot(tokens, row=1, subject=[2])
+    png(figure)
+    axes = figure.axes[0]
+    shown: Any = axes.get_images()[0].get_array()
+    values = found.by_position()[1].sum(1)
+    torch.testing.assert_close(torch.tensor(shown.tolist()), values.T.float())
+    whole = f"logit difference {float(found.difference[1]):.3g}, of which {float(values.sum()):.3g} is shown"
+    assert axes.get_title().replace("\n", " ") == f"Mamba2ForCausalLM {whole}"
+    assert axes.get_yticklabels()[2].get_text() == "1.2"
+    assert found.plot(tokens[0], title="mine").axes[0].get_title() == "mine"
+    with pytest.raises(FeatureError, match="no row 2; the batch has rows 0 to 1"):
+        found.plot(tokens, row=2)
+    with pytest.raises(FeatureError, match="2 rows of 9 positions"):
+        found.plot(["a"])
+
+
 def test_the_picture_shows_the_numbers_and_refuses_what_does_not_fit() -> None:
     values = torch.tensor([[0.5, -1.0, 0.0], [0.0, 2.0, 0.25]])
     figure = attribution_figure(values, ["The", " Nile", "$x"], [0, 4], subject=[1], title="t $x")
@@ -205,8 +226,9 @@ def test_the_picture_shows_the_numbers_and_refuses_what_does_not_fit() -> None:
     assert torch.equal(torch.tensor(shown.tolist()), values.T) and image.get_clim() == (-2.0, 2.0)
     assert [text.get_text() for text in axes.get_yticklabels()] == ["The", "·Nile", "$x"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "4"]
-    assert bar.get_ylabel() == "Written to the logit difference"
+    assert bar.get_ylabel().replace("\n", " ") == "Written to the logit difference (logits)"
     assert axes.get_yticklabels()[1].get_weight() == "bold"
+    assert axes.get_yticklabels()[1].get_color() == STYLES["subject"].colour
     assert attribution_figure(0 * values, ["a", "b", "c"], [0, 1]).axes[0].get_images()[0].get_clim() == (-1.0, 1.0)
 
     def draw(values: Tensor, tokens: int = 3, **options: Any) -> None:

@@ -10,6 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from drawn import png
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from random_terms import LENGTHS, SHAPES, error, random_terms
 from test_softmax import transformer
 from tiny_flow import word_tokenizer
@@ -208,25 +211,35 @@ def test_the_picture_has_a_row_per_statistic_and_a_column_per_model() -> None:
             table = one.quantiles([0.5])
             expected = table[table["statistic"] == statistic]["value"].tolist()
             assert axes.get_lines()[0].get_ydata().tolist() == expected
-            assert axes.get_yscale() == ("log" if statistic in ("half-life", "mean dt") else "linear")
+            assert axes.get_yscale() == ("log" if statistic in ("decay norm", "half-life", "mean dt") else "linear")
         shared = row[0].get_ylim() == row[1].get_ylim()
         assert shared == (statistic != "decay norm")
+    (legend,) = figure.legends
+    colours = [axes.get_lines()[0].get_color() for axes in grid[0]]
+    assert [line.get_color() for line in legend.findobj(Line2D)] == colours  # a line and two bands of each model
+    bands = [to_hex(band.get_facecolor()[:3]).upper() for band in legend.findobj(Rectangle)]
+    assert bands == colours * 2
+    assert found[0].plot().get_suptitle() == f"measured on {found[0].tokens} tokens"
 
 
 INPUTS: list[tuple[Any, dict[str, Any], str]] = [
     (None, {"statistics": ["half-life"]}, r"half-life depends on what the model reads; give spectrum\(ssm, inputs\)"),
     (inputs(), {"statistics": ["halflife"]}, "no statistic 'halflife': did you mean 'half-life'"),
     (inputs(), {"statistics": []}, "no statistic was asked for"),
-    (inputs(), {"batch_size": 0}, "batch size must be at least 1, got 0"),
-    ("a text", {}, "takes input_ids .*, got str"),
-    ({"attention_mask": torch.ones(2, 3)}, {}, "input_ids must be whole numbers .*, got NoneType"),
+    (inputs(), {"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
+    ("a text", {}, "inputs must be ids .*, got str"),
+    ({"attention_mask": torch.ones(2, 3)}, {}, r"inputs must have input_ids .*; these have \['attention_mask'\]"),
     ({"input_ids": [[1, 2]]}, {}, "got list; with a tokenizer give return_tensors='pt'"),
     (torch.ones(2, 3), {}, r"got torch.float32 \[2, 3\]"),
     (torch.ones(3, dtype=torch.int64), {}, r"got torch.int64 \[3\]"),
-    (torch.ones(2, 0, dtype=torch.int64), {}, r"at least one, got torch.int64 \[2, 0\]"),
-    (inputs() | {"attention_mask": torch.ones(2, 3)}, {}, r"attention_mask must be .*, \[2, 9\], got \[2, 3\]"),
+    (torch.ones(2, 0, dtype=torch.int64), {}, r"input_ids is empty, \[2, 0\]"),
+    (inputs() | {"attention_mask": torch.ones(2, 3)}, {}, r"attention_mask must be .* \(\[2, 9\]\), got \[2, 3\]"),
     (inputs() | {"use_cache": True}, {}, "use_cache must be a tensor with a number per token, .* got bool"),
-    (inputs() | {"attention_mask": torch.tensor([[1] * 9, [0] * 9])}, {}, "row 1 of attention_mask hides the whole"),
+    (
+        inputs() | {"attention_mask": torch.tensor([[1] * 9, [0] * 9])},
+        {},
+        r"with a token in every row; .* with \[9, 0\] tokens",
+    ),
     (inputs() | {"attention_mask": torch.tensor([[1] * 9, [1, 0] + [1] * 7])}, {}, "row 1 .* padding between tokens"),
 ]
 

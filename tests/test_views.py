@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import png
 from random_terms import as_users_run_it
 from support import relative_error
 from tiny_hosts import NAMES, build, inputs, padded
@@ -126,15 +127,43 @@ def test_rollout_of_a_model_is_causal_and_sums_to_one() -> None:
         assert torch.equal(found[1, :5, :5], torch.eye(5))  # padding
 
 
+@pytest.mark.parametrize(
+    ("form", "reduction", "title", "label"),
+    [
+        ("operator", "mean", "attention M[t,s] of the SSM", "Mean over heads"),
+        ("unified", "norm", "attention of the whole mixer (unified)", "Root of the sum of squares over channels"),
+    ],
+)
+def test_a_view_draws_itself(form: Any, reduction: Any, title: str, label: str) -> None:
+    tokens = [[f"{row}.{column}" for column in range(9)] for row in range(2)]
+    with si.attach(build("mamba2")) as ssm:
+        view = attention_views(ssm, inputs(), form, reduction=reduction, layers=2)[2]
+        some = attention_views(ssm, inputs(), form, reduction=reduction, layers=2, targets=-1)[2]
+        apart = attention_views(ssm, inputs(), form, reduction=None, layers=2)[2]
+    figure = view.plot(tokens, row=1)
+    png(figure)
+    axes, bar = figure.axes
+    shown: Any = axes.get_images()[0].get_array()
+    torch.testing.assert_close(torch.tensor(shown.filled(0)).float(), view.values[1].float())
+    assert axes.get_title().replace("\n", " ") == f"Mamba2ForCausalLM, layer 2 {title}"
+    assert bar.get_ylabel().replace("\n", " ") == label
+    assert axes.get_xticklabels()[0].get_text() == "1.0"
+    for one in (some, apart):
+        with pytest.raises(FeatureError, match=r"a heat map needs \[b t s\] with t = s, this view has \[2, "):
+            one.plot(tokens)
+    with pytest.raises(FeatureError, match="no row 2; the batch has rows 0 to 1"):
+        view.plot(tokens, row=2)
+
+
 def test_bad_input_is_refused() -> None:
     with si.attach(build("mamba2")) as ssm, as_users_run_it():
         for options, message in [
             ({"form": "softmax"}, "no form 'softmax' of attention; there are operator, no_dt, value, unified"),
             ({"reduction": "max"}, "reduction must be one of mean, mean_abs, norm, or None, got 'max'"),
             ({"heads": [8]}, "layer 0 has no head 8; it has heads 0 to 7"),
-            ({"heads": []}, "layer 0: heads must be at least one"),
-            ({"heads": [1, 1]}, "each once"),
-            ({"heads": {0: [1]}}, "layer 1: heads must be at least one"),
+            ({"heads": []}, "layer 0: heads must be an integer or a sequence of at least one"),
+            ({"heads": [1, 1]}, "once each"),
+            ({"heads": {0: [1]}}, "layer 1: heads must be an integer or a sequence of at least one"),
             ({"targets": -10}, "no position -10"),
             ({"layers": 4}, "no SSM layer 4"),
         ]:

@@ -11,12 +11,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp.features.arguments import whole_number
 from ssm_interp.features.circuit_trials import Asked, EdgeGroup, Trials
-from ssm_interp.features.groups import ALL, FeatureError, check_groups, feature_groups
+from ssm_interp.features.groups import ALL, FeatureError, check_attached, check_groups, feature_groups
 from ssm_interp.features.metrics import Metric
-from ssm_interp.hooks import Attachment, Knockout
-from ssm_interp.plots import circuit_figure
+from ssm_interp.hooks import Attachment, InterventionError, Knockout
+from ssm_interp.hooks.interventions import as_indices, as_number
+from ssm_interp.plots import circuit_figure, short
 from ssm_interp.prompts import Batch
+
+METRICS = {
+    "logprob": "the answer's ln p (nats)",
+    "probability": "the answer's probability",
+    "accuracy": "the accuracy",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Circuit:
         tolerance: how far from `clean` the search let the metric go, in the metric's units.
         roles: the roles of the positions, in the order in which they were given.
         metric: its name; "metric" where it is a function.
+        model: its name.
         prompts: how many prompts the metric is a mean over.
         trials: how many sets of knockouts were tried, each on every prompt.
         log: a row per round and group that was still there: round, layer, source, target, feature_group, metric (with
@@ -48,6 +57,7 @@ class Circuit:
     tolerance: float
     roles: tuple[str, ...]
     metric: str
+    model: str
     prompts: int
     trials: int
     log: pd.DataFrame
@@ -69,7 +79,9 @@ class Circuit:
 
     def plot(self) -> Figure:
         """The circuit as a picture, see `plots.circuit_figure`."""
-        return circuit_figure(self.frame(), roles=self.roles, title=f"{self._size}, {self._faithful}")
+        title = f"{short(self.model)}, {self._counted}\n{self._size}, {self._faithful}"
+        metric = METRICS.get(self.metric, "the metric")
+        return circuit_figure(self.frame(), roles=self.roles, title=title, metric=metric)
 
     def __str__(self) -> str:
         numbers = f"clean {self.clean:.4g}, circuit alone {self.alone:.4g}, all removed {self.empty:.4g}"
@@ -77,15 +89,18 @@ class Circuit:
         lines = [
             f"  layer {group.layer:<3} {group.edge:<{width}}   {self.effects[group]:+.3g}" for group in self.groups
         ]
-        counted = f"{self.prompts} prompt{'' if self.prompts == 1 else 's'}"
         return "\n".join(
             [
                 f"circuit: {self._size}, {self._faithful}",
-                f"{self.metric} (mean over {counted}): {numbers}; tolerance {self.tolerance:.4g}",
+                f"{self.metric} (mean over {self._counted}): {numbers}; tolerance {self.tolerance:.4g}",
                 *(["what removing a group from the circuit does to it:"] if lines else []),
                 *lines,
             ]
         )
+
+    @property
+    def _counted(self) -> str:
+        return f"{self.prompts} prompt{'' if self.prompts == 1 else 's'}"
 
     @property
     def _size(self) -> str:
@@ -107,7 +122,7 @@ def find_circuit(
     relative: bool = False,
     roles: Sequence[str | int] | Mapping[str, Any] | None = None,
     metric: str | Metric = "logprob",
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     features: Mapping[str, Mapping[int, Any] | None] | Sequence[str] | None = None,
     through: str | Sequence[str] | None = None,
     batch_size: int = 256,
@@ -133,7 +148,7 @@ def find_circuit(
             one role.
         metric: "logprob", "probability" or "accuracy" of the prompts' targets, or a function from the logits at the
             last token `[b v]` (float64) to a number per prompt `[b]`.
-        layers: in which edges are removed; None: all that have the streams.
+        layers: in which edges are removed, one or a sequence; None: all that have the streams.
         features: groups of features, as `flow.sweep` takes them, no two with the same feature; the edges of features
             that are in none stay in place. None: all features together.
         through: the streams in which edges are removed, see `Knockout`; of edges between neighbours the convolution
@@ -161,14 +176,15 @@ def find_circuit(
         ...     circuit = find_circuit(ssm, batch, roles=induction_roles(batch), tolerance=0.1, relative=True)
         >>> print(circuit)                                                                      # doctest: +SKIP
     """
+    check_attached(ssm)
     if ssm.model.training:
         raise FeatureError(f"{type(ssm.model).__name__} is in training mode; call model.eval() first")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise FeatureError(f"batch_size must be a whole number, at least 1, got {batch_size!r}")
-    allowed = _tolerance(tolerance)
+    if progress is not None and not callable(progress):
+        raise FeatureError(f"progress must be a function of (trials done, trials known), got {progress!r:.200}")
+    batch_size, allowed = whole_number(batch_size, "batch_size"), _tolerance(tolerance)
     where = _layers(ssm, layers, through)
     shares = _features(ssm, features, where, through)
-    asked = Asked.of(inputs, roles, ssm.model)
+    asked = Asked.of(ssm, inputs, roles)
     trials = Trials(ssm, asked, shares, through, metric, batch_size)
     everything = [
         EdgeGroup(layer, source, target, name)
@@ -190,6 +206,7 @@ def find_circuit(
         tolerance=search.tolerance,
         roles=tuple(asked.roles),
         metric=metric if isinstance(metric, str) else "metric",
+        model=ssm.name,
         prompts=len(asked.mask),
         trials=trials.count,
         log=pd.DataFrame(search.log, columns=LOG),
@@ -261,9 +278,12 @@ class _Search:
 
 
 def _tolerance(tolerance: Any) -> float:
-    number = float(tolerance) if isinstance(tolerance, SupportsFloat) and not isinstance(tolerance, bool) else math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise FeatureError(f"tolerance must be a finite number, at least 0, got {tolerance!r}")
+    try:
+        number = as_number(tolerance, "tolerance")
+    except InterventionError:
+        number = -1.0
+    if number < 0:
+        raise FeatureError(f"tolerance must be a finite number, at least 0, got {tolerance!r:.200}")
     return number
 
 
@@ -278,22 +298,23 @@ def _absolute(share: float, clean: float, empty: float) -> float:
 
 def _layers(ssm: Attachment, layers: Any, through: Any) -> list[int]:
     known = ssm.layers_with(through)
-    chosen = known if layers is None else dict.fromkeys(layers)
-    if not chosen:
+    chosen = as_indices(layers, "layers")
+    if chosen == ():
         raise FeatureError(f"a circuit search needs at least one layer; {type(ssm.model).__name__} has {list(known)}")
-    ssm.check(Knockout(layers=list(chosen), through=through))
-    return sorted(chosen)
+    ssm.check(Knockout(layers=chosen, through=through))
+    return sorted(set(known if chosen is None else chosen))
 
 
 def _features(ssm: Attachment, features: Any, layers: list[int], through: Any) -> dict[str, Any]:
     """Groups of features, of which no two have the same feature."""
     if features is None:
         return {ALL: None}
-    groups = dict(features if isinstance(features, Mapping) else feature_groups(ssm, features))
-    check_groups(ssm, groups, disjoint=True)
+    given = features if isinstance(features, Mapping) else feature_groups(ssm, features)
+    groups = check_groups(ssm, given, disjoint=True)
     if not any(chosen is None or set(chosen) & set(layers) for chosen in groups.values()):
         raise FeatureError(f"features has no group for any of the layers {layers}; None means all features together")
-    for chosen in groups.values():
-        for layer in set(chosen or ()) & set(layers):
-            ssm.check(Knockout(layers=layer, features=chosen[layer], through=through))
+    for by_layer in groups.values():
+        for layer, chosen in (by_layer or {}).items():
+            if layer in layers:
+                ssm.check(Knockout(layers=layer, features=chosen, through=through))
     return groups

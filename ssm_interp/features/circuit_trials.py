@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssm_interp.features.arguments import whole_texts
 from ssm_interp.features.groups import ALL, FeatureError
 from ssm_interp.features.metrics import Metric, log_probability, measure
 from ssm_interp.hooks import Attachment, Knockout
@@ -57,10 +58,15 @@ def fact_roles(batch: Batch) -> dict[str, list[list[int]]]:
         `context` (before the subject), `subject`, `after` (it, but for the last token) and `last`, each with a list of
         columns per row, as `find_circuit(roles=...)` takes them.
 
+    Raises:
+        FeatureError: something else than a batch of prompts.
+
     Example:
         >>> fact_roles(batch)["after"]                      # doctest: +SKIP
         [[9], [5, 6]]
     """
+    if not isinstance(batch, Batch):
+        raise FeatureError(f"roles of facts are those of a Batch of prompts, got {type(batch).__name__}")
     subject, rest = batch.positions("subject"), batch.positions("relation_minus_last")
     return {
         "context": batch.positions("context"),
@@ -87,7 +93,7 @@ class Asked:
     targets: Int[Tensor, " b"] | None
 
     @staticmethod
-    def of(inputs: Any, roles: Any, model: nn.Module) -> Asked:
+    def of(ssm: Attachment, inputs: Any, roles: Any) -> Asked:
         """Prompts and roles as `find_circuit` takes them.
 
         Raises:
@@ -95,10 +101,11 @@ class Asked:
             PromptError: an unknown role.
             InterventionError: a role's position outside of a prompt, or in its padding.
         """
-        device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
-        tensors = _tensors(inputs, device)
+        weights = ssm.model.parameters()
+        device = next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))
+        given, kept = whole_texts(ssm, inputs)
+        tensors, mask = _tensors(given, device), kept.long().cpu()
         ids = tensors["input_ids"]
-        mask = tensors.get("attention_mask", torch.ones_like(ids)).cpu()
         masks = {}
         for role, at in _named(inputs, roles).items():
             positions = Knockout(sources=at).sources
@@ -116,22 +123,8 @@ class Asked:
         return [tuple(row.nonzero()[:, 0].tolist()) for row in self.roles[role]]
 
 
-def _tensors(inputs: Any, device: torch.device) -> dict[str, Tensor]:
-    if isinstance(inputs, Batch):
-        given: dict[str, Any] = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-    elif isinstance(inputs, Tensor):
-        given = {"input_ids": inputs}
-    elif isinstance(inputs, Mapping):
-        given = dict(inputs)
-    else:
-        raise FeatureError(
-            f"find_circuit takes a Batch of prompts, input_ids or the mapping of a tokenizer, got "
-            f"{type(inputs).__name__}; a batch is pad([tokenize(prompt, tokenizer) for prompt in prompts])"
-        )
-    ids = given.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
-        got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise FeatureError(f"input_ids must be [b t] with at least one prompt of one token, got {got}")
+def _tensors(given: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    ids = given["input_ids"]
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor) or tensor.shape[:2] != ids.shape:
             got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -235,7 +228,7 @@ class Trials:
         if "logits_to_keep" in self.takes and bool((ends == mask.shape[1] - 1).all()):
             inputs["logits_to_keep"], ends = 1, torch.zeros_like(ends)
         with self.ssm.edit(*self._knockouts(removed, rows)):
-            logits: Tensor = self.ssm.model(**inputs, use_cache=False).logits
+            logits = self.ssm.run(inputs, use_cache=False).logits
         last = logits[torch.arange(len(ends)), ends.to(logits.device)].double()
         return last.reshape(len(removed), len(rows), -1)
 
@@ -275,9 +268,9 @@ class Trials:
         return [Knockout(**edges, layers=layer, features=features[layer]) for layer in layers]
 
     def _metric(self, metric: str | Metric) -> Metric:
-        if not isinstance(metric, str):
+        if callable(metric):
             return metric
-        if metric not in METRICS:
+        if not isinstance(metric, str) or metric not in METRICS:
             raise FeatureError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}, or give a function")
         if (targets := self.asked.targets) is None:
             raise FeatureError(

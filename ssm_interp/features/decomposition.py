@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ssm_interp.features.arguments import chosen_layers, columns, whole_texts
 from ssm_interp.features.groups import ALL, FeatureError, Groups, check_groups
-from ssm_interp.features.mixers import MixerRecord, columns, precisely, record_mixers
+from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
 from ssm_interp.scan import Terms, attention_rows
 from ssm_interp.scan.unified import unified_rows
@@ -96,7 +97,7 @@ def decompose(
 
     Args:
         ssm: an attached model.
-        inputs: ids `[b t]` or the mapping of a tokenizer.
+        inputs: ids `[b t]`, the mapping of a tokenizer, or a batch of prompts.
         targets: positions, one or a sequence; negative ones count from the end.
         layers: SSM layers, one or a sequence; None: all.
         by: "source" or "input".
@@ -121,12 +122,13 @@ def decompose(
         >>> last.parts["ssm"][0, 0, 0].norm(dim=-1)          # how much each source writes          # doctest: +SKIP
     """
     check_by(by)
-    check_groups(ssm, features or {}, disjoint=True)
-    records = record_mixers(ssm, inputs, layers=layers)
-    x = next(iter(records.values())).terms.x
-    found = columns(targets, x.shape[1], inputs)
-    with precisely(x.device):
-        return {layer: _decomposed(record, found, by, features, project) for layer, record in records.items()}
+    chosen = chosen_layers(ssm, layers)
+    groups = None if features is None else check_groups(ssm, features, disjoint=True)
+    given, mask = whole_texts(ssm, inputs)
+    found = columns(targets, mask)
+    _, records = run_recorded(ssm, given, chosen)
+    with precisely(records[chosen[0]].terms.x.device):
+        return {layer: _decomposed(record, found, by, groups, project) for layer, record in records.items()}
 
 
 def _decomposed(record: MixerRecord, found: list[int], by: By, features: Groups | None, project: bool) -> Decomposition:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -13,16 +13,14 @@ from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ssm_interp.features.arguments import whole_texts
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.features.metrics import Metric, Positions, measure
-from ssm_interp.features.mixers import CACHES
 from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetDelta
+from ssm_interp.hooks.own import Watch, own_operators, watching
 from ssm_interp.hooks.points import ON_REQUEST
 from ssm_interp.hooks.site import active_edits, position_mask
-from ssm_interp.prompts import Batch
 from ssm_interp.scan import Terms
-
-PACKED = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 
 Call = tuple[slice, Terms, Tensor]
 """One operator call of a mixer: which of its heads, the operands, and the gradient at y."""
@@ -64,7 +62,7 @@ class Question:
             raise FeatureError(
                 f"the metric must be a function of logits, such as logit_difference(target, other), got {metric!r}"
             )
-        given, mask = as_inputs(inputs)
+        given, mask = whole_texts(ssm, inputs)
         edges = {layer: _edges_of(ssm, layer, mask) for layer in layers}
         return Question(ssm, given, mask, metric, positions, layers, edges)
 
@@ -121,50 +119,26 @@ class Question:
     def _captured(self, scale: float) -> Iterator[dict[int, list[dict[str, Tensor]]]]:
         """Keep the operands and y of every operator call inside the `with`, y scaled and ready for a gradient."""
         found: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in self.layers}
-        with ExitStack() as stack:
-            for layer in self.layers:
-                points = self.ssm.layers[layer]
-                for name in ("x", "dt", "B", "C"):
-                    hook = points.point(name).register_forward_hook(_keep(found[layer], name))
-                    stack.callback(hook.remove)
-                give = _give_y(found[layer], scale, cut=layer == self.layers[0])
-                stack.callback(points.hook_y.register_forward_pre_hook(give, prepend=True).remove)
-                if next(self.ssm.mixers[layer].parameters()).device.type == "cpu":
-                    stack.callback(setattr, points, "own_operator", points.own_operator)
-                    points.own_operator = True
+        points = {layer: self.ssm.layers[layer] for layer in self.layers}
+        watches = [
+            Watch(points[layer].point(name), _read(name, calls))
+            for layer, calls in found.items()
+            for name in ("x", "dt", "B", "C")
+        ]
+        watches += [
+            Watch(points[layer].hook_y, give=_give_y(calls, scale, cut=layer == self.layers[0]))
+            for layer, calls in found.items()
+        ]
+        on_cpu = [points[layer] for layer in self.layers if self._device(layer).type == "cpu"]
+        with watching(watches), own_operators(on_cpu):
             yield found
 
-
-def as_inputs(inputs: Any) -> tuple[dict[str, Any], Bool[Tensor, "b t"]]:
-    """What to call a model with, and which columns are no padding, `[b t]`.
-
-    Raises:
-        FeatureError: neither ids, a mapping with ids, nor a batch of prompts; a cache or packed sequences; a mask of
-            another shape, or without a token in some row.
-    """
-    if isinstance(inputs, Batch):
-        inputs = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
-    ids = given.get("input_ids") if isinstance(given, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
-        got = list(ids.shape) if isinstance(ids, Tensor) else type(inputs).__name__
-        raise FeatureError(
-            f"inputs must be ids [b t], or a mapping with input_ids [b t] of at least one token; got {got}"
-        )
-    if unfit := [name for name in (*CACHES, *PACKED, "logits_to_keep") if given.get(name) is not None]:
-        raise FeatureError(f"the inputs hold {unfit[0]}: edges are those of one whole text per row; leave it out")
-    mask = given.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    if mask.shape != ids.shape or not mask.bool().any(1).all():
-        raise FeatureError(
-            f"attention_mask must be [b t] = {list(ids.shape)}, as input_ids, with a token in every row; got "
-            f"{list(mask.shape)} with {mask.bool().flatten(1).sum(1).tolist()} tokens"
-        )
-    return dict(given), mask.bool()
+    def _device(self, layer: int) -> torch.device:
+        return next(self.ssm.mixers[layer].parameters()).device
 
 
-def _keep(calls: list[dict[str, Tensor]], name: str) -> Any:
-    def keep(_module: Any, _args: Any, tensor: Tensor) -> None:
+def _read(name: str, calls: list[dict[str, Tensor]]) -> Callable[[Tensor], None]:
+    def keep(tensor: Tensor) -> None:
         if name == "x":  # the first to fire of each call
             calls.append({})
         calls[-1][name] = tensor.detach()
@@ -172,14 +146,14 @@ def _keep(calls: list[dict[str, Tensor]], name: str) -> Any:
     return keep
 
 
-def _give_y(calls: list[dict[str, Tensor]], scale: float, *, cut: bool) -> Any:
-    """A hook that takes y before anybody else's; `cut` leaves out what lies below it in the graph."""
+def _give_y(calls: list[dict[str, Tensor]], scale: float, *, cut: bool) -> Callable[[Tensor], Tensor]:
+    """What hook_y is given in y's place; `cut` leaves out what lies below it in the graph."""
 
-    def give(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-        y = args[0].detach() if cut else args[0]
+    def give(y: Tensor) -> Tensor:
+        y = y.detach() if cut else y
         y = y if scale == 1.0 else y * scale
         calls[-1]["y"] = y if y.requires_grad or not torch.is_grad_enabled() else y.requires_grad_()
-        return (calls[-1]["y"].clone(),)  # which somebody else's hook may change in place
+        return calls[-1]["y"].clone()  # which somebody's hook may change in place
 
     return give
 

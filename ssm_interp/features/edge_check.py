@@ -13,6 +13,7 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from ssm_interp.features.arguments import whole_number
 from ssm_interp.features.differentiate import Question
 from ssm_interp.features.edges import EdgeAttribution
 from ssm_interp.features.groups import FeatureError
@@ -84,8 +85,10 @@ def check_edges(
     Example:
         >>> check_edges(ssm, inputs, metric, found, top=50).frame.head()     # doctest: +SKIP
     """
-    if min(top, random) < 0:
-        raise FeatureError(f"top and random are counts of edges, 0 or more; got {top} and {random}")
+    if not isinstance(found, EdgeAttribution):
+        raise FeatureError(f"what is checked is what edge_attribution found, got {type(found).__name__}")
+    top, random = whole_number(top, "top", least=0), whole_number(random, "random", least=0)
+    seed = whole_number(seed, "seed", least=0)
     question = Question.of(ssm, inputs, metric, positions, found.layers)
     if found.mask.shape != question.mask.shape or not torch.equal(found.mask, question.mask):
         raise FeatureError(

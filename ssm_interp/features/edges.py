@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp import plots
+from ssm_interp.features.arguments import chosen_layers, row_tokens, whole_number
 from ssm_interp.features.differentiate import Question
-from ssm_interp.features.groups import FeatureError, Groups, check_groups
+from ssm_interp.features.groups import FeatureError, Groups, PlainGroups, check_groups
 from ssm_interp.features.metrics import Metric, Positions
-from ssm_interp.features.mixers import chosen_layers
 from ssm_interp.hooks import Attachment, HookPoints
+from ssm_interp.hooks.interventions import as_index
 from ssm_interp.hooks.plan import feature_mask
 from ssm_interp.scan import edge_products
 
@@ -34,11 +35,12 @@ class EdgeAttribution:
         values: `[b layer t s]`; with feature groups `[b layer group t s]`. Zero for s > t, at padding, and for edges
             that a knockout at work has removed already.
         layers: the layer of each entry of the second dimension.
-        features: the groups of the third dimension, as they were given; None: there is no such dimension.
+        features: the groups of the third dimension; None: there is no such dimension.
         mask: False at padding, `[b t]`.
         metric: the clean metric, `[b]`.
         without: the metric with all edges of these layers removed, `[b]`; None for a single step, which does not ask.
         steps: how many gradients each entry is a mean of.
+        model: its name.
 
     Example:
         >>> found.top(5, tokens=["The", " capital", " of", " France", " is"])      # doctest: +SKIP
@@ -51,6 +53,7 @@ class EdgeAttribution:
     metric: Float[Tensor, " b"]
     without: Float[Tensor, " b"] | None
     steps: int
+    model: str
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -104,7 +107,7 @@ class EdgeAttribution:
         """
         if tokens is None:
             return self._table.copy()
-        named = np.array(_rows_of(tokens, *self.mask.shape), dtype=object)
+        named = np.array(row_tokens(tokens, *self.mask.shape), dtype=object)
         row = self._table["row"]
         return self._table.assign(
             target_token=named[row, self._table["target"]], source_token=named[row, self._table["source"]]
@@ -119,11 +122,9 @@ class EdgeAttribution:
         Example:
             >>> found.top(3)[["layer", "target", "source"]]              # doctest: +SKIP
         """
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise FeatureError(f"top takes a number of edges, 0 or more, got {count!r}")
-        frame = self.frame(tokens)
+        number, frame = whole_number(count, "the number of edges", least=0), self.frame(tokens)
         order = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order[:count]].reset_index(drop=True)
+        return frame.loc[order[:number]].reset_index(drop=True)
 
     def plot(self, tokens: Sequence[Any], *, row: int = 0, group: str | None = None, **options: Any) -> Figure:
         """Two maps of a row of the batch, without its padding: `plots.edge_figure`.
@@ -132,24 +133,33 @@ class EdgeAttribution:
             tokens: as of `frame`.
             row: which row.
             group: which feature group, where there are several.
-            options: as of `edge_figure`: target (a position among the row's tokens), title, label.
+            options: as of `edge_figure`: target (a position among the row's tokens); title, in place of the model and
+                the clean metric; label, in place of what an entry is.
 
         Raises:
-            FeatureError: no such row or group, or a group left open.
+            FeatureError: no such row or group, or a group left open; tokens of another number; no position.
             ValueError: a target outside the prompt.
 
         Example:
             >>> found.plot(tokens, target=-1).savefig("edges.png", dpi=200)     # doctest: +SKIP
         """
-        if not 0 <= row < len(self.mask):
+        if (row := whole_number(row, "row", least=0)) >= len(self.mask):
             raise FeatureError(f"there is no row {row}; the batch has rows 0 to {len(self.mask) - 1}")
+        if not self.groups and group is not None:
+            raise FeatureError(f"this attribution was not split by features, so there is no group {group!r:.200}")
         if self.groups and group not in self.groups:
             raise FeatureError(f"name one of the feature groups {list(self.groups)} to draw, got group={group!r}")
+        if (target := as_index(options.get("target", -1))) is None:
+            raise FeatureError(f"target is one position of the row, got {options['target']!r:.200}")
         values = self.values[row, :, self.groups.index(group)] if self.groups and group else self.values[row]
         kept = self.mask[row].nonzero()[:, 0].to(values.device)
-        named = _rows_of(tokens, *self.mask.shape)[row]
+        named = row_tokens(tokens, *self.mask.shape)[row]
         shown = [named[column] for column in kept.tolist()]
-        return plots.edge_figure(values[:, kept][:, :, kept], shown, self.layers, **options)
+        about = f"{plots.short(self.model)}: metric = {float(self.metric[row]):.3g}"
+        integrated = f"Share of the change of the metric if all edges are removed ({self.steps} steps)"
+        options.setdefault("title", f"{about}, features: {group}" if self.groups else about)
+        options.setdefault("label", plots.EDGE_LABEL if self.steps == 1 else integrated)
+        return plots.edge_figure(values[:, kept][:, :, kept], shown, self.layers, **options | {"target": target})
 
 
 def edge_attribution(
@@ -169,7 +179,7 @@ def edge_attribution(
 
     Args:
         ssm: an attached model in eval mode. Its parameters may or may not want a gradient; their `.grad` is left alone.
-        inputs: ids `[b t]` or the mapping of a tokenizer; padding on the left or on the right.
+        inputs: ids `[b t]`, the mapping of a tokenizer, or a batch of prompts; padding on the left or on the right.
         metric: from logits to one number per row, `[b]`: `logit_difference(target, other)`, `log_probability(target)`
             or any differentiable function.
         positions: which logits the metric gets: "last", those of each row's last token that is no padding, `[b v]`; or
@@ -195,7 +205,7 @@ def edge_attribution(
         product of L^2 H P N (Mamba-1) or L^2 H P (Mamba-2) multiplications, for each group in proportion to its heads.
         Memory O(layers groups L^2) beside what the backward needs. On the CPU the library's own operator runs in the
         place of the host's, which is slow to differentiate there; gradients of parameters are not computed.
-        Not for several threads at once on one model, whose hooks would catch each other's tensors.
+        Other threads may use the model meanwhile.
     Source: attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348), on the edges of the hidden attention
         (Ali et al., arXiv 2403.01590); integrated gradients (Sundararajan et al., arXiv 1703.01365).
 
@@ -203,10 +213,10 @@ def edge_attribution(
         >>> metric = logit_difference(target=paris, other=rome)                           # doctest: +SKIP
         >>> edge_attribution(ssm, inputs, metric).top(10)                                 # doctest: +SKIP
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise FeatureError(f"steps must be a whole number, at least 1, got {steps!r}")
+    steps = whole_number(steps, "steps")
     chosen = tuple(sorted(chosen_layers(ssm, layers)))
-    masks = _group_masks(ssm, features, chosen)
+    groups = None if features is None else _groups(ssm, features, chosen)
+    masks = None if groups is None else _group_masks(ssm, groups, chosen)
     question = Question.of(ssm, inputs, metric, positions, chosen)
     total, clean, without = None, None, None
     for scale, weight in _nodes(steps):
@@ -216,7 +226,7 @@ def edge_attribution(
     if steps > 1:
         clean, without = question.value(1.0), question.value(0.0)
     assert total is not None and clean is not None
-    return EdgeAttribution(-total, chosen, features, question.mask, clean, without, steps)
+    return EdgeAttribution(-total, chosen, groups, question.mask, clean, without, steps, ssm.name)
 
 
 def _nodes(steps: int) -> list[tuple[float, float]]:
@@ -243,20 +253,23 @@ def _products(
     return value, torch.stack(found, dim=1)
 
 
-def _group_masks(ssm: Attachment, features: Groups | None, layers: Sequence[int]) -> dict[int, list[Tensor]] | None:
-    """The groups of each layer as bool tensors `[h 1]` or `[h n]`."""
-    if features is None:
-        return None
+def _groups(ssm: Attachment, features: Any, layers: Sequence[int]) -> PlainGroups:
     if not isinstance(features, Mapping) or not features:
-        raise FeatureError(f"features must be name -> layer -> features, as feature_groups gives, got {features!r}")
-    check_groups(ssm, features)
-    if missing := [name for name, group in features.items() if group is not None and not set(layers) & set(group)]:
+        raise FeatureError(
+            f"features must be name -> layer -> features, as feature_groups gives, not {features!r:.100}"
+        )
+    groups = check_groups(ssm, features)
+    if missing := [name for name, group in groups.items() if group is not None and not set(layers) & set(group)]:
         raise FeatureError(f"the feature group {missing[0]!r} names none of the layers {list(layers)}")
+    return groups
+
+
+def _group_masks(ssm: Attachment, groups: PlainGroups, layers: Sequence[int]) -> dict[int, list[Tensor]]:
+    """The groups of each layer as bool tensors `[h 1]` or `[h n]`."""
     found: dict[int, list[Tensor]] = {}
     for layer in layers:
-        points = ssm.layers[layer]
-        chosen = [None if group is None else tuple(group.get(layer, ())) for group in features.values()]
-        found[layer] = [_mask(group, points) for group in chosen]
+        chosen = [None if group is None else group.get(layer, ()) for group in groups.values()]
+        found[layer] = [_mask(group, ssm.layers[layer]) for group in chosen]
     return found
 
 
@@ -264,14 +277,3 @@ def _mask(group: tuple[Any, ...] | None, points: HookPoints) -> Tensor:
     if group == ():
         return torch.zeros(points.heads, 1, dtype=torch.bool)
     return feature_mask(group, points.heads, points.state_size, torch.device("cpu"))
-
-
-def _rows_of(tokens: Sequence[Any], batch: int, length: int) -> list[list[str]]:
-    rows = [tokens] * batch if all(isinstance(token, str) for token in tokens) else list(tokens)
-    counts = [len(row) for row in rows]
-    if counts != [length] * batch:
-        raise FeatureError(
-            f"there are {counts} tokens, but {batch} rows of {length} positions; give one token per position, or one "
-            "such sequence per row"
-        )
-    return [[str(token) for token in row] for row in rows]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 from itertools import product
-from numbers import Integral
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -18,7 +17,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssm_interp.hooks import Attachment, HookPoints
+from ssm_interp.hooks import Attachment, HookPoints, InterventionError
+from ssm_interp.hooks.interventions import as_features, as_list
 
 ALL = "all"
 SIDES = ("top", "bottom", "middle")
@@ -31,10 +31,21 @@ NAMED = re.compile(rf"(?P<complement>all but )?(?P<side>{'|'.join(SIDES)}) (?P<p
 
 Groups = Mapping[str, Mapping[int, Sequence[int] | Sequence[tuple[int, int]]] | None]
 """Name -> layer -> the features of the group; None: all features of every layer."""
+PlainGroups = dict[str, dict[int, tuple[int, ...] | tuple[tuple[int, int], ...]] | None]
 
 
 class FeatureError(ValueError):
     """Features, groups of them, or statistics that rank them, that do not exist or do not fit the model."""
+
+
+def check_attached(ssm: Any) -> None:
+    """Refuse what is no attachment.
+
+    Raises:
+        FeatureError: a model, or anything else.
+    """
+    if not isinstance(ssm, Attachment):
+        raise FeatureError(f"the model must be attached, ssm = attach(model); got {type(ssm).__name__}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class FeatureGroup:
     statistic: str = DECAY_NORM
 
     def __post_init__(self) -> None:
-        if self.side not in SIDES or self.part not in PARTS or (self.side == "middle" and self.part != "third"):
+        if self.side not in SIDES or self.part not in list(PARTS) or (self.side == "middle" and self.part != "third"):
             raise FeatureError(
                 f"there is no group {self.side!r} {self.part!r}: it is the top or the bottom {', '.join(PARTS)}, "
                 "or the middle third"
@@ -89,6 +100,8 @@ class FeatureGroup:
         Raises:
             FeatureError: no such group or statistic; the message gives the nearest names.
         """
+        if not isinstance(name, str):
+            raise FeatureError(f"groups are asked for by name, such as {ALL!r} or 'top third', got {name!r:.200}")
         words = NAMED.fullmatch(name)
         by = (words["statistic"] or DECAY_NORM) if words else DECAY_NORM
         if by not in (ranks := dict.fromkeys([DECAY_NORM, *statistics])):
@@ -115,7 +128,9 @@ class FeatureGroup:
             >>> FeatureGroup("top", "half").of({0: torch.tensor([0.1, 0.9, 0.5, 0.2])})
             {0: (1, 2)}
         """
-        return {layer: self._of_layer(layer, values) for layer, values in statistic.items()}
+        if not isinstance(statistic, Mapping) or not all(getattr(one, "ndim", 0) == 1 for one in statistic.values()):
+            raise FeatureError(f"a statistic is layer -> a number per feature [h], got {statistic!r:.200}")
+        return {layer: self._of_layer(layer, torch.as_tensor(values)) for layer, values in statistic.items()}
 
     def _of_layer(self, layer: int, values: Tensor) -> tuple[int, ...]:
         if bad := (~values.isfinite()).nonzero()[:, 0].tolist():
@@ -160,6 +175,7 @@ def decay_rates(ssm: Attachment) -> dict[int, Float[Tensor, "h n"]]:
 
 def _log_rates(ssm: Attachment) -> dict[int, Float[Tensor, "h n"]]:
     """A_log on the CPU, [h n]."""
+    check_attached(ssm)
     found = {}
     for layer, mixer in ssm.mixers.items():
         module: Any = mixer
@@ -174,7 +190,7 @@ def feature_groups(
     *,
     statistics: Mapping[str, Mapping[int, Any]] | None = None,
     sets: Groups | None = None,
-) -> dict[str, dict[int, tuple[int, ...] | tuple[tuple[int, int], ...]] | None]:
+) -> PlainGroups:
     """Groups of a model's features by their names, as `flow.sweep(features=...)` takes them.
 
     Args:
@@ -200,37 +216,35 @@ def feature_groups(
         >>> feature_groups(ssm, ["top third by half-life"], statistics=measured.statistics)       # doctest: +SKIP
         >>> feature_groups(ssm, ["induction"], sets={"induction": {3: [0, 7]}})                   # doctest: +SKIP
     """
-    names = [names] if isinstance(names, str) else names
-    sets = sets or {}
-    for what, given in (("statistics", statistics or {}), ("sets", sets)):
-        if not isinstance(given, Mapping) or not all(isinstance(layers, Mapping) for layers in given.values()):
+    check_attached(ssm)
+    names, sets = as_list(names), {} if sets is None else sets
+    statistics = {} if statistics is None else statistics
+    for what, given in (("statistics", statistics), ("sets", sets)):
+        if not isinstance(given, Mapping) or not all(isinstance(layers, Mapping | None) for layers in given.values()):
             raise FeatureError(f"{what} must be name -> layer -> one entry per feature, got {given!r:.200}")
-    known = {**dict.fromkeys(STATISTICS), **(statistics or {})}
-    ranked = {name: FeatureGroup.named(name, known) for name in names if name != ALL and name not in sets}
-    if not ssm.layers and (ranked or any(name in sets for name in names)):
+    known = {**dict.fromkeys(STATISTICS), **statistics}
+    ranked = {name: FeatureGroup.named(name, known) for name in names if name not in [ALL, *sets]}
+    if not ssm.layers and (ranked or set(names) & set(sets)):
         raise FeatureError(
             f"{type(ssm.model).__name__} has no SSM layers, whose features groups are of; its only group is {ALL!r}"
         )
     wanted = {group.statistic for group in ranked.values()}
     numbers = {name: _statistic(ssm, name, known[name]) for name in wanted}
-    check_groups(ssm, {name: sets[name] for name in names if name in sets})
-    found: dict[str, dict[int, tuple[int, ...] | tuple[tuple[int, int], ...]] | None] = {}
-    for name in names:
-        own: Mapping[int, Sequence[Any]] | None = sets.get(name)
-        if name in ranked:
-            found[name] = dict(ranked[name].of(numbers[ranked[name].statistic]))
-        else:
-            found[name] = None if own is None else {layer: tuple(own[layer]) for layer in sorted(own)}
-    return found
+    found: PlainGroups = {name: dict(group.of(numbers[group.statistic])) for name, group in ranked.items()}
+    found |= check_groups(ssm, {name: sets.get(name) for name in names if name not in ranked})
+    return {name: found[name] for name in names}
 
 
-def check_groups(ssm: Attachment, groups: Groups, *, disjoint: bool = False) -> None:
+def check_groups(ssm: Attachment, groups: Groups, *, disjoint: bool = False) -> PlainGroups:
     """Refuse groups that this model does not have.
 
     Args:
         ssm: an attached model.
         groups: name -> layer -> features; None for all features.
         disjoint: whether a feature may be in one group alone, as where parts by group are to add up to a whole.
+
+    Returns:
+        The same groups in tuples of Python's integers, whatever array or sequence they were given in.
 
     Raises:
         FeatureError: a group without layers, or without features in one; a layer, head or state dimension that the
@@ -239,48 +253,54 @@ def check_groups(ssm: Attachment, groups: Groups, *, disjoint: bool = False) -> 
     Example:
         >>> check_groups(ssm, {"a": {0: [0, 1]}, "b": {0: [(2, 0)]}}, disjoint=True)              # doctest: +SKIP
     """
+    check_attached(ssm)
     if not isinstance(groups, Mapping):
         raise FeatureError(
             f"feature groups are name -> layer -> features, as feature_groups gives them, got {type(groups).__name__}"
         )
+    found: PlainGroups = {}
     for name, group in groups.items():
-        if group is None:
-            continue
-        if not isinstance(group, Mapping):
+        if not isinstance(group, Mapping | None):
             raise FeatureError(
                 f"the feature group {name!r} must be layer -> features, or None for all, got {type(group).__name__}; "
                 "feature_groups(ssm, [name]) makes one of a name"
             )
-        if not group:
+        if group is not None and not group:
             raise FeatureError(f"the feature group {name!r} names no layer; give layer -> features, or None for all")
-        for layer, features in group.items():
-            _check_layer(ssm, name, layer, features)
+        checked = [(layer, _of_layer(ssm, name, layer, features)) for layer, features in (group or {}).items()]
+        found[name] = None if group is None else dict(sorted(checked))
     if disjoint:
-        _check_disjoint(ssm, groups)
+        _check_disjoint(ssm, found)
+    return found
 
 
-def _check_layer(ssm: Attachment, name: str, layer: int, features: Sequence[Any]) -> None:
+def _of_layer(ssm: Attachment, name: str, layer: Any, features: Any) -> tuple[int, ...] | tuple[tuple[int, int], ...]:
     where = f"the feature group {name!r}"
     if layer not in ssm.layers:
         raise FeatureError(f"{where} names layer {layer!r}; the SSM layers of this model are {list(ssm.layers)}")
-    if isinstance(features, str) or not isinstance(features, Sequence | np.ndarray | Tensor) or not len(features):
+    try:
+        found = as_features(features, where)
+    except InterventionError:
+        found = None
+    if found is None:
         raise FeatureError(
-            f"{where} has no features in layer {layer} (got {features!r}); name some, or leave the layer out"
+            f"{where} must name heads or (head, state dimension) pairs, at least one, in layer {layer}, or leave the "
+            f"layer out; got {features!r:.200}"
         )
     points = ssm.layers[layer]
-    for feature in features:
-        if not _is_feature(feature, points):
+    for feature in found:
+        head, dimension = feature if isinstance(feature, tuple) else (feature, 0)
+        if not (0 <= head < points.heads and 0 <= dimension < points.state_size):
             raise FeatureError(
                 f"{where}: layer {layer} has no feature {feature!r}; it has heads 0 to {points.heads - 1} and state "
                 f"dimensions 0 to {points.state_size - 1}"
             )
-    if len({isinstance(feature, tuple) for feature in features}) > 1:
-        raise FeatureError(f"{where} names heads and (head, state dimension) pairs in layer {layer}; give either")
-    if len(twice := np.argwhere(_times(points, features) > 1)):
+    if len(twice := np.argwhere(_times(points, found) > 1)):
         raise FeatureError(
             f"{where} names head {twice[0][0]} of layer {layer}, with state dimension {twice[0][1]}, twice; name each "
             "feature once"
         )
+    return found
 
 
 def _check_disjoint(ssm: Attachment, groups: Groups) -> None:
@@ -306,15 +326,6 @@ def _times(points: HookPoints, features: Sequence[Any]) -> NDArray[np.int64]:
     for feature in features:
         times[feature] += 1
     return times
-
-
-def _is_feature(feature: Any, points: HookPoints) -> bool:
-    indices = feature if isinstance(feature, tuple) else (feature,)
-    sizes = (points.heads, points.state_size)[: len(indices)]
-    return len(indices) == len(sizes) > 0 and all(
-        isinstance(index, Integral) and not isinstance(index, bool) and 0 <= int(index) < size
-        for index, size in zip(indices, sizes, strict=True)
-    )
 
 
 def _statistic(ssm: Attachment, name: str, given: Mapping[int, Any] | None) -> dict[int, Tensor]:

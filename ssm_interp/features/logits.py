@@ -8,12 +8,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp import plots
+from ssm_interp.features.arguments import chosen_layers, columns, row_tokens, whole_number, whole_texts
 from ssm_interp.features.decomposition import By, check_by, groups_of, parts_at, tidy
 from ssm_interp.features.groups import FeatureError, Groups, check_groups
-from ssm_interp.features.mixers import MixerRecord, chosen_layers, columns, precisely, run_recorded
+from ssm_interp.features.metrics import logits_of, token_ids
+from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.features.stream import frozen_scale, graph_from, last_norm, written_share
 from ssm_interp.hooks import Attachment
 
@@ -34,6 +38,7 @@ class LogitAttribution:
         parts: the parts of a `Decomposition`, each `[b l f c]`: "ssm", "skip", (by input) "ssm_bias", "skip_bias", and
             "out_bias".
         difference: the logit difference that the model gave, `[b]`.
+        model: its name.
 
     Held fixed: the scale of the last norm, and what `Decomposition` holds fixed. Only the direct path counts: what a
     later layer, attention or MLP makes of a mixer's output is theirs.
@@ -49,6 +54,7 @@ class LogitAttribution:
     groups: tuple[str, ...]
     parts: Mapping[str, Float[Tensor, "b l _ _"]]
     difference: Float[Tensor, " b"]
+    model: str
 
     @property
     def rest(self) -> Float[Tensor, " b"]:
@@ -76,6 +82,30 @@ class LogitAttribution:
         table = table.rename(columns={"value": "attribution"}).astype({"layer": "Int64"})
         return table[["row", "layer", "source", "part", "feature_group", "attribution"]].reset_index(drop=True)
 
+    def plot(self, tokens: Sequence[Any], *, row: int = 0, **options: Any) -> Figure:
+        """A map of a row of the batch, source token x layer, all feature groups together: `plots.attribution_figure`.
+
+        Args:
+            tokens: a readable token per column of the input ids, or a sequence of such sequences, one per row.
+            row: which row.
+            options: as of `attribution_figure`: subject; title, in place of the model and the difference; label; ax.
+
+        Raises:
+            FeatureError: no such row; another number of tokens than the prompt has positions.
+            ValueError: a subject outside the prompt.
+
+        Example:
+            >>> found.plot(tokens, title="tiny-mamba1: Paris or London").savefig("logits.png")     # doctest: +SKIP
+        """
+        values = self.by_position()
+        if (row := whole_number(row, "row", least=0)) >= len(values):
+            raise FeatureError(f"there is no row {row}; the batch has rows 0 to {len(values) - 1}")
+        named = row_tokens(tokens, len(values), values.shape[3])[row]
+        shown = values[row].sum(1)
+        whole = f"{float(self.difference[row]):.3g}, of which {float(shown.sum()):.3g} is shown"
+        options.setdefault("title", f"{plots.short(self.model)}\nlogit difference {whole}")
+        return plots.attribution_figure(shown, named, self.layers, **options)
+
 
 def logit_attribution(
     ssm: Attachment,
@@ -92,7 +122,7 @@ def logit_attribution(
 
     Args:
         ssm: an attached causal language model.
-        inputs: ids `[b t]` or the mapping of a tokenizer.
+        inputs: ids `[b t]`, the mapping of a tokenizer, or a batch of prompts.
         target: token id, or one per batch row.
         other: the token to compare with, likewise; "mean": the mean of all logits; None: nothing, the target's logit
             alone (which, unlike a difference, softmax does not see: a constant may be added to all logits).
@@ -119,24 +149,28 @@ def logit_attribution(
     """
     check_by(by)
     chosen = chosen_layers(ssm, layers)
-    check_groups(ssm, features or {}, disjoint=True)
+    groups = None if features is None else check_groups(ssm, features, disjoint=True)
+    given, mask = whole_texts(ssm, inputs)
+    column, *more = columns(position, mask, "position")
+    if more:
+        raise FeatureError(f"position is one position, got {position!r:.200}; ask for each in a call of its own")
     norm = last_norm(ssm)
     with graph_from(norm) as ends:
-        run, records = run_recorded(ssm, inputs, chosen)
+        ids, others = token_ids(target, "target"), _others(other)  # in here they are no inference tensors
+        run, records = run_recorded(ssm, given, chosen)
         logits, end = run.logits, ends[-1]
-        (column,) = columns(position, logits.shape[1], inputs)
         with torch.enable_grad():
-            difference = _difference(logits[:, column], target, other)
+            difference = _difference(logits[:, column], ids, others)
             slope = torch.autograd.grad(difference.sum(), end.leaving)[0][:, column]
         direction = frozen_scale(end, column) * slope  # b m: in the residual stream
-    shares = written_share(ssm, _a_token(inputs))
+    shares = written_share(ssm, given["input_ids"][:1, -1:])
     with precisely(direction.device):
         found = [
-            _attributed(record, column, by, features, direction * shares[record.layer]) for record in records.values()
+            _attributed(record, column, by, groups, direction * shares[record.layer]) for record in records.values()
         ]
         parts = {name: torch.stack([layer[name] for layer in found], dim=1) for name in found[0]}
-    names = tuple(group.name for group in groups_of(records[chosen[0]], features))
-    return LogitAttribution(by, column, tuple(chosen), names, parts, difference.detach().to(direction))
+    names = tuple(group.name for group in groups_of(records[chosen[0]], groups))
+    return LogitAttribution(by, column, tuple(chosen), names, parts, difference.detach().to(direction), ssm.name)
 
 
 def _attributed(
@@ -153,32 +187,17 @@ def _attributed(
     return parts | {"out_bias": (direction @ record.bias)[:, None, None]}
 
 
-def _difference(logits: Float[Tensor, "b v"], target: Any, other: Any) -> Float[Tensor, " b"]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    found = logits.gather(1, _ids("target", target, logits))[:, 0]
-    if other is None:
-        return found
+def _others(other: Any) -> Int[Tensor, " r"] | str | None:
+    if other is None or (isinstance(other, str) and other == MEAN):
+        return other
     if isinstance(other, str):
-        if other != MEAN:
-            raise FeatureError(f"other is a token id, one per row, {MEAN!r} or None; got {other!r}")
-        return found - logits.mean(1)
-    return found - logits.gather(1, _ids("other", other, logits))[:, 0]
+        raise FeatureError(f"other is a token id, one per row, {MEAN!r} or None; got {other!r}")
+    return token_ids(other, "other")
 
 
-def _ids(name: str, given: Any, logits: Float[Tensor, "b v"]) -> Tensor:
-    """Token ids, one per row, `[b 1]`."""
-    rows, vocabulary = logits.shape
-    ids = given.tolist() if isinstance(given, Tensor) else given
-    ids = list(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids] * rows
-    if wrong := [one for one in ids if not isinstance(one, int) or isinstance(one, bool)]:
-        raise FeatureError(f"{name} must be token ids, integers, got {wrong[0]!r}; tokenizer(...) gives them")
-    if len(ids) != rows:
-        raise FeatureError(f"{name} has {len(ids)} token ids for a batch of {rows} rows; give one, or one per row")
-    if outside := [one for one in ids if not 0 <= one < vocabulary]:
-        raise FeatureError(f"{name}: there is no token {outside[0]}; the vocabulary has 0 to {vocabulary - 1}")
-    return torch.tensor(ids, device=logits.device)[:, None]
-
-
-def _a_token(inputs: Any) -> Tensor:
-    ids: Tensor = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
-    return ids[:1, -1:]
+def _difference(logits: Float[Tensor, "b v"], ids: Tensor, others: Tensor | str | None) -> Float[Tensor, " b"]:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    found = logits_of(logits, ids, "target")
+    if others is None:
+        return found
+    return found - (logits.mean(1) if isinstance(others, str) else logits_of(logits, others, "other"))

@@ -33,8 +33,8 @@ def log_probability(target: Any) -> Metric:
         >>> log_probability(1)(torch.zeros(1, 4)).exp()
         tensor([0.2500])
     """
-    ids = _ids(target, "target")
-    return lambda logits: _chosen(logits, ids, "target") - logits.logsumexp(-1)
+    ids = token_ids(target, "target")
+    return lambda logits: logits_of(logits, ids, "target") - logits.logsumexp(-1)
 
 
 def logit_difference(target: Any, other: Any) -> Metric:
@@ -51,8 +51,8 @@ def logit_difference(target: Any, other: Any) -> Metric:
         >>> logit_difference(2, 0)(torch.tensor([[0.0, 1.0, 3.0]]))
         tensor([3.])
     """
-    ids, others = _ids(target, "target"), _ids(other, "other")
-    return lambda logits: _chosen(logits, ids, "target") - _chosen(logits, others, "other")
+    ids, others = token_ids(target, "target"), token_ids(other, "other")
+    return lambda logits: logits_of(logits, ids, "target") - logits_of(logits, others, "other")
 
 
 def measure(metric: Metric, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, " b"]:
@@ -90,17 +90,29 @@ def measure(metric: Metric, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, " 
     return value.reshape(rows)
 
 
-def _ids(tokens: Any, name: str) -> Int[Tensor, " r"]:
+def token_ids(tokens: Any, name: str) -> Int[Tensor, " r"]:
+    """One token id, or one for each row.
+
+    Raises:
+        FeatureError: anything else.
+    """
     try:
         ids = as_indices(tokens, name)
     except InterventionError:
         ids = None
     if not ids or min(ids) < 0:
-        raise FeatureError(f"{name} must be a token id, or one for each row, got {tokens!r}")
+        raise FeatureError(
+            f"{name} must be a token id, or one for each row, got {tokens!r:.200}; tokenizer(text)['input_ids'] has ids"
+        )
     return torch.tensor(ids)
 
 
-def _chosen(logits: Tensor, ids: Int[Tensor, " r"], name: str) -> Tensor:
+def logits_of(logits: Tensor, ids: Int[Tensor, " r"], name: str) -> Float[Tensor, " b"]:
+    """The logit of one token in each row of `[b v]`.
+
+    Raises:
+        FeatureError: logits of another rank; another number of rows; an id outside the vocabulary.
+    """
     if logits.ndim != 2:
         raise FeatureError(f"this metric takes the logits at each row's last token, [b v], got {list(logits.shape)}")
     rows, vocabulary = logits.shape

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from operator import index
 from typing import Any
 
 import torch
@@ -14,15 +13,15 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor
 
+from ssm_interp.features.arguments import chosen_layers, whole_texts
 from ssm_interp.features.groups import FeatureError
-from ssm_interp.hooks import Attachment, InterventionError, Run
-from ssm_interp.hooks.interventions import as_indices
+from ssm_interp.hooks import Attachment, Run
+from ssm_interp.hooks.own import in_this_thread
 from ssm_interp.hooks.site import active_edits
 from ssm_interp.scan import Terms
 from ssm_interp.scan.unified import Convolution
 
 READ = ("conv", "x", "dt", "B", "C", "y")
-CACHES = ("cache_params", "past_key_values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +85,16 @@ def record_mixers(ssm: Attachment, inputs: Any, *, layers: Any = None) -> dict[i
 
     Args:
         ssm: an attached model.
-        inputs: ids `[b t]` or the mapping of a tokenizer.
+        inputs: ids `[b t]`, the mapping of a tokenizer, or a batch of prompts.
         layers: of which SSM layers, one or a sequence; None: all.
 
     Returns:
         Layer -> its record.
 
     Raises:
-        FeatureError: a model without SSM layers; an unknown layer; an edit at work in this thread; a filled cache
-            among the inputs; an output projection whose weights are not a plain matrix (quantised).
+        FeatureError: a model without SSM layers; an unknown layer; an edit at work in this thread; inputs that are not
+            whole texts by ids of the model (a filled cache among them); an output projection whose weights are not a
+            plain matrix (quantised).
 
     Cost: one forward without gradients, and per layer about ten tensors of the size of x.
 
@@ -102,25 +102,20 @@ def record_mixers(ssm: Attachment, inputs: Any, *, layers: Any = None) -> dict[i
         >>> record = record_mixers(ssm, inputs)[3]                                         # doctest: +SKIP
         >>> record.gate * (record.y + record.skip * record.terms.x)      # is record.inner   # doctest: +SKIP
     """
-    return run_recorded(ssm, inputs, layers)[1]
+    chosen = chosen_layers(ssm, layers)
+    given, _ = whole_texts(ssm, inputs)
+    return run_recorded(ssm, given, chosen)[1]
 
 
 @torch.no_grad()
-def run_recorded(ssm: Attachment, inputs: Any, layers: Any = None) -> tuple[Run, dict[int, MixerRecord]]:
-    """As `record_mixers`, and the run itself."""
-    chosen = chosen_layers(ssm, layers)
+def run_recorded(
+    ssm: Attachment, given: Mapping[str, Any], chosen: Sequence[int]
+) -> tuple[Run, dict[int, MixerRecord]]:
+    """As `record_mixers`, of inputs and layers that are checked, and the run itself."""
     if any(active_edits(place) for place in ssm.places()):
         raise FeatureError(
             "an edit is at work, under which a mixer's output is not M x and what follows it; leave the "
             "`with ssm.edit(...)` block first"
-        )
-    if isinstance(inputs, Mapping) and inputs.get("logits_to_keep") is not None:
-        raise FeatureError(
-            "the inputs hold logits_to_keep, without which positions are those of the text; leave it out"
-        )
-    if isinstance(inputs, Mapping) and any(inputs.get(name) is not None for name in CACHES):
-        raise FeatureError(
-            "the inputs hold a filled cache, whose tokens are not among the sources; give the whole text"
         )
     projections: dict[int, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
@@ -130,8 +125,8 @@ def run_recorded(ssm: Attachment, inputs: Any, layers: Any = None) -> tuple[Run,
             def keep(_module: Any, args: Any, output: Tensor, layer: int = layer) -> None:
                 projections[layer] = args[0], output
 
-            stack.callback(module.out_proj.register_forward_hook(keep).remove)
-        run = ssm.run(inputs, read=READ, layers=chosen, use_cache=False)
+            stack.callback(module.out_proj.register_forward_hook(in_this_thread(keep)).remove)
+        run = ssm.run(given, read=READ, layers=chosen, use_cache=False)
     return run, {layer: _record(ssm, run, layer, *projections[layer]) for layer in chosen}
 
 
@@ -141,58 +136,6 @@ def precisely(device: torch.device) -> Iterator[None]:
     known = torch.amp.is_autocast_available(device.type)
     with torch.no_grad(), torch.autocast(device.type, enabled=False) if known else nullcontext():
         yield
-
-
-def chosen_layers(ssm: Attachment, layers: Any) -> list[int]:
-    """Layers that exist, in the order given; None: all SSM layers.
-
-    Raises:
-        FeatureError: a model without SSM layers; no layer, or one that is none of them.
-    """
-    known = sorted(ssm.layers)
-    if not known:
-        raise FeatureError(f"{type(ssm.model).__name__} has no SSM layers (or was detached): there is nothing to read")
-    try:
-        wanted = as_indices(layers, "layers")
-    except InterventionError as error:
-        raise FeatureError(f"{error}; the SSM layers of this model are {known}") from None
-    if wanted is None:
-        return known
-    if not wanted:
-        raise FeatureError(f"layers names no layer; leave it out for all SSM layers, {known}")
-    if missing := [layer for layer in wanted if layer not in known]:
-        raise FeatureError(f"there is no SSM layer {missing[0]!r}; the SSM layers of this model are {known}")
-    return list(dict.fromkeys(wanted))
-
-
-def columns(targets: Any, length: int, inputs: Any) -> list[int]:
-    """Target positions as columns of the input ids, counted from 0.
-
-    Raises:
-        FeatureError: none; something else than integers; a position outside the prompt, or in a row's padding.
-    """
-    try:
-        wanted = [index(targets)] if not isinstance(targets, Sequence | range) else [index(t) for t in targets]
-    except TypeError:
-        raise FeatureError(f"targets are positions, an integer or a sequence of them, got {targets!r}") from None
-    if not wanted:
-        raise FeatureError("there are no targets; name at least one position, such as -1")
-    if outside := [target for target in wanted if not -length <= target < length]:
-        raise FeatureError(
-            f"there is no position {outside[0]}: the prompt has {length} positions, 0 to {length - 1} (or -{length} "
-            "to -1)"
-        )
-    found = [target % length for target in wanted]
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if mask is None:
-        return found
-    for target in found:
-        if len(rows := (mask[:, target] == 0).nonzero()[:, 0].tolist()):
-            raise FeatureError(
-                f"position {target} is padding in row {rows[0]}; targets are columns of input_ids, the same in each "
-                "row, so pad on the left to have the last tokens of all rows in one column"
-            )
-    return found
 
 
 def _record(ssm: Attachment, run: Run, layer: int, inner: Tensor, output: Tensor) -> MixerRecord:

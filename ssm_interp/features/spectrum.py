@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ssm_interp import plots
-from ssm_interp.features.groups import DECAY_NORM, STATISTICS, FeatureError, decay_norms, decay_rates, unknown_statistic
-from ssm_interp.hooks import Attachment, HookPoint
+from ssm_interp.features.arguments import whole_number, whole_texts
+from ssm_interp.features.groups import (
+    DECAY_NORM,
+    STATISTICS,
+    FeatureError,
+    check_attached,
+    decay_norms,
+    decay_rates,
+    unknown_statistic,
+)
+from ssm_interp.hooks import Attachment
+from ssm_interp.hooks.interventions import as_list
+from ssm_interp.hooks.own import Watch, watching
 from ssm_interp.hooks.site import active_edits
-from ssm_interp.prompts import Batch
 from ssm_interp.scan import Terms, distance_sums
 
 BY_STATE = ("effective decay", "half-life")
@@ -60,7 +70,7 @@ class Spectrum:
     by_state: Mapping[str, Mapping[int, Float[Tensor, "h n"]]]
 
     def __getitem__(self, name: str) -> Mapping[int, Float[Tensor, " h"]]:
-        if name not in self.statistics:
+        if name not in list(self.statistics):
             raise FeatureError(_not_measured(name, self.statistics))
         return self.statistics[name]
 
@@ -95,7 +105,8 @@ class Spectrum:
 
     def plot(self) -> Figure:
         """The quantiles of every statistic over the layers; see `plots.spectrum_figure`."""
-        return plots.spectrum_figure(self.frame())
+        read = f"measured on {self.tokens} tokens" if self.tokens else "measured on the weights alone"
+        return plots.spectrum_figure(self.frame(), title=read)
 
 
 def spectrum(
@@ -135,19 +146,19 @@ def spectrum(
         >>> found.plot().savefig("spectrum.png")                                                     # doctest: +SKIP
     """
     wanted = _wanted(ssm, inputs, statistics)
-    if batch_size < 1:
-        raise FeatureError(f"the batch size must be at least 1, got {batch_size}")
-    config = getattr(ssm.model, "config", None)
-    name = name or getattr(config, "name_or_path", "") or type(ssm.model).__name__
+    batch_size = whole_number(batch_size, "batch_size")
+    name = name or ssm.name
     norms = {DECAY_NORM: decay_norms(ssm)}
     if not set(wanted) - {DECAY_NORM}:
         return Spectrum(name, 0, norms, {})
     sums = {layer: _Sums(A, wanted) for layer, A in decay_rates(ssm).items()}
-    with torch.no_grad(), ExitStack() as stack:
-        for layer, points in ssm.layers.items():
-            for point in (points.hook_dt, points.hook_B, points.hook_C):
-                stack.callback(point.register_forward_hook(sums[layer].take).remove)
-        for texts in list(_texts(inputs, batch_size)):
+    watches = [
+        Watch(points.point(one), partial(sums[layer].take, one))
+        for layer, points in ssm.layers.items()
+        for one in ("dt", "B", "C")
+    ]
+    with torch.no_grad(), watching(watches):
+        for texts in list(_texts(ssm, inputs, batch_size)):
             ssm.run(texts)
     by_state = {layer: one.by_state() for layer, one in sums.items()}
     values = {layer: one.statistics(by_state[layer]) for layer, one in sums.items()}
@@ -174,10 +185,10 @@ class _Sums:
     def tokens(self) -> int:
         return int(self.seen[0])
 
-    def take(self, point: HookPoint, _: Any, tensor: Tensor) -> None:
-        """A hook on the points of dt, B and C, which fire in this order, once for each operator call."""
-        self.caught[point.name] = tensor.detach()
-        if point.name != "C":
+    def take(self, name: str, tensor: Tensor) -> None:
+        """What passes the points of dt, B and C, which fire in this order, once for each operator call."""
+        self.caught[name] = tensor.detach()
+        if name != "C":
             return
         dt, start = self.caught["dt"], self.heads.stop % len(self.A)
         self.heads = slice(start, start + dt.shape[2])  # Zamba calls once for each of its Mamba heads
@@ -223,14 +234,16 @@ class _Sums:
 
 def _wanted(ssm: Attachment, inputs: Any, statistics: Sequence[str] | None) -> tuple[str, ...]:
     """The statistics to measure, in the order of `STATISTICS`."""
+    check_attached(ssm)
     if not ssm.is_attached:
         raise FeatureError("this attachment was detached; call attach(model) again")
     if not ssm.layers:
         raise FeatureError(f"{type(ssm.model).__name__} has no SSM layers, whose features a spectrum is of")
     if any(active_edits(place) for place in ssm.places()):
         raise FeatureError("a spectrum is of the model as it is: leave the block of `with ssm.edit(...)` first")
-    statistics = (statistics,) if isinstance(statistics, str) else statistics
-    wanted = (STATISTICS if inputs is not None else STATISTICS[:1]) if statistics is None else tuple(statistics)
+    wanted = (STATISTICS if inputs is not None else STATISTICS[:1]) if statistics is None else as_list(statistics)
+    if wrong := [one for one in wanted if not isinstance(one, str)]:
+        raise FeatureError(f"statistics are asked for by name, {', '.join(STATISTICS)}; got {wrong[0]!r:.200}")
     if not wanted:
         raise FeatureError(f"no statistic was asked for; there are {', '.join(STATISTICS)}")
     for one in wanted:
@@ -241,14 +254,15 @@ def _wanted(ssm: Attachment, inputs: Any, statistics: Sequence[str] | None) -> t
     return tuple(one for one in STATISTICS if one in wanted)
 
 
-def _texts(inputs: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def _texts(ssm: Attachment, inputs: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """The texts without padding, those of one length together, as many as go through the model at once."""
-    given = _tensors(inputs)
-    ids, mask = given["input_ids"], given.pop("attention_mask", None)
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    given, real = whole_texts(ssm, inputs)
+    given.pop("attention_mask", None)
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != real.shape:
+            got = str(list(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise FeatureError(f"{name} must be a tensor with a number per token, {list(real.shape)}, got {got}")
     lengths = real.sum(1)
-    if not lengths.all():
-        raise FeatureError(f"row {int((lengths == 0).nonzero()[0])} of attention_mask hides the whole text")
     begins = real & ~pad(real, (1, 0))[:, :-1]
     if (broken := (begins.sum(1) > 1).nonzero()).numel():
         raise FeatureError(
@@ -260,30 +274,7 @@ def _texts(inputs: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
             yield {name: tensor[rows][real[rows]].view(len(rows), length) for name, tensor in given.items()}
 
 
-def _tensors(inputs: Any) -> dict[str, Tensor]:
-    """Ids, and what else there is for each token."""
-    if isinstance(inputs, Batch):
-        inputs = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-    if not isinstance(inputs, Tensor | Mapping):
-        raise FeatureError(
-            "a spectrum takes input_ids [b t], the mapping that a tokenizer returns, or a batch of prompts, got "
-            f"{type(inputs).__name__}"
-        )
-    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else {k: v for k, v in inputs.items() if v is not None}
-    ids = given.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise FeatureError(
-            f"input_ids must be whole numbers [b t], at least one, got {got}; with a tokenizer give return_tensors='pt'"
-        )
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != ids.shape:
-            got = str(list(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise FeatureError(f"{name} must be a tensor with a number per token, {list(ids.shape)}, got {got}")
-    return given
-
-
 def _not_measured(name: str, measured: Mapping[str, Any]) -> str:
     if name not in STATISTICS:
-        return unknown_statistic(name, STATISTICS)
+        return unknown_statistic(str(name), STATISTICS)
     return f"the {name} was not measured, only {', '.join(measured)}; give spectrum(ssm, inputs, statistics=[...])"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.hooks import Attachment
 from ssm_interp.hooks.blocks import blocks_of
+from ssm_interp.hooks.own import in_this_thread
 
 
 @dataclass
@@ -65,7 +66,7 @@ def graph_from(norm: nn.Module) -> Iterator[list[StreamEnd]]:
         return found[-1].leaving
 
     with torch.inference_mode(False), torch.no_grad():
-        handle = norm.register_forward_hook(leaf)
+        handle = norm.register_forward_hook(in_this_thread(leaf))
         try:
             yield found
         finally:
@@ -95,10 +96,10 @@ def written_share(ssm: Attachment, token: Tensor) -> dict[int, float]:
     with ExitStack() as stack:
         for layer, mixer in ssm.mixers.items():
             for silent in _beside(blocks[layer], mixer):
-                stack.callback(silent.register_forward_hook(_put(torch.zeros_like)).remove)
-            stack.callback(mixer.register_forward_hook(_put(torch.ones_like)).remove)
-            stack.callback(blocks[layer].register_forward_pre_hook(_empty, with_kwargs=True).remove)
-            stack.callback(blocks[layer].register_forward_hook(_measure(layer, shares)).remove)
+                stack.callback(silent.register_forward_hook(in_this_thread(_put(torch.zeros_like))).remove)
+            stack.callback(mixer.register_forward_hook(in_this_thread(_put(torch.ones_like))).remove)
+            stack.callback(blocks[layer].register_forward_pre_hook(in_this_thread(_empty), with_kwargs=True).remove)
+            stack.callback(blocks[layer].register_forward_hook(in_this_thread(_measure(layer, shares))).remove)
         ssm.model(input_ids=token, use_cache=False)
     return shares
 

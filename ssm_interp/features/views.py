@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp import plots
+from ssm_interp.features.arguments import chosen_layers, columns, indices, row_tokens, whole_number, whole_texts
 from ssm_interp.features.groups import FeatureError
-from ssm_interp.features.mixers import MixerRecord, columns, precisely, record_mixers
+from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
 from ssm_interp.scan import Terms, attention, attention_rows
 from ssm_interp.scan.attention import Reduction
@@ -22,6 +25,17 @@ from ssm_interp.scan.unified import Convolution, unified_rows
 Form = Literal["operator", "no_dt", "value", "unified"]
 
 FORMS = ("operator", "no_dt", "value", "unified")
+LABELS: Mapping[Form, str] = {
+    "operator": "attention M[t,s] of the SSM",
+    "no_dt": "C (decay) B of the SSM",
+    "value": "value-weighted attention |M[t,s]| |x_s|",
+    "unified": "attention of the whole mixer (unified)",
+}
+REDUCED: Mapping[Reduction, str] = {
+    "mean": "Mean",
+    "mean_abs": "Mean of the magnitude",
+    "norm": "Root of the sum of squares",
+}
 MEASURES = {"mean": torch.positive, "mean_abs": torch.abs, "norm": torch.square}
 
 
@@ -44,9 +58,11 @@ class AttentionView:
             unified form channels, `h p` flattened.
         bias: in the unified form the convolution's bias, as one more column, `[b r]` or `[b c r]`; else None.
 
+        model: its name.
+
     Example:
         >>> view = attention_views(ssm, inputs, "unified", layers=[3])[3]                  # doctest: +SKIP
-        >>> attention_figure(view.values[0], tokens).savefig("unified.png")                # doctest: +SKIP
+        >>> view.plot(tokens).savefig("unified.png")                                       # doctest: +SKIP
     """
 
     layer: int
@@ -55,6 +71,35 @@ class AttentionView:
     targets: tuple[int, ...]
     values: Float[Tensor, "b *c r s"]
     bias: Float[Tensor, "b *c r"] | None
+    model: str
+
+    def plot(self, tokens: Sequence[Any], *, row: int = 0, **options: Any) -> Figure:
+        """Heat map of a row of the batch: `plots.attention_figure`.
+
+        Args:
+            tokens: a readable token per column of the input ids, or a sequence of such sequences, one per row.
+            row: which row.
+            options: as of `attention_figure`: title, in place of the model and the layer; label, in place of what an
+                entry is; ax.
+
+        Raises:
+            FeatureError: all channels apart, or not all targets; no such row; another number of tokens.
+
+        Example:
+            >>> attention_views(ssm, inputs, "value")[3].plot(tokens).savefig("value.png")  # doctest: +SKIP
+        """
+        *batch, targets, sources = self.values.shape
+        if self.reduction is None or targets != sources:
+            raise FeatureError(
+                f"a heat map needs [b t s] with t = s, this view has {list(self.values.shape)}; ask for all targets, "
+                "and for a reduction ('mean', 'mean_abs', 'norm')"
+            )
+        if (row := whole_number(row, "row", least=0)) >= batch[0]:
+            raise FeatureError(f"there is no row {row}; the batch has rows 0 to {batch[0] - 1}")
+        over = "channels" if self.form == "unified" else "heads"
+        options.setdefault("title", f"{plots.short(self.model)}, layer {self.layer}\n{LABELS[self.form]}")
+        options.setdefault("label", f"{REDUCED[self.reduction]} over {over}")
+        return plots.attention_figure(self.values[row], row_tokens(tokens, batch[0], sources)[row], **options)
 
 
 def attention_views(
@@ -71,12 +116,12 @@ def attention_views(
 
     Args:
         ssm: an attached model.
-        inputs: ids `[b t]` or the mapping of a tokenizer.
+        inputs: ids `[b t]`, the mapping of a tokenizer, or a batch of prompts.
         form: "operator", "no_dt", "value" or "unified".
         reduction: "mean", "mean_abs", "norm", or None for all channels apart.
         layers: SSM layers, one or a sequence; None: all.
         targets: rows, one position or a sequence; None: all. A few are much cheaper than all.
-        heads: those to look at, a sequence, or layer -> sequence; None: all.
+        heads: those to look at, one or a sequence, or layer -> those; None: all.
 
     Returns:
         Layer -> its view. Padding is zero, as rows and as columns (but for the unified columns of left padding where
@@ -97,20 +142,22 @@ def attention_views(
     """
     if form not in FORMS:
         raise FeatureError(f"there is no form {form!r} of attention; there are {', '.join(FORMS)}")
-    if reduction is not None and reduction not in MEASURES:
+    if reduction not in (None, *MEASURES):
         raise FeatureError(f"reduction must be one of {', '.join(MEASURES)}, or None, got {reduction!r}")
-    records = record_mixers(ssm, inputs, layers=layers)
-    length = next(iter(records.values())).terms.length
-    rows = None if targets is None else columns(targets, length, inputs)
+    chosen = chosen_layers(ssm, layers)
+    looked_at = {layer: _heads(ssm, layer, heads) for layer in chosen}
+    given, mask = whole_texts(ssm, inputs)
+    rows = None if targets is None else columns(targets, mask)
     found = {}
-    for layer, record in records.items():
-        chosen = _heads(record, heads)
+    for layer, record in run_recorded(ssm, given, chosen)[1].items():
         with precisely(record.terms.x.device):
-            values = _reduced(record, chosen, rows, form, reduction)
+            values = _reduced(record, looked_at[layer], rows, form, reduction)
         bias = None
         if form == "unified":
             values, bias = values[..., :-1], values[..., -1]
-        found[layer] = AttentionView(layer, form, reduction, tuple(rows or range(length)), values, bias)
+        found[layer] = AttentionView(
+            layer, form, reduction, tuple(rows or range(mask.shape[1])), values, bias, ssm.name
+        )
     return found
 
 
@@ -140,10 +187,20 @@ def rollout(matrices: Sequence[Float[Tensor, "b t s"]], *, residual: float = 0.5
         tensor([[[1.0000, 0.0000],
                  [0.5000, 0.5000]]])
     """
-    if not 0 <= residual <= 1:
-        raise FeatureError(f"residual is the share of the residual stream, from 0 to 1, got {residual}")
-    if not len(matrices):
-        raise FeatureError("a rollout needs the matrix of at least one layer, first layer first")
+    if not isinstance(residual, int | float) or not 0 <= residual <= 1:
+        raise FeatureError(f"residual is the share of the residual stream, from 0 to 1, got {residual!r}")
+    if not isinstance(matrices, Sequence) or not len(matrices):
+        raise FeatureError(
+            "a rollout takes a list with the matrix of at least one layer, first layer first, got "
+            f"{type(matrices).__name__}; of views: [view.values for view in views.values()]"
+        )
+    for place, matrix in enumerate(matrices):
+        if not isinstance(matrix, Tensor) or matrix.ndim != 3 or not matrix.is_floating_point():
+            got = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise FeatureError(
+                f"matrix {place} must be numbers [b t s], such as the `values` of an AttentionView with a reduction, "
+                f"got {got}"
+            )
     shape = matrices[0].shape
     identity = torch.eye(shape[-1], dtype=matrices[0].dtype, device=matrices[0].device)
     found = identity.expand(shape[0], -1, -1)
@@ -161,13 +218,15 @@ def rollout(matrices: Sequence[Float[Tensor, "b t s"]], *, residual: float = 0.5
     return found
 
 
-def _heads(record: MixerRecord, heads: Any) -> list[int]:
-    chosen = heads.get(record.layer, ()) if isinstance(heads, Mapping) else heads
-    found = list(range(record.terms.heads) if chosen is None else [chosen] if isinstance(chosen, int) else chosen)
-    if not found or len(set(found)) < len(found):
-        raise FeatureError(f"layer {record.layer}: heads must be at least one, each once, got {found}")
-    if wrong := [head for head in found if not isinstance(head, int) or not 0 <= head < record.terms.heads]:
-        raise FeatureError(f"layer {record.layer} has no head {wrong[0]!r}; it has heads 0 to {record.terms.heads - 1}")
+def _heads(ssm: Attachment, layer: int, heads: Any) -> list[int]:
+    if isinstance(heads, Mapping) and not heads.keys() <= ssm.layers.keys():
+        raise FeatureError(f"heads names layers {list(heads)}; the SSM layers of this model are {list(ssm.layers)}")
+    chosen, count = heads.get(layer, ()) if isinstance(heads, Mapping) else heads, ssm.layers[layer].heads
+    found = list(range(count) if chosen is None else indices(chosen, f"layer {layer}: heads"))
+    if len(set(found)) < len(found):
+        raise FeatureError(f"layer {layer}: heads must be named once each, got {found}")
+    if wrong := [head for head in found if not 0 <= head < count]:
+        raise FeatureError(f"layer {layer} has no head {wrong[0]}; it has heads 0 to {count - 1}")
     return found
 
 

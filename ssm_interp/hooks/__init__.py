@@ -1,6 +1,7 @@
 """Where the mathematics meets a model: hook points, attach, interventions."""
 
-from ssm_interp.hooks.attach import Attachment, Exposure, Run, attach, attached
+from ssm_interp.hooks.attach import attach, attached
+from ssm_interp.hooks.attachment import Attachment, Exposure, Run
 from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
 from ssm_interp.hooks.interventions import (
     EditAttention,

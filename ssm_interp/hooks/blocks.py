@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from ssm_interp.hooks.own import in_this_thread
 from ssm_interp.hooks.routing import HookedMixer, host_forward, operators_of
 
 Enter = Callable[[int, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
-
-OWN = "ssm_interp_own"  # marks the hooks on blocks that are ours
 
 _running: ContextVar[int | None] = ContextVar("ssm_interp_block", default=None)
 
@@ -59,14 +58,11 @@ def entering(blocks: nn.ModuleList, enter: Enter | None = None) -> Iterator[None
 
 
 def _hook(index: int, enter: Enter | None) -> Callable[..., Any]:
-    def before_block(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        if kwargs is None:
-            return None  # torch lost sight of a hook that another thread is adding or removing: it is not of this call
+    def before_block(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _running.set(index)
         return enter(index, args, kwargs) if enter else None
 
-    setattr(before_block, OWN, True)
-    return before_block
+    return in_this_thread(before_block)
 
 
 def _are_blocks(blocks: nn.ModuleList) -> bool:

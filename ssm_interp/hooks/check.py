@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssm_interp.hooks.attach import Attachment, attach
+from ssm_interp.hooks.attach import attach
+from ssm_interp.hooks.attachment import Attachment
+from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.interventions import Knockout
 
 LENGTH = 7
@@ -45,6 +47,8 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
         >>> all(row.passed for row in check(model))
         True
     """
+    if not isinstance(model, nn.Module):
+        raise HookError(f"check takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, SupportsFloat, SupportsIndex, TypeAlias
+from operator import index
+from typing import Any, ClassVar, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Intervention:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", as_indices(self.layers, f"{self.kind}.layers"))
-        object.__setattr__(self, "features", _features(self.features, self.kind))
+        object.__setattr__(self, "features", as_features(self.features, f"{self.kind}.features"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `{"kind": ..., field: value, ...}` without the fields that have their defaults."""
@@ -206,7 +207,7 @@ class SetDelta(Intervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "positions", _positions(self.positions, self.kind, "positions"))
-        object.__setattr__(self, "value", _number(self.value, "SetDelta.value"))
+        object.__setattr__(self, "value", as_number(self.value, "SetDelta.value"))
         if self.value < 0:
             raise InterventionError(f"SetDelta.value must be a step >= 0, got {self.value}")
         _only_heads(self)
@@ -234,7 +235,7 @@ class ScaleFeatures(Intervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "positions", _positions(self.positions, self.kind, "positions"))
-        object.__setattr__(self, "factor", _number(self.factor, "ScaleFeatures.factor"))
+        object.__setattr__(self, "factor", as_number(self.factor, "ScaleFeatures.factor"))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -264,7 +265,7 @@ class EditAttention(Intervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "edges", _pairs(self.edges, "EditAttention.edges", "(target, source)"))
-        object.__setattr__(self, "value", _number(self.value, "EditAttention.value"))
+        object.__setattr__(self, "value", as_number(self.value, "EditAttention.value"))
         if self.mode not in ("set", "add", "scale"):
             raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {self.mode!r}")
         _only_heads(self)
@@ -278,13 +279,18 @@ def as_streams(streams: Any) -> tuple[str, ...] | None:
     """
     if streams is None:
         return None
-    given = [streams] if isinstance(streams, str) else list(streams) if isinstance(streams, Iterable) else [streams]
+    given = as_list(streams)
     if not given or any(stream not in STREAMS for stream in given):
         raise InterventionError(f"through must name streams, out of {', '.join(map(repr, STREAMS))}; got {streams!r}")
     return tuple(stream for stream in STREAMS if stream in given)
 
 
-def _number(value: Any, name: str) -> float:
+def as_number(value: Any, name: str) -> float:
+    """A finite number.
+
+    Raises:
+        InterventionError: anything else.
+    """
     real = isinstance(value, SupportsFloat) and not isinstance(value, bool)
     try:
         number = float(value) if real else math.nan
@@ -300,63 +306,75 @@ def _only_heads(intervention: Intervention) -> None:
         raise InterventionError(f"{intervention.kind} acts on heads; it takes no (head, state) pairs as features")
 
 
-def _is_index(value: object) -> bool:
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool) and tuple(getattr(value, "shape", ())) == ()
+def as_index(value: Any) -> int | None:
+    """An integer of Python, numpy or torch, as Python's; None for anything else, True and False included."""
+    try:
+        value = value.tolist() if hasattr(value, "tolist") else value
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None
 
 
 def as_indices(values: Any, name: str) -> FlatPositions | None:
-    """One index or a sequence of them (ints, numpy's and torch's too) as a tuple; None stays None.
+    """One index or a sequence of them (Python's, numpy's or torch's) as a tuple; None stays None.
 
     Raises:
         InterventionError: anything else.
     """
     if values is None:
         return None
-    if _is_index(values):
-        return (int(values),)
-    try:
-        found = tuple(values.tolist() if hasattr(values, "tolist") else values)
-    except TypeError:
-        found = (None,)
-    if not all(_is_index(value) for value in found):
-        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {values!r}")
-    return tuple(int(value) for value in found)
+    if (alone := as_index(values)) is not None:
+        return (alone,)
+    found = [as_index(value) for value in as_list(values)]
+    if None in found:
+        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {values!r:.200}")
+    return tuple(value for value in found if value is not None)
+
+
+def as_features(values: Any, name: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:
+    """Heads or (head, state dimension) pairs, one or a sequence, as a tuple; None stays None.
+
+    Raises:
+        InterventionError: none; anything else.
+    """
+    if values is None or as_index(values) is not None:
+        return as_indices(values, name)
+    rows = as_list(values)
+    if not rows:
+        raise InterventionError(f"{name} is empty; None means all features")
+    return _pairs(values, name, "(head, state dimension)") if all(map(_is_row, rows)) else as_indices(values, name)
+
+
+def as_list(values: Any) -> list[Any]:
+    """What an array or an iterable holds; anything else, a text too, stands alone."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if _is_row(values) else [values]
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes)
 
 
 def _positions(values: Any, kind: str, name: str) -> FlatPositions | RowPositions | None:
-    if values is None or _is_index(values):
-        return as_indices(values, f"{kind}.{name}")
-    rows = values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Iterable) else [None]
-    if rows and all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
-        return tuple(as_indices(row, f"{kind}.{name}") or () for row in rows)
+    what = f"{kind}.{name}"
+    if values is None or as_index(values) is not None:
+        return as_indices(values, what)
+    rows = as_list(values)
     try:
-        return as_indices(rows, f"{kind}.{name}")
+        if rows and all(map(_is_row, rows)):
+            return tuple(as_indices(row, what) or () for row in rows)
+        return as_indices(rows, what)
     except InterventionError:
         raise InterventionError(
-            f"{kind}.{name} must be an integer, a sequence of integers, or one such sequence per row, got {values!r}"
+            f"{what} must be an integer, a sequence of integers, or one such sequence per row, got {values!r:.200}"
         ) from None
 
 
 def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
-    rows = values.tolist() if hasattr(values, "tolist") else values
-    try:
-        found = tuple(tuple(row) for row in rows)
-    except TypeError:
-        found = ((None,),)
-    if not all(len(pair) == 2 and all(_is_index(value) for value in pair) for pair in found):
-        raise InterventionError(f"{name} must be pairs {what} of integers, got {values!r}")
-    return tuple((int(first), int(second)) for first, second in found)
-
-
-def _features(values: Any, kind: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:
-    if values is None or _is_index(values):
-        return as_indices(values, f"{kind}.features")
-    rows = values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Iterable) else [None]
-    if not rows:
-        raise InterventionError(f"{kind}.features is empty; None means all features")
-    if all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
-        return _pairs(rows, f"{kind}.features", "(head, state dimension)")
-    return as_indices(rows, f"{kind}.features")
+    found = [[as_index(value) for value in as_list(row)] for row in as_list(values)]
+    if any(len(pair) != 2 or None in pair for pair in found):
+        raise InterventionError(f"{name} must be pairs {what} of integers, got {values!r:.200}")
+    return tuple((first, second) for first, second in found if first is not None and second is not None)
 
 
 def _listed(value: Any) -> Any:

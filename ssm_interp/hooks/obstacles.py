@@ -7,13 +7,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ssm_interp.hooks.attach import Attachment
-from ssm_interp.hooks.blocks import OWN, blocks_of
+from ssm_interp.hooks.attachment import Attachment
+from ssm_interp.hooks.blocks import blocks_of
+from ssm_interp.hooks.errors import HookError
+from ssm_interp.hooks.own import OWN
 from ssm_interp.hooks.site import active_edits
 
 
 def obstacles(ssm: Attachment) -> Iterator[str]:
-    """Each reason why rows of variants cannot stand in for full forwards."""
+    """Each reason why rows of variants cannot stand in for full forwards.
+
+    Raises:
+        HookError: no attachment.
+    """
+    if not isinstance(ssm, Attachment):
+        raise HookError(f"the model must be attached, ssm = attach(model); got {type(ssm).__name__}")
     model: Any = ssm.model
     name = type(model).__name__
     if not ssm.is_attached:
@@ -23,6 +31,8 @@ def obstacles(ssm: Attachment) -> Iterator[str]:
     else:
         if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
             yield f"{name} has no language-model head, and gives no logits"
+        if model.config.return_dict is False:
+            yield "the model's config has return_dict=False, and its logits no name"
         if model.training:
             yield f"{name} is in training mode"
         if blocks_of(model) is None:

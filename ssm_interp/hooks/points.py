@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ssm_interp.hooks.errors import HookError
+from ssm_interp.hooks.own import has_own_operator, watches
 
 HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
 Direction = Literal["fwd", "bwd", "both"]
@@ -62,8 +63,8 @@ class HookPoint(nn.Module):
 
     @property
     def requested(self) -> bool:
-        """Whether somebody wants what passes here: it is exposed or hooked."""
-        return self.exposed or self.has_hooks()
+        """Whether somebody wants what passes here: it is exposed, hooked, or (in this thread) being read."""
+        return self.exposed or self.has_hooks() or bool(watches(self))
 
     def has_hooks(self) -> bool:
         """Whether any hook, PyTorch's own or one of `add_hook`, is attached."""
@@ -87,8 +88,10 @@ class HookPoint(nn.Module):
             prepend: run before the hooks that are there.
 
         Raises:
-            HookError: an unknown direction.
+            HookError: no function; an unknown direction.
         """
+        if not callable(hook):
+            raise HookError(f"add_hook on hook_{self.name} takes a function of (tensor, hook point), got {hook!r:.200}")
         if dir == "fwd":
             handle = self.register_forward_hook(lambda _module, _args, output: hook(output, self), prepend=prepend)
         elif dir == "bwd":
@@ -101,7 +104,13 @@ class HookPoint(nn.Module):
         return handle
 
     def remove_hooks(self, dir: Direction = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
-        """Remove what `add_hook` attached in this direction (and at this level, if one is given)."""
+        """Remove what `add_hook` attached in this direction, or in "both" (and at this level, if one is given).
+
+        Raises:
+            HookError: an unknown direction.
+        """
+        if dir not in get_args(Direction):
+            raise HookError(f"remove_hooks on hook_{self.name}: dir must be 'fwd', 'bwd' or 'both', got {dir!r:.200}")
         kept = []
         for added in self._added:
             selected = dir in ("both", added.direction) and level in (None, added.level)
@@ -152,7 +161,6 @@ class HookPoints(nn.Module):
 
     Attributes:
         layer: index of the layer in the model.
-        own_operator: whether the library's own recurrence always runs in the place of the host's.
         heads: how many heads (in the Mamba-1 family: channels) the mixer has.
         head_dim: how many values a head has.
         state_size: how many state dimensions a head has.
@@ -184,8 +192,13 @@ class HookPoints(nn.Module):
         for name in FIRING_ORDER:
             if name != "z" or gated:
                 self.add_module(f"hook_{name}", HookPoint(name))
-        self.own_operator = own_operator
+        self._own_operator = own_operator
         self.memory = memory
+
+    @property
+    def own_operator(self) -> bool:
+        """Whether the library's own recurrence runs in the place of the host's."""
+        return self._own_operator or has_own_operator(self)
 
     def point(self, name: str) -> HookPoint:
         """The hook point of a name, with or without its `hook_`.
@@ -193,6 +206,8 @@ class HookPoints(nn.Module):
         Raises:
             HookError: no such point in this mixer.
         """
+        if not isinstance(name, str):
+            raise HookError(f"hook points are named by text (x, dt, ..., attn), got {name!r:.200}")
         key = name if name.startswith("hook_") else f"hook_{name}"
         if (point := self._modules.get(key)) is not None:
             return point  # type: ignore[return-value]

@@ -11,14 +11,14 @@ import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ssm_interp.hooks.convolution import OVER_POSITIONS, UPDATE, bind, convolve
-from ssm_interp.hooks.operators import FUSED_SHORTCUTS, OPERATORS, Operator
-from ssm_interp.hooks.points import HookPoints
+from ssm_interp.hooks.operators import FUSED_SHORTCUTS, GATED_FAMILY, OPERATORS, Operator
+from ssm_interp.hooks.points import EditMemory, HookPoints
 from ssm_interp.hooks.rowsite import RowSite, rows_at_work
 from ssm_interp.hooks.serve import serve
 from ssm_interp.hooks.site import Site
@@ -135,3 +135,31 @@ def _rebind(function: Callable[..., Any], replacements: dict[str, Any]) -> Calla
         )  # fmt: skip
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def hook_mixer(mixer: Any, own_operator: bool, memory: EditMemory) -> None:
+    """Swap the class of a mixer, and give it its hook points."""
+    gated = bool(GATED_FAMILY.intersection(operators_of(type(mixer))))
+    A_log: Tensor = mixer.A_log
+    heads = A_log.shape[:-1].numel() if gated else A_log.shape[0]
+    head_dim = 1 if gated else mixer.head_dim
+    state_size = A_log.shape[-1] if gated else mixer.ssm_state_size
+    mixer.__class__ = hooked_class(type(mixer))  # type: ignore[arg-type]
+    mixer.add_module(
+        "ssm",
+        HookPoints(mixer.layer_idx, heads, head_dim, state_size, gated, own_operator, memory).train(mixer.training),
+    )
+    _rebind_old_forward(mixer)
+
+
+def restore_mixer(mixer: Any) -> None:
+    """Undo `hook_mixer`."""
+    del mixer._modules["ssm"]
+    mixer.__class__ = mixer.host_class
+    _rebind_old_forward(mixer)
+
+
+def _rebind_old_forward(mixer: nn.Module) -> None:
+    """accelerate's hooks keep the forward that was bound when they were added."""
+    if "_old_forward" in mixer.__dict__:
+        mixer._old_forward = MethodType(type(mixer).forward, mixer)  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from torch import Tensor
 from ssm_interp.hooks.edits import LayerEdits
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
+from ssm_interp.hooks.own import watches
 from ssm_interp.hooks.points import ON_REQUEST, HookPoint, HookPoints
 from ssm_interp.hooks.site import Site
 from ssm_interp.scan import attention, read, write
@@ -111,13 +112,17 @@ def _injected(points: HookPoints, terms: Terms, initial: Tensor | None, edits: L
 
 def through_point(point: HookPoint, tensor: Tensor) -> Tensor:
     """Through a hook point, which may replace the tensor by one of the same shape and dtype."""
+    watched = watches(point)
+    for watch in watched:
+        tensor = tensor if watch.give is None else watch.give(tensor)
     found = point(tensor)
-    if found is tensor:
-        return found
     if not isinstance(found, Tensor) or found.shape != tensor.shape:
         got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise HookError(f"a hook on hook_{point.name} returned {got}; it must return a tensor {list(tensor.shape)}")
-    return found.to(tensor)
+    found = found.to(tensor)  # itself, where no hook replaced it
+    for watch in watched:
+        watch.read(found)
+    return found
 
 
 def _shift(point: HookPoint, compute: Callable[[], Tensor]) -> Tensor | None:

@@ -1,0 +1,321 @@
+"""The hook points of a model: read, edit and expose them, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering
+from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.hooks.inputs import as_inputs
+from ssm_interp.hooks.interventions import STREAMS, Intervention, Knockout, as_index, as_indices, as_list, as_streams
+from ssm_interp.hooks.own import Watch, watching
+from ssm_interp.hooks.points import HEAD_AXIS, HookPoint
+from ssm_interp.hooks.routing import HookedMixer, restore_mixer
+from ssm_interp.hooks.site import ActiveEdit, active_edits, editing
+from ssm_interp.hooks.softmax import knockable
+
+_exposing = Lock()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `Attachment.run` gives.
+
+    Attributes:
+        output: the model's own output.
+        reads: the tensors that were read, by (name, layer).
+
+    Example:
+        >>> run["attn", 3]           # [b h t s]
+        >>> run["attn"]              # {layer: tensor}
+    """
+
+    output: Any
+    reads: dict[tuple[str, int], Tensor]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} of layer {layer}: {list(read.shape)}" for (name, layer), read in self.reads.items())
+        logits = getattr(self.output, "logits", None)
+        gave = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else type(self.output).__name__
+        return f"Run({gave}; read {shapes or 'nothing'})"
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's logits, `[b t v]`.
+
+        Raises:
+            HookError: the model gave none.
+        """
+        logits = getattr(self.output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise HookError(
+                f"the model returned a {type(self.output).__name__} without logits; they need a language-model head, "
+                "and a call without return_dict=False"
+            )
+        return logits
+
+    def __getitem__(self, key: Any) -> Any:
+        match key:
+            case str():
+                found = {at: tensor for (name, at), tensor in self.reads.items() if name == key.removeprefix("hook_")}
+                if found:
+                    return found
+            case (str() as name, layer) if (short := (name.removeprefix("hook_"), as_index(layer))) in self.reads:
+                return self.reads[short]
+        raise KeyError(f"{key!r} was not read; read were {sorted(self.reads)}. Name it in run(..., read=[...])")
+
+
+class Attachment:
+    """Hook points in every SSM mixer of a model; made by `attach`. As a context manager it detaches at the end.
+
+    Attributes:
+        model: the model.
+        layers: model layer index -> the hook points of its SSM mixer.
+        mixers: model layer index -> the mixer itself.
+        attention: model layer index -> its softmax attention, in hybrids and ordinary transformers. Nothing is put into
+            it; a Knockout `through` "attention" acts there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
+        self.layers = {index: mixer.ssm for index, mixer in self.mixers.items()}
+        self.attention = attention_layers(model)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        kinds: dict[str, Any] = {"SSM": self.layers, "attention": self.attention}
+        state = ", ".join(f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers)
+        return f"Attachment({type(self.model).__name__}, {state or 'detached'})"
+
+    @property
+    def name(self) -> str:
+        """What the model is called in tables and pictures: its config's `name_or_path`, or its class."""
+        config = getattr(self.model, "config", None)
+        return getattr(config, "name_or_path", "") or type(self.model).__name__
+
+    @property
+    def streams(self) -> dict[str, tuple[int, ...]]:
+        """The layers that carry information between tokens through the SSM, through the convolution before it, and
+        through softmax attention."""
+        ssm = tuple(sorted(self.layers))
+        return {"ssm": ssm, "conv": ssm, "attention": tuple(sorted(self.attention))}
+
+    @property
+    def default_stream(self) -> str:
+        """What a knockout goes through that does not say: "ssm" in a model with SSM layers, else "attention"."""
+        return "ssm" if self.layers else "attention"
+
+    def layers_with(self, through: Any = None) -> tuple[int, ...]:
+        """The layers that have one of these streams, ascending; None: the default stream.
+
+        Raises:
+            InterventionError: an unknown stream, or one that no layer of this model has.
+        """
+        self._check_attached()
+        streams = as_streams(through) or (self.default_stream,)
+        for stream in streams:
+            if not self.streams[stream]:
+                raise InterventionError(f"{type(self.model).__name__} has no {stream} layers to knock out")
+        return tuple(sorted({layer for stream in streams for layer in self.streams[stream]}))
+
+    def places(self, streams: Sequence[str] = STREAMS) -> list[nn.Module]:
+        """The modules that interventions act on: the hook points and the convolution of every mixer, and the attention
+        modules."""
+        convolutions = {layer: mixer.conv1d for layer, mixer in self.mixers.items()}
+        found: dict[str, Any] = {"ssm": self.layers, "conv": convolutions, "attention": self.attention}
+        return [place for stream in streams for place in found[stream].values()]
+
+    @contextmanager
+    def edit(self, *interventions: Intervention) -> Iterator[None]:
+        """Put interventions to work inside the `with` block, in this thread, beside those already at work.
+
+        Their order does not matter; see `HookPoints` for what several edits at one layer mean.
+
+        Raises:
+            InterventionError: a layer, head or state dimension that the model does not have. Positions are checked in
+                the forward, which knows the prompt.
+
+        Example:
+            >>> with ssm.edit(Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))):
+            ...     logits = model(**inputs).logits
+        """
+        self._check_attached()
+        for intervention in interventions:
+            self.check(intervention)
+        through = [self._streams(intervention) for intervention in interventions]
+        active = tuple(
+            ActiveEdit(intervention, frozenset(id(place) for place in self.places(streams)))
+            for intervention, streams in zip(interventions, through, strict=True)
+        )
+        attends = any("attention" in streams for streams in through)
+        with self._attention_knockable() if attends else nullcontext(), editing(active):
+            yield
+
+    def run(
+        self,
+        inputs: Any,
+        read: Any = (),
+        layers: Any = None,
+        **options: Any,
+    ) -> Run:
+        """Call the model once and keep what passes the named hook points.
+
+        Args:
+            inputs: `input_ids` `[b t]`, the mapping (a dict) that a tokenizer returns, or a batch of prompts.
+            read: hook points, one or a sequence: conv, x, dt, B, C, write, state, attn, y, z.
+            layers: of which layers; None: of all SSM layers.
+            options: passed on to the model.
+
+        Returns:
+            The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Zamba's heads,
+            computed in several operator calls, are put together. Other threads may use the model meanwhile.
+
+        Raises:
+            HookError: an unknown hook point or layer; inputs that are empty, or neither ids nor a mapping; ids that are
+                no integers `[b t]` of the vocabulary; a mask that is not theirs.
+
+        Example:
+            >>> ssm.run(inputs, read=["attn", "state"], layers=[3])["attn", 3].shape
+        """
+        self._check_attached()
+        given = as_inputs(inputs, self.model)
+        points = {key: point for point, key in self._points(read, layers)}
+        caught: dict[tuple[str, int], list[Tensor]] = {key: [] for key in points}
+        with watching(Watch(point, caught[key].append) for key, point in points.items()):
+            output = self.model(**given | options)
+        reads = {
+            key: found[0] if len(found) == 1 else torch.cat(found, HEAD_AXIS[key[0]]) for key, found in caught.items()
+        }
+        return Run(output, reads)
+
+    def expose(self, *names: str, layers: Any = None) -> Exposure:
+        """Make hook points fire though nothing is hooked to them, for hosts that read modules without hooks (nnsight).
+
+        It holds until `Exposure.close`, or to the end of a `with` block.
+
+        Raises:
+            HookError: an unknown hook point or layer.
+
+        Example:
+            >>> with ssm.expose("attn", layers=[3]), wrapped.trace(ids):
+            ...     attn = wrapped.backbone.layers[3].mixer.ssm.hook_attn.output.save()
+        """
+        self._check_attached()
+        return Exposure([point for point, _ in self._points(names, layers)])
+
+    def detach(self) -> None:
+        """Give every mixer back its class and forward, and drop the hook points with all hooks on them.
+
+        Raises:
+            HookError: an edit is at work in this thread; leave its `with` block first.
+        """
+        if any(active_edits(place) for place in self.places()):
+            raise HookError("cannot detach inside `with ssm.edit(...)`: leave that block first")
+        for mixer in self.mixers.values():
+            if isinstance(mixer, HookedMixer):
+                restore_mixer(mixer)
+        self.mixers, self.layers, self.attention = {}, {}, {}
+
+    @contextmanager
+    def _attention_knockable(self) -> Iterator[None]:
+        blocks = blocks_of(self.model)
+        assert blocks is not None  # it has attention layers
+        elsewhere = any(module.layer_idx != layer for layer, module in self.attention.items())  # Zamba's shared blocks
+        with knockable(self.model), entering(blocks) if elsewhere else nullcontext():
+            yield
+
+    def _points(self, read: Any, layers: Any) -> list[tuple[HookPoint, tuple[str, int]]]:
+        wanted = as_indices(layers, "layers")
+        chosen = list(self.layers) if wanted is None else wanted
+        names = as_list(read)
+        if missing := [layer for layer in chosen if layer not in self.layers]:
+            raise HookError(f"no SSM layer {missing[0]}; the SSM layers of this model are {list(self.layers)}")
+        points = [(self.layers[layer].point(name), layer) for name in names for layer in chosen]
+        return [(point, (point.name, layer)) for point, layer in points]
+
+    def check(self, intervention: Intervention) -> None:
+        """Whether this model has what an intervention names, apart from positions, which only a prompt has.
+
+        Raises:
+            InterventionError: something else than an intervention; a stream, layer, head or state dimension that the
+                model does not have.
+        """
+        if not isinstance(intervention, Intervention):
+            raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {intervention!r}")
+        kind = intervention.kind
+        streams = self._streams(intervention)
+        known = self.layers_with(streams)
+        layers = known if intervention.layers is None else intervention.layers
+        if missing := [layer for layer in layers if layer not in known]:
+            raise InterventionError(
+                f"{kind}: no such layer {missing}; this model has {list(known)} ({', '.join(streams)})"
+            )
+        if "conv" in streams and intervention.features is not None:
+            raise InterventionError(
+                f"{kind}: the convolution feeds the dt, B and C of all features together, so a knockout through it "
+                'takes no features; leave them out, or give through="ssm"'
+            )
+        if "ssm" not in streams:
+            return  # how many heads attention has is known when it is called
+        for points in (self.layers[layer] for layer in layers if layer in self.layers):
+            for feature in intervention.features or ():
+                head, dimension = feature if isinstance(feature, tuple) else (feature, 0)
+                if not (0 <= head < points.heads and 0 <= dimension < points.state_size):
+                    raise InterventionError(
+                        f"{kind}: layer {points.layer} has no feature {feature}; it has heads 0 to {points.heads - 1} "
+                        f"and state dimensions 0 to {points.state_size - 1}"
+                    )
+
+    def _streams(self, intervention: Intervention) -> tuple[str, ...]:
+        """The streams that an intervention acts on: all but knockouts are about the SSM alone."""
+        if not isinstance(intervention, Knockout):
+            return ("ssm",)
+        return intervention.through or (self.default_stream,)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it can be used: it was not detached."""
+        gone = any(self.mixers[index]._modules.get("ssm") is not points for index, points in self.layers.items())
+        return bool(self.layers or self.attention) and not gone
+
+    def _check_attached(self) -> None:
+        if not self.is_attached:
+            raise HookError("this attachment was detached; call attach(model) again")
+
+
+class Exposure:
+    """Hook points that fire until `close`, or to the end of a `with` block."""
+
+    def __init__(self, points: list[HookPoint]) -> None:
+        self._points = points
+        self._count(1)
+
+    def close(self) -> None:
+        """Stop asking for these points; those that another exposure asks for go on firing."""
+        self._count(-1)
+        self._points = []
+
+    def _count(self, step: int) -> None:
+        with _exposing:
+            for point in self._points:
+                point.exposures += step
+
+    def __enter__(self) -> Exposure:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,79 @@
+"""What a model is called with: token ids, the mapping of a tokenizer, or a batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_interp.hooks.errors import HookError
+
+CACHES = ("cache_params", "past_key_values")
+
+
+def as_inputs(inputs: Any, model: nn.Module) -> dict[str, Any]:
+    """Inputs as the keyword arguments of a model, without those that are None.
+
+    Args:
+        inputs: `input_ids` `[b t]`; the mapping that a tokenizer returns; or what has `input_ids` and an
+            `attention_mask`, as a `prompts.Batch`.
+        model: whose vocabulary the ids are of.
+
+    Raises:
+        HookError: anything else; an empty tensor; ids that are no integers `[b t]` or outside the vocabulary; a mask of
+            another shape.
+
+    Example:
+        >>> model(**as_inputs(ids, model))                                                        # doctest: +SKIP
+    """
+    names = ("input_ids", "attention_mask")
+    if isinstance(inputs, Tensor):
+        inputs = {"input_ids": inputs}
+    elif not isinstance(inputs, Mapping) and all(hasattr(inputs, name) for name in names):
+        inputs = {name: getattr(inputs, name) for name in names}
+    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
+        raise HookError(
+            "inputs must be ids [b t], the mapping that a tokenizer returns, or a batch of prompts, got "
+            f"{type(inputs).__name__}{f' with the keys {list(inputs)}' if isinstance(inputs, Mapping) else ''}"
+        )
+    given = {name: value for name, value in inputs.items() if value is not None}
+    for name, tensor in given.items():
+        if isinstance(tensor, Tensor) and tensor.numel() == 0:
+            raise HookError(f"{name} is empty, {list(tensor.shape)}: a model reads at least one token")
+    if "input_ids" in given:
+        check_ids(given["input_ids"], model)
+        _check_mask(given)
+    return given
+
+
+def check_ids(ids: Any, model: nn.Module) -> None:
+    """Refuse what are no token ids of a model.
+
+    Raises:
+        HookError: something else than integers `[b t]`; an id outside the vocabulary.
+    """
+    whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not whole or ids.ndim != 2:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise HookError(f"input_ids must be integers [b t], got {got}; with a tokenizer give return_tensors='pt'")
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    vocabulary = getattr(embedding, "num_embeddings", None)
+    if vocabulary is not None and (outside := (ids < 0) | (ids >= vocabulary)).any():
+        row, column = outside.nonzero()[0].tolist()
+        raise HookError(
+            f"input_ids have the token {int(ids[row, column])} in row {row}, position {column}, but the vocabulary of "
+            f"{type(model).__name__} has 0 to {vocabulary - 1}; use the model's own tokenizer"
+        )
+
+
+def _check_mask(given: Mapping[str, Any]) -> None:
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 4):  # one that says who may read whom
+        return
+    continues = any(name in given for name in CACHES)
+    fits = isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(ids)
+    if not fits or mask.shape[1] < ids.shape[1] or (mask.shape[1] > ids.shape[1] and not continues):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise HookError(f"attention_mask must be a tensor [b t], as input_ids are ({list(ids.shape)}), got {got}")

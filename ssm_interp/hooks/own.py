@@ -1,0 +1,80 @@
+"""What one thread (or task) does to a model that others may be calling: they neither see it nor change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import get_ident
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+OWN = "ssm_interp_own"  # marks hooks that are ours
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks at what passes a hook point.
+
+    Attributes:
+        point: the hook point.
+        read: is given what leaves it, after every hook.
+        give: what it makes of the tensor enters instead, before any hook; None: the tensor itself.
+    """
+
+    point: nn.Module
+    read: Callable[[Tensor], object] = lambda _: None
+    give: Callable[[Tensor], Tensor] | None = None
+
+
+_watches: ContextVar[Mapping[nn.Module, tuple[Watch, ...]]] = ContextVar(
+    "ssm_interp_watches", default=MappingProxyType({})
+)
+_own_operators: ContextVar[frozenset[nn.Module]] = ContextVar("ssm_interp_own_operators", default=frozenset())
+
+
+@contextmanager
+def watching(watches: Iterable[Watch]) -> Iterator[None]:
+    """Inside, forwards of this thread show what passes some hook points, which fire for that."""
+    found = dict(_watches.get())
+    for watch in watches:
+        found[watch.point] = (*found.get(watch.point, ()), watch)
+    token = _watches.set(found)
+    try:
+        yield
+    finally:
+        _watches.reset(token)
+
+
+def watches(point: nn.Module) -> tuple[Watch, ...]:
+    """Who looks at a hook point in this thread."""
+    return _watches.get().get(point, ())
+
+
+@contextmanager
+def own_operators(points: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, forwards of this thread run the library's recurrence in the mixers of these hook points."""
+    token = _own_operators.set(_own_operators.get() | frozenset(points))
+    try:
+        yield
+    finally:
+        _own_operators.reset(token)
+
+
+def has_own_operator(points: nn.Module) -> bool:
+    """Whether the mixer of these hook points is in a block of `own_operators` in this thread."""
+    return points in _own_operators.get()
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for a module of the host that leaves the forwards of other threads as they are."""
+    home = get_ident()
+
+    def own(*args: Any) -> Any:
+        return hook(*args) if get_ident() == home else None
+
+    setattr(own, OWN, True)
+    return own

@@ -1,0 +1,125 @@
+"""What one thread does to a model stays out of the forwards of the others, and they out of it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import edited, logits
+from tiny_hosts import build, inputs
+from torch import Tensor
+
+import ssm_interp as si
+from ssm_interp.features import (
+    attention_views,
+    decompose,
+    edge_attribution,
+    find_circuit,
+    logit_attribution,
+    logit_difference,
+    spectrum,
+)
+from ssm_interp.hooks import obstacle
+from ssm_interp.hooks.blocks import running_block
+
+Given = dict[str, Any]
+
+CALLS: dict[str, Callable[[si.Attachment, Given], Tensor]] = {
+    "run": lambda ssm, given: ssm.run(given, read=["attn", "x"], layers=2)["attn", 2],
+    "edges": lambda ssm, given: edge_attribution(ssm, given, logit_difference(3, 5)).values,
+    "spectrum": lambda ssm, given: torch.stack(list(spectrum(ssm, given)["mean dt"].values())),
+    "decompose": lambda ssm, given: decompose(ssm, given, layers=1)[1].parts["ssm"],
+    "views": lambda ssm, given: attention_views(ssm, given, "unified", layers=1)[1].values,
+    "logits": lambda ssm, given: logit_attribution(ssm, given, 3, 5).parts["ssm"],
+    "circuit": lambda ssm, given: torch.tensor(
+        find_circuit(
+            ssm, given, roles={"a": range(4), "b": range(4, 7)}, tolerance=0.1, metric=lambda row: row[:, 3], layers=1
+        ).log["metric"]
+    ),
+}
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def beside(work: Callable[[], object], *others: Callable[[], bool]) -> None:
+    """Do some work while each of the others runs in a thread of its own, and give True all the time."""
+    done, right = threading.Event(), {other: [True] for other in others}
+
+    def repeat(other: Callable[[], bool]) -> None:
+        while not done.is_set() and all(right[other]):
+            try:
+                right[other].append(other())
+            except Exception:
+                right[other].append(False)
+                raise
+
+    threads = [threading.Thread(target=repeat, args=(other,)) for other in others]
+    for thread in threads:
+        thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert all(len(found) > 1 and all(found) for found in right.values())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_threads_do_not_see_each_other(name: str, switching: None) -> None:
+    call, mine, theirs = CALLS[name], inputs(2, 7), inputs(2, 7, seed=4)
+    with si.attach(build("mamba2")) as ssm:
+        alone, other, plain = call(ssm, mine), call(ssm, theirs), logits(ssm.model, theirs)
+
+        def work() -> None:
+            for _ in range(8):
+                assert torch.equal(call(ssm, mine), alone)
+
+        beside(
+            work,
+            lambda: torch.equal(logits(ssm.model, theirs), plain),
+            lambda: torch.equal(call(ssm, theirs), other),
+        )
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in ssm.model.modules())
+
+
+def test_reading_exposes_nothing_to_others() -> None:
+    with si.attach(build("mamba2")) as ssm:
+        point = ssm.layers[1].hook_attn
+        seen: list[Any] = []
+
+        def look(_module: Any, _args: Any, _output: Any) -> None:
+            other = threading.Thread(target=lambda: seen.append((point.requested, obstacle(ssm))))
+            seen.append(point.requested)
+            other.start()
+            other.join()
+
+        edge = ssm.layers[0].hook_x.register_forward_hook(look)
+        ssm.run(inputs(), read=["attn"])
+        edge.remove()
+    assert seen == [True, (False, "hook_x of layer 0 is hooked or exposed")]
+
+
+def test_the_running_block_is_that_of_its_own_thread() -> None:
+    """Zamba's shared attention does not know its layer: a knockout there asks which block runs."""
+    model = build("zamba")
+    with si.attach(model) as ssm:
+        knockout = si.Knockout(sources=1, targets=-1, through="attention", layers=max(ssm.attention))
+        with ssm.edit(knockout):
+            other = threading.Thread(target=lambda: (logits(model, inputs()), found.append(running_block())))
+            found: list[int | None] = []
+            other.start()
+            other.join()
+        assert found == [None]
+        assert not torch.equal(edited(ssm, inputs(), knockout), logits(model, inputs()))
