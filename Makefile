@@ -1,5 +1,7 @@
 # make demo   install into .venv and draw the information-flow maps of the embedded models (demo/)
 # make test   lint, types, import contracts and tests
+# make test-hosts   the tests of the hooks with the oldest supported transformers, the one before the caches were renamed,
+#             and the newest; HOSTS=5.15.0 names others
 # make lint   ruff, mypy and the import contracts alone
 # make bench  time and memory of the library beside the model's own
 # make clean  remove .venv, demo/ and caches
@@ -7,13 +9,16 @@
 # PYTHON=python3.12 make demo   uses another interpreter (>= 3.11)
 
 PYTHON ?= python3
+HOSTS ?= 5.15.0 5.23.0 5.24.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
+FLOOR := $(addprefix tests/test_,$(addsuffix .py,attach check conv_knockout decode edits hook_points own rows softmax tiny_hosts))
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-hosts lint bench clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -23,6 +28,20 @@ demo: $(VENV)/.installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not gpu and not hub" --durations 10
+
+test-hosts: $(HOSTS:%=$(VENV)/hosts/%/.tested)
+
+# An environment with another transformers sees the rest of .venv through a .pth file.
+$(VENV)/hosts/%/.tested: $(VENV)/.tools FORCE
+	@test -e $(VENV)/hosts/$*/.installed || { echo "installing transformers $*"; \
+	  $(BIN)/python -m venv --clear $(VENV)/hosts/$*; \
+	  $(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	    > $$($(VENV)/hosts/$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/rest.pth; \
+	  $(VENV)/hosts/$*/bin/python -m pip --quiet --disable-pip-version-check install transformers==$*; \
+	  touch $(VENV)/hosts/$*/.installed; }
+	OMP_NUM_THREADS=1 $(VENV)/hosts/$*/bin/python -m pytest -q -n auto $(FLOOR)
+
+FORCE:
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ssm_interp as si
+
+CACHES = ("cache", "cache_params", "past_key_values")
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -39,28 +42,29 @@ def zeroed_edges(ssm: si.Attachment, layer: int, mask: Tensor) -> Iterator[None]
 
 
 def cache_of(output: Any) -> Any:
-    return output.cache_params if getattr(output, "cache_params", None) is not None else output.past_key_values
+    return next(getattr(output, name) for name in CACHES if name in list(output))
 
 
-def decode(model: PreTrainedModel, ids: Tensor, prompt: int, cache_name: str) -> Tensor:
+def cached(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument that this model, in this version of transformers, takes it by."""
+    return {next(name for name in CACHES if name in signature(model.forward).parameters): cache}
+
+
+def checkpointing(model: PreTrainedModel, *args: Any) -> None:
+    """Switch gradient checkpointing on, by the name that this version of transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*args)
+
+
+def decode(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
     """Logits of every position: the prompt in one call, the rest token by token on its cache."""
-    positions = torch.arange(ids.shape[1])[None]
+    positions = torch.arange(ids.shape[1])[None] if "position_ids" in signature(model.forward).parameters else None
+    found: list[Tensor] = []
+    options: dict[str, Any] = {}
     with torch.no_grad():
-        output = (
-            model(input_ids=ids[:, :prompt], position_ids=positions[:, :prompt], use_cache=True)
-            if cache_name == "past_key_values"
-            else model(input_ids=ids[:, :prompt], use_cache=True)
-        )
-        found = [output.logits]
-        for step in range(prompt, ids.shape[1]):
-            options: dict[str, Any] = {cache_name: cache_of(output)}
-            if cache_name == "past_key_values":
-                options["position_ids"] = positions[:, step : step + 1]
-            output = model(input_ids=ids[:, step : step + 1], use_cache=True, **options)
+        for begin, end in [(0, prompt), *((step, step + 1) for step in range(prompt, ids.shape[1]))]:
+            if positions is not None:
+                options["position_ids"] = positions[:, begin:end]
+            output = model(input_ids=ids[:, begin:end], use_cache=True, **options)
+            options = cached(model, cache_of(output))
             found.append(output.logits)
     return torch.cat(found, dim=1)
-
-
-def cache_name(model: PreTrainedModel) -> str:
-    pure = model.config.model_type in ("mamba", "mamba2", "falcon_mamba")
-    return "cache_params" if pure else "past_key_values"

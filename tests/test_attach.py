@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from support import cache_name, decode, edited, logits, relative_error
+from support import checkpointing, decode, edited, logits, relative_error
 from tiny_hosts import build, inputs, padded
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssm_interp as si
 
@@ -23,11 +26,11 @@ def test_idle_logits_are_bit_identical(host: PreTrainedModel) -> None:
     cases = [inputs(2, 9), inputs(1, 1), padded([9, 4]), padded([9, 4], side="right")]
     native = [logits(host, case) for case in cases]
     ids = inputs(2, 8)["input_ids"]
-    decoded = decode(host, ids, 5, cache_name(host))
+    decoded = decode(host, ids, 5)
     generated = host.generate(ids, max_new_tokens=4, do_sample=False)
     with si.attach(host):
         assert all(torch.equal(logits(host, case), known) for case, known in zip(cases, native, strict=True))
-        assert torch.equal(decode(host, ids, 5, cache_name(host)), decoded)
+        assert torch.equal(decode(host, ids, 5), decoded)
         assert torch.equal(host.generate(ids, max_new_tokens=4, do_sample=False), generated)
 
 
@@ -44,21 +47,21 @@ def test_idle_training_forward_is_bit_identical(host: PreTrainedModel) -> None:
 def test_exposed_logits_equal_native_ones(host: PreTrainedModel, side: str) -> None:
     cases = [inputs(2, 13), padded([9, 4], side=side)]
     native = [logits(host, case) for case in cases]
-    decoded = decode(host, inputs(2, 8)["input_ids"], 5, cache_name(host))
+    decoded = decode(host, inputs(2, 8)["input_ids"], 5)
     with si.attach(host) as ssm, ssm.expose("write", "state", "attn"):
         for case, known in zip(cases, native, strict=True):
             assert relative_error(logits(host, case), known) <= 1e-5
-        assert relative_error(decode(host, inputs(2, 8)["input_ids"], 5, cache_name(host)), decoded) <= 1e-5
+        assert relative_error(decode(host, inputs(2, 8)["input_ids"], 5), decoded) <= 1e-5
 
 
 def test_own_operator_gives_the_same_logits(host: PreTrainedModel) -> None:
     case = padded([9, 4])
     native = logits(host, case)
     ids = inputs(2, 8)["input_ids"]
-    decoded = decode(host, ids, 5, cache_name(host))
+    decoded = decode(host, ids, 5)
     with si.attach(host, own_operator=True):
         assert relative_error(logits(host, case), native) <= 1e-5
-        assert relative_error(decode(host, ids, 5, cache_name(host)), decoded) <= 1e-5
+        assert relative_error(decode(host, ids, 5), decoded) <= 1e-5
 
 
 def test_matrix_times_x_is_what_the_operator_gives(host: PreTrainedModel) -> None:
@@ -160,11 +163,10 @@ def test_gradient_checkpointing_recomputes_under_the_same_edits(name: str, insid
     model = build(name, training=True)
     with si.attach(model) as ssm:
         gradients = []
-        for checkpointing in (False, True):
+        for again in (False, True):
             model.zero_grad()
-            if checkpointing:
-                enable = "activation_checkpointing_enable"  # in 5.15 it has its older name alone
-                getattr(model, enable, model.gradient_checkpointing_enable)()
+            if again:
+                checkpointing(model)
             with ssm.edit(si.Knockout(sources=[1, 2], targets=-1)):
                 loss = model(**inputs(), use_cache=False).logits[:, -1].logsumexp(-1).sum()
                 if inside:
@@ -267,23 +269,72 @@ def test_an_attachment_whose_model_was_detached_says_so() -> None:
         ssm.run(inputs(), read="attn")
 
 
+def gradient_of(model: PreTrainedModel, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def loss_of(model: PreTrainedModel) -> torch.Tensor:
+    return model(**inputs(), use_cache=False).logits[:, -1].logsumexp(-1).sum()
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # the run without gradients
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_after_a_reference_run_and_after_a_refusal(reentrant: bool) -> None:
+def test_each_checkpointed_forward_keeps_its_own_edits(reentrant: bool) -> None:
+    """Runs under other edits, without edits and without gradients between them, backward in another order, outside."""
     model = build("mamba2", training=True)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
+    edits = [si.Knockout(sources=[1]), si.SetDelta(value=0.4)]
     with si.attach(model) as ssm:
-        with torch.no_grad():
-            model(**inputs(), use_cache=False)
-        model(**inputs(), use_cache=False).logits.mean().backward()
-        with ssm.edit(si.Knockout(sources=[1])):
-            edited_loss = model(**inputs(), use_cache=False).logits.mean()
-        clean_loss = model(**inputs(), use_cache=False).logits.mean()
-        with pytest.raises(si.HookError, match="2 different sets of edits"):
-            edited_loss.backward()
-        del clean_loss
-        model(**inputs(), use_cache=False).logits.mean().backward()
+        expected = [gradient_of(model, loss_of(model))]
+        for edit in edits:
+            with ssm.edit(edit):
+                expected.append(gradient_of(model, loss_of(model)))
+        checkpointing(model, {"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        losses = [loss_of(model)]
+        for edit in edits:
+            with ssm.edit(edit):
+                losses.append(loss_of(model))
+        with torch.no_grad(), ssm.edit(si.ScaleFeatures(factor=0.0)):
+            loss_of(model)
+        for loss, known in reversed(list(zip(losses, expected, strict=True))):
+            with ssm.edit(si.ScaleFeatures(factor=0.0)):  # what is at work in the backward pass does not matter
+                assert relative_error(gradient_of(model, loss), known) <= 1e-5
+        assert relative_error(expected[1], expected[0]) > 1e-2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_checkpoint_around_the_model_repeats_the_edited_forward(reentrant: bool, training: bool) -> None:
+    model = build("mamba", training=training)
+    with si.attach(model) as ssm:
+        with ssm.edit(si.Knockout(sources=[1, 2], targets=-1)):
+            known = gradient_of(model, loss_of(model))
+        embedded = model.get_input_embeddings()(inputs()["input_ids"])
+
+        def run(values: torch.Tensor) -> torch.Tensor:
+            return model(inputs_embeds=values, use_cache=False).logits
+
+        with ssm.edit(si.Knockout(sources=[1, 2], targets=-1)):
+            logits = torch.utils.checkpoint.checkpoint(run, embedded, use_reentrant=reentrant)
+        assert relative_error(gradient_of(model, logits[:, -1].logsumexp(-1).sum()), known) <= 1e-5
+
+
+def test_training_steps_keep_no_edit_alive() -> None:
+    model = build("mamba2", training=True)
+    checkpointing(model)
+    alive = weakref.WeakSet()
+    with si.attach(model) as ssm:
+        for step in range(3):
+            patch = si.PatchState(position=1, state=float(step))
+            alive.add(patch)
+            with ssm.edit(patch):
+                loss = loss_of(model)
+            loss.backward()
+            del patch, loss
+        gc.collect()
+        assert not len(alive)
 
 
 def test_autocast() -> None:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from support import cache_name, decode, edited, logits, relative_error
+from support import decode, edited, logits, relative_error
 from test_rows import answers, error, forwards, precise, windows
 from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
@@ -114,7 +114,7 @@ def test_decode_steps_equal_one_call(name: str, through: str | tuple[str, ...]) 
         for in_steps, at_once in cases:
             known = edited(ssm, {"input_ids": ids, "use_cache": False}, at_once)
             with ssm.edit(in_steps):
-                found = decode(ssm.model, ids, 5, cache_name(ssm.model))
+                found = decode(ssm.model, ids, 5)
             assert relative_error(found, known) <= 1e-4
 
 
@@ -142,7 +142,7 @@ def test_a_hook_on_the_inputs_reaches_the_cache(host: PreTrainedModel) -> None:
             handles = [points.hook_conv.add_hook(_halved if in_place else hook) for points in ssm.layers.values()]
             known = logits(host, {"input_ids": ids, "use_cache": False})
             for prompt in (2, 5):
-                assert relative_error(decode(host, ids, prompt, cache_name(host)), known) <= 1e-4
+                assert relative_error(decode(host, ids, prompt), known) <= 1e-4
             for handle in handles:
                 handle.remove()
         assert relative_error(known, logits(host, {"input_ids": ids})) > 1e-2

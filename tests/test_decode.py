@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support import cache_name, cache_of, decode, edited, logits, relative_error
+from support import cache_of, cached, decode, edited, logits, relative_error
 from tiny_hosts import NAMES, build, inputs, padded
 
 import ssm_interp as si
@@ -21,7 +21,7 @@ def whole(ssm: si.Attachment, *edits: si.Intervention) -> torch.Tensor:
 
 def stepwise(ssm: si.Attachment, *edits: si.Intervention) -> torch.Tensor:
     with ssm.edit(*edits):
-        return decode(ssm.model, inputs(2, LENGTH)["input_ids"], PROMPT, cache_name(ssm.model))
+        return decode(ssm.model, inputs(2, LENGTH)["input_ids"], PROMPT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,9 +93,9 @@ def test_a_copied_cache_goes_its_own_way() -> None:
     with si.attach(model) as ssm, ssm.edit(si.Knockout(sources=[1, 2])), torch.no_grad():
         first = model(input_ids=ids[:, :PROMPT], use_cache=True)
         twin = copy.deepcopy(cache_of(first))
-        once = model(input_ids=ids[:, PROMPT : PROMPT + 1], cache_params=cache_of(first), use_cache=True).logits
-        model(input_ids=ids[:, PROMPT + 1 : PROMPT + 2], cache_params=cache_of(first), use_cache=True)
-        assert torch.equal(model(input_ids=ids[:, PROMPT : PROMPT + 1], cache_params=twin).logits, once)
+        once = model(input_ids=ids[:, PROMPT : PROMPT + 1], **cached(model, cache_of(first)), use_cache=True).logits
+        model(input_ids=ids[:, PROMPT + 1 : PROMPT + 2], **cached(model, cache_of(first)), use_cache=True)
+        assert torch.equal(model(input_ids=ids[:, PROMPT : PROMPT + 1], **cached(model, twin)).logits, once)
 
 
 def test_several_tokens_on_a_filled_cache() -> None:
@@ -107,7 +107,7 @@ def test_several_tokens_on_a_filled_cache() -> None:
             for edits in ([], [si.Knockout(sources=[1, 2])], [si.SetDelta(value=0.2)]):
                 with ssm.edit(*edits), torch.no_grad():
                     first = model(input_ids=ids[:, :PROMPT], use_cache=True)
-                    rest = model(input_ids=ids[:, PROMPT:], cache_params=cache_of(first), use_cache=True).logits
+                    rest = model(input_ids=ids[:, PROMPT:], **cached(model, cache_of(first)), use_cache=True).logits
                 known = whole(ssm, *edits)[:, PROMPT:]
                 assert relative_error(rest, known) <= 1e-5
 
@@ -118,7 +118,7 @@ def test_hooks_in_decode_steps_see_this_calls_positions() -> None:
         shapes: list[tuple[int, ...]] = []
         with si.attach(model) as ssm:
             ssm.layers[0].hook_attn.add_hook(lambda attn, hook, shapes=shapes: shapes.append(tuple(attn.shape[2:])))
-            decode(model, inputs(1, 4)["input_ids"], 3, cache_name(model))
+            decode(model, inputs(1, 4)["input_ids"], 3)
         assert shapes == [(3, 3), (1, 1)]
 
 
@@ -152,21 +152,21 @@ def test_what_cannot_be_known_on_a_cache_is_refused() -> None:
         first = model(input_ids=ids[:, :PROMPT], use_cache=True)
         late = pytest.raises(si.InterventionError, match="a prompt that this cache read without it")
         with late, ssm.edit(si.Knockout(sources=[1])):
-            model(input_ids=step, cache_params=cache_of(first))
+            model(input_ids=step, **cached(model, cache_of(first)))
         with ssm.edit(si.Knockout(sources=[1]), si.Knockout(sources=[2])):
             first = model(input_ids=ids[:, :PROMPT], use_cache=True)
         other = pytest.raises(si.InterventionError, match="not those under which this cache read its prompt")
         with other, ssm.edit(si.Knockout(sources=[1])):
-            model(input_ids=step, cache_params=cache_of(first))
+            model(input_ids=step, **cached(model, cache_of(first)))
         with ssm.edit(si.Knockout(sources=[1])):
             first = model(input_ids=ids[:, :PROMPT], use_cache=True)
-        model(input_ids=step, cache_params=cache_of(first))  # a step without it
+        model(input_ids=step, **cached(model, cache_of(first)))  # a step without it
         with other, ssm.edit(si.Knockout(sources=[1])):
-            model(input_ids=step, cache_params=cache_of(first))
+            model(input_ids=step, **cached(model, cache_of(first)))
         refused = pytest.raises(si.HookError, match="feed one token at a time, or attach with own_operator=True")
         with refused, ssm.edit(si.SetDelta(value=0.1)):
-            model(input_ids=ids[:, PROMPT:], cache_params=cache_of(first))
+            model(input_ids=ids[:, PROMPT:], **cached(model, cache_of(first)))
     first = model(input_ids=ids[:, :PROMPT], use_cache=True)
     late = pytest.raises(si.InterventionError, match="read without it")
     with si.attach(model) as ssm, late, ssm.edit(si.Knockout(sources=[1])):
-        model(input_ids=step, cache_params=cache_of(first))
+        model(input_ids=step, **cached(model, cache_of(first)))

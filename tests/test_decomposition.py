@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from random_terms import as_users_run_it
-from support import relative_error
+from support import cache_of, cached, relative_error
 from test_softmax import transformer
 from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
@@ -228,9 +228,9 @@ def test_bad_input_is_refused() -> None:
                 decompose(ssm, prompt, **{"targets": 0, **options})  # type: ignore[arg-type]
         with ssm.edit(si.Knockout(sources=0, targets=2)), pytest.raises(FeatureError, match="an edit is at work"):
             decompose(ssm, prompt, targets=0)
-        cache = ssm.model(**inputs(), use_cache=True).cache_params
-        with pytest.raises(FeatureError, match="the inputs hold cache_params"):
-            decompose(ssm, {**inputs(), "cache_params": cache})
+        given = cached(ssm.model, cache_of(ssm.model(**inputs(), use_cache=True)))
+        with pytest.raises(FeatureError, match="the inputs hold cache"):
+            decompose(ssm, {**inputs(), **given})
         assert decompose(ssm, inputs())  # and nothing is left behind
 
 

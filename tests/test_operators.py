@@ -16,7 +16,6 @@ from transformers.models.mamba2 import modeling_mamba2
 
 import ssm_interp as si
 from ssm_interp.hooks.operators import ChunkScan, HeadUpdate, Operator, SelectiveScan, SelectiveUpdate
-from ssm_interp.hooks.points import EditMemory
 from ssm_interp.hooks.serve import serve
 from ssm_interp.hooks.site import Site
 from ssm_interp.scan.naive import naive_scan
@@ -146,9 +145,7 @@ def test_a_kernel_is_called_as_the_host_called_it(adapter: type[Operator]) -> No
 
     native = host(**fresh(arguments))
     gated = adapter in (SelectiveScan, SelectiveUpdate)
-    points = si.HookPoints(
-        layer=0, heads=h, head_dim=1, state_size=n, gated=gated, own_operator=False, memory=EditMemory()
-    )
+    points = si.HookPoints(layer=0, heads=h, head_dim=1, state_size=n, gated=gated, own_operator=False)
 
     def site() -> Site:
         return Site(SimpleNamespace(ssm=points, conv1d=points, layer_idx=0, training=False), None, None, t)
@@ -170,9 +167,7 @@ def test_a_kernel_is_called_as_the_host_called_it(adapter: type[Operator]) -> No
 def test_packed_sequences_are_refused_where_positions_matter() -> None:
     arguments, host = selective_scan()
     operator = SelectiveScan(host, (), arguments | {"seq_idx": torch.zeros(b, t)})
-    points = si.HookPoints(
-        layer=4, heads=h, head_dim=1, state_size=n, gated=True, own_operator=False, memory=EditMemory()
-    )
+    points = si.HookPoints(layer=4, heads=h, head_dim=1, state_size=n, gated=True, own_operator=False)
     points.hook_attn.exposures = 1
     site = Site(SimpleNamespace(ssm=points, conv1d=points, layer_idx=4, training=False), None, None, t)
     with pytest.raises(si.HookError, match="layer 4 got packed sequences.*one sequence per row"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import cache_of, cached, checkpointing
 from test_rows import LENGTH, ROLES, answers, error, forwards, windows
 from tiny_hosts import build, inputs
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ def test_decode_and_generate_under_a_knockout_equal_full_forwards(name: str) -> 
             output = ssm.model(input_ids=ids[:, :7], use_cache=True)
             found = [output.logits]
             for step in (7, 8):
-                output = ssm.model(input_ids=ids[:, step : step + 1], past_key_values=output.past_key_values)
+                output = ssm.model(input_ids=ids[:, step : step + 1], **cached(ssm.model, cache_of(output)))
                 found.append(output.logits)
             assert error(torch.cat(found, dim=1), full) < 1e-5
             ssm.model.generation_config.eos_token_id = None
@@ -246,7 +247,7 @@ def test_attention_that_knockouts_cannot_act_on_is_refused() -> None:
     nowhere = pytest.raises(si.HookError, match="the attention in Module is part of no model of transformers")
     with si.attach(loose) as ssm, nowhere, ssm.edit(si.Knockout(sources=0)):
         pass
-    llama.train().gradient_checkpointing_enable()
+    checkpointing(llama.train())
     again = pytest.raises(si.HookError, match="LlamaForCausalLM uses gradient checkpointing, which would compute")
     with si.attach(llama) as ssm, again, ssm.edit(si.Knockout(sources=0)):
         pass
@@ -285,9 +286,9 @@ def test_bad_knockouts_in_attention() -> None:
             if isinstance(knockout, si.Knockout):
                 with pytest.raises(si.InterventionError, match=message):
                     list(run_each(ssm, ids, [knockout]))
-        cache = ssm.model(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(ssm.model(input_ids=ids, use_cache=True))
         with ssm.edit(si.Knockout(sources=0)), pytest.raises(si.InterventionError, match="this cache read without it"):
-            ssm.model(input_ids=ids[:, :1], past_key_values=cache)
+            ssm.model(input_ids=ids[:, :1], **cached(ssm.model, cache))
         with pytest.raises(si.HookError, match="run takes hook points|no SSM layer"):
             ssm.run(ids, read="attn", layers=[0])
         with ssm.edit(si.Knockout(sources=0)), pytest.raises(si.HookError, match="inside `with ssm.edit"):
@@ -296,9 +297,9 @@ def test_bad_knockouts_in_attention() -> None:
         si.Knockout(sources=0, through="mlp")
     sliding = transformer("gemma2")
     with si.attach(sliding) as ssm, torch.no_grad(), ssm.edit(si.Knockout(sources=0)):
-        cache = ssm.model(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(ssm.model(input_ids=ids, use_cache=True))
         with pytest.raises(si.HookError, match="after 9 positions this cache gives .* keys for 1 new ones"):
-            ssm.model(input_ids=ids[:, :1], past_key_values=cache)
+            ssm.model(input_ids=ids[:, :1], **cached(ssm.model, cache))
 
 
 def test_an_implementation_without_masks_of_edges_is_refused() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ssm_interp.features.groups import FeatureError, check_attached
 from ssm_interp.hooks import Attachment, HookError
-from ssm_interp.hooks.inputs import CACHES, as_inputs
+from ssm_interp.hooks.cache import CACHES
+from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import as_index, as_indices, as_list
 
 UNFIT = (*CACHES, "seq_idx", "cu_seqlens", "cu_seq_lens_q", "logits_to_keep", "inputs_embeds")

@@ -11,7 +11,6 @@ from torch import nn
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import attention_layers
 from ssm_interp.hooks.errors import HookError, UnsupportedModelError
-from ssm_interp.hooks.points import EditMemory
 from ssm_interp.hooks.routing import HookedMixer, hook_mixer, operators_of
 from ssm_interp.scan.terms import FLOATS
 
@@ -44,9 +43,8 @@ def attach(model: Any, *, own_operator: bool = False) -> Attachment:
         raise HookError(f"attach takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
     found = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
     _check_model(model, found)
-    memory = EditMemory()
     for mixer in found:
-        hook_mixer(mixer, own_operator, memory)
+        hook_mixer(mixer, own_operator)
     return Attachment(model)
 
 

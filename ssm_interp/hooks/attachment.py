@@ -16,7 +16,7 @@ from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import STREAMS, Intervention, Knockout, as_index, as_indices, as_list, as_streams
-from ssm_interp.hooks.own import Watch, watching
+from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HEAD_AXIS, HookPoint
 from ssm_interp.hooks.routing import HookedMixer, restore_mixer
 from ssm_interp.hooks.site import ActiveEdit, active_edits, editing
@@ -162,7 +162,8 @@ class Attachment:
             for intervention, streams in zip(interventions, through, strict=True)
         )
         attends = any("attention" in streams for streams in through)
-        with self._attention_knockable() if attends else nullcontext(), editing(active):
+        asked = asking(points.asked for points in self.layers.values())
+        with asked, self._attention_knockable() if attends else nullcontext(), editing(active):
             yield
 
     def run(
@@ -313,6 +314,7 @@ class Exposure:
         with _exposing:
             for point in self._points:
                 point.exposures += step
+                point.asked.now = True
 
     def __enter__(self) -> Exposure:
         return self

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_interp.hooks.cache import CACHES
 from ssm_interp.hooks.errors import HookError
-
-CACHES = ("cache_params", "past_key_values")
 
 
 def as_inputs(inputs: Any, model: nn.Module) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import get_ident
+from threading import Lock, get_ident
 from types import MappingProxyType
 from typing import Any
 
@@ -25,9 +25,40 @@ class Watch:
         give: what it makes of the tensor enters instead, before any hook; None: the tensor itself.
     """
 
-    point: nn.Module
+    point: Any
     read: Callable[[Tensor], object] = lambda _: None
     give: Callable[[Tensor], Tensor] | None = None
+
+
+class Asked:
+    """Whether anything is asked of a mixer, by any thread. Compiled code guards on `now`, a plain attribute, and is
+    compiled anew when it changes.
+
+    Attributes:
+        now: True as soon as a hook is added or a block begins; looked at again when a block ends or a forward runs.
+    """
+
+    def __init__(self) -> None:
+        self.now = False
+        self.blocks = 0
+
+
+_asking = Lock()
+
+
+@contextmanager
+def asking(mixers: Iterable[Asked]) -> Iterator[None]:
+    """A block in which something is asked of some mixers."""
+    asked = list(mixers)
+    with _asking:
+        for one in asked:
+            one.blocks, one.now = one.blocks + 1, True
+    try:
+        yield
+    finally:
+        with _asking:
+            for one in asked:
+                one.blocks -= 1
 
 
 _watches: ContextVar[Mapping[nn.Module, tuple[Watch, ...]]] = ContextVar(
@@ -39,12 +70,13 @@ _own_operators: ContextVar[frozenset[nn.Module]] = ContextVar("ssm_interp_own_op
 @contextmanager
 def watching(watches: Iterable[Watch]) -> Iterator[None]:
     """Inside, forwards of this thread show what passes some hook points, which fire for that."""
-    found = dict(_watches.get())
+    watches, found = list(watches), dict(_watches.get())
     for watch in watches:
         found[watch.point] = (*found.get(watch.point, ()), watch)
     token = _watches.set(found)
     try:
-        yield
+        with asking({watch.point.asked: None for watch in watches}):
+            yield
     finally:
         _watches.reset(token)
 
@@ -55,11 +87,13 @@ def watches(point: nn.Module) -> tuple[Watch, ...]:
 
 
 @contextmanager
-def own_operators(points: Iterable[nn.Module]) -> Iterator[None]:
+def own_operators(points: Iterable[Any]) -> Iterator[None]:
     """Inside, forwards of this thread run the library's recurrence in the mixers of these hook points."""
-    token = _own_operators.set(_own_operators.get() | frozenset(points))
+    chosen = frozenset(points)
+    token = _own_operators.set(_own_operators.get() | chosen)
     try:
-        yield
+        with asking(one.asked for one in chosen):
+            yield
     finally:
         _own_operators.reset(token)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ssm_interp.hooks.errors import HookError
-from ssm_interp.hooks.own import has_own_operator, watches
+from ssm_interp.hooks.own import Asked, has_own_operator, watches
 
 HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
 Direction = Literal["fwd", "bwd", "both"]
@@ -48,9 +47,10 @@ class HookPoint(nn.Module):
         >>> ssm.layers[3].hook_dt.add_hook(lambda dt, hook: dt * 2)
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, asked: Asked | None = None) -> None:
         super().__init__()
         self.name = name
+        self.asked = asked or Asked()
         self.exposures = 0
         self._added: list[_Added] = []
 
@@ -69,6 +69,22 @@ class HookPoint(nn.Module):
     def has_hooks(self) -> bool:
         """Whether any hook, PyTorch's own or one of `add_hook`, is attached."""
         return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        return self._ask(super().register_forward_hook(*args, **kwargs))
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        return self._ask(super().register_forward_pre_hook(*args, **kwargs))
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        return self._ask(super().register_full_backward_hook(*args, **kwargs))
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        return self._ask(super().register_full_backward_pre_hook(*args, **kwargs))
+
+    def _ask(self, handle: RemovableHandle) -> RemovableHandle:
+        self.asked.now = True
+        return handle
 
     def add_hook(
         self,
@@ -133,19 +149,6 @@ def _as_tuple(gradient: Tensor | None) -> tuple[Tensor] | None:
     return None if gradient is None else (gradient,)
 
 
-class EditMemory:
-    """Under which edits the training forwards of a model ran, per layer, for gradient checkpointing, which runs them
-    again in the backward pass. One for all layers of a model."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.with_grad: dict[int, set[Any]] = defaultdict(set)
-        self.without_grad: dict[int, set[Any]] = defaultdict(set)
-        self.recomputed = False
-
-
 class HookPoints(nn.Module):
     """The hook points of one SSM mixer, a child module of it by the name `ssm`.
 
@@ -185,15 +188,24 @@ class HookPoints(nn.Module):
         state_size: int,
         gated: bool,
         own_operator: bool,
-        memory: EditMemory,
     ) -> None:
         super().__init__()
         self.layer, self.heads, self.head_dim, self.state_size = layer, heads, head_dim, state_size
+        self.asked = Asked()
         for name in FIRING_ORDER:
             if name != "z" or gated:
-                self.add_module(f"hook_{name}", HookPoint(name))
-        self._own_operator = own_operator
-        self.memory = memory
+                self.add_module(f"hook_{name}", HookPoint(name, self.asked))
+        self._own_operator = self.asked.now = own_operator
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody (in this thread) wants what passes one of the points."""
+        return any(point.requested for point in self.points())
+
+    def look_again(self) -> None:
+        """Let compiled code run the host's own forward again if nothing is asked any more."""
+        exposed_or_hooked = any(point.exposed or point.has_hooks() for point in self.points())
+        self.asked.now = bool(self.asked.blocks or exposed_or_hooked or self._own_operator)
 
     @property
     def own_operator(self) -> bool:

@@ -35,6 +35,12 @@ class Record:
     kept_at: dict[Hashable, int] = field(default_factory=dict)
 
 
+def has_record(cache: Any, layer: int) -> bool:
+    """Whether something is a cache whose layer has a record: a cache of a prompt that was read under edits."""
+    layers = getattr(cache, "layers", None)
+    return isinstance(layers, list) and layer < len(layers) and hasattr(layers[layer], _NAME)
+
+
 def record_of(cache: Any, layer: int) -> Record | None:
     """The record of a cache layer; None if others filled it before."""
     place = cache.layers[layer]

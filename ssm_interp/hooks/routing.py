@@ -1,8 +1,9 @@
 """How one mixer's operator calls reach us, and nobody else's.
 
-The mixer's class is swapped for a subclass whose `forward` runs the host's own forward with the operator names rebound:
-a copy of the function object with other globals, `__wrapped__` decorators followed. No global of the host is touched. A
-context variable, set by that forward, says which mixer the rebound operator serves.
+The mixer's class is swapped for a subclass. While nothing is asked of a mixer, it runs the host's own forward; else
+a copy of that function (inside its decorators) that sees the host's globals, as they are at that moment, with the
+operator names rebound. No global of the host is touched. A context variable, set around that copy,
+says which mixer the rebound operator serves.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ssm_interp.hooks.cache import CACHES, cache_parameter
 from ssm_interp.hooks.convolution import OVER_POSITIONS, UPDATE, bind, convolve
+from ssm_interp.hooks.errors import UnsupportedModelError
 from ssm_interp.hooks.operators import FUSED_SHORTCUTS, GATED_FAMILY, OPERATORS, Operator
-from ssm_interp.hooks.points import EditMemory, HookPoints
+from ssm_interp.hooks.points import HookPoints
+from ssm_interp.hooks.record import has_record
 from ssm_interp.hooks.rowsite import RowSite, rows_at_work
 from ssm_interp.hooks.serve import serve
-from ssm_interp.hooks.site import Site
+from ssm_interp.hooks.site import Site, edits_at
 
 _site: ContextVar[Site | RowSite] = ContextVar("ssm_interp_site")
 
@@ -39,58 +44,115 @@ class HookedMixer(nn.Module):
     layer_idx: int
     ssm: HookPoints
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles and copies as its host class, hooked again."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new_hooked, (self.host_class,), *reduced[2:]
+
+
+def _new_hooked(host_class: Any) -> HookedMixer:
+    hooked = hooked_class(host_class)
+    return hooked.__new__(hooked)
+
+
+class _Globals(dict[str, Any]):
+    """Some names, and all others as a module has them at the moment they are looked up."""
+
+    def __init__(self, module: dict[str, Any], names: dict[str, Any]) -> None:
+        super().__init__(names)
+        self._module = module
+
+    def __missing__(self, name: str) -> Any:
+        return self._module[name]
+
 
 @cache
 def hooked_class(host_class: Any) -> type[HookedMixer]:
     """The subclass of a mixer class, one that `operators_of` knows, whose operator calls go through its hook points."""
-    body = host_forward(host_class)
-    replacements: dict[str, Any] = {
-        name: _route(OPERATORS[name], body.__globals__[name]) for name in operators_of(host_class)
-    }
-    replacements |= {name: _route_conv(name, body.__globals__[name]) for name in (OVER_POSITIONS, UPDATE)}
-    replacements |= {name: _no_shortcut for name in FUSED_SHORTCUTS if name in body.__globals__}
-    rebound = _rebind(host_class.forward, replacements)
+    served = _rebind(host_class.forward, _served(host_forward(host_class)))
 
-    def forward(
-        self: HookedMixer,
-        hidden_states: Tensor,
-        cache_params: Any = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        rows = rows_at_work()
-        site = rows.at(self) if rows else Site(self, cache_params, attention_mask, hidden_states.shape[1])
-        token = _site.set(site)
-        try:
-            output = rebound(self, hidden_states, cache_params, attention_mask, **kwargs)
-        finally:
-            _site.reset(token)
-        site.close()
-        return output
+    @wraps(host_class.forward)
+    def forward(self: HookedMixer, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            if not self.ssm.asked.now:
+                return host_class.forward(self, *args, **kwargs)
+            return _uncompiled(self, *args, **kwargs)
+        if _is_idle(self, args, kwargs):
+            return host_class.forward(self, *args, **kwargs)
+        return served(self, *args, **kwargs)
 
     namespace = {"forward": forward, "host_class": host_class, "__module__": host_class.__module__}
     return type(f"Hooked{host_class.__name__}", (host_class, HookedMixer), namespace)
 
 
+@torch.compiler.disable(reason="ssm_interp: hooks or edits are at work, which run uncompiled")  # type: ignore[no-untyped-call, untyped-decorator]
+def _uncompiled(mixer: HookedMixer, *args: Any, **kwargs: Any) -> Any:
+    mixer.ssm.look_again()
+    return type(mixer).forward(mixer, *args, **kwargs)
+
+
+def _is_idle(mixer: HookedMixer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether nothing is asked of a forward, so that the host's own may run."""
+    points = mixer.ssm
+    if points.own_operator or points.requested or rows_at_work() or any(edits_at(mixer)):
+        return False
+    given = [*args, *(kwargs.get(name) for name in CACHES)]
+    return not any(has_record(value, mixer.layer_idx) for value in given)
+
+
+def _served(body: Any) -> Callable[..., Any]:
+    """The host's forward with its operators served: what stands inside its decorators in the place of the body."""
+    signature, takes_cache = inspect.signature(body), cache_parameter(body)
+    if takes_cache is None or not {"hidden_states", "attention_mask"} <= set(signature.parameters):
+        raise UnsupportedModelError(
+            f"the forward of {body.__qualname__} takes {list(signature.parameters)}; expected are hidden_states, "
+            f"attention_mask and a cache ({', '.join(CACHES)})"
+        )
+    host: dict[str, Any] = body.__globals__
+    names: dict[str, Any] = {name: _route(OPERATORS[name], name, host) for name in _operators_in(body)}
+    names |= {name: _route_conv(name, host) for name in (OVER_POSITIONS, UPDATE)}
+    names |= {name: _no_shortcut for name in FUSED_SHORTCUTS if name in host}
+    copy = FunctionType(body.__code__, _Globals(host, names), body.__name__, body.__defaults__, body.__closure__)
+    copy.__kwdefaults__ = body.__kwdefaults__
+
+    @wraps(body)
+    def forward(self: HookedMixer, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        cached, mask = given.get(takes_cache), given.get("attention_mask")
+        rows = rows_at_work()
+        site = rows.at(self, cached) if rows else Site(self, cached, mask, given["hidden_states"].shape[1])
+        token = _site.set(site)
+        try:
+            output = copy(self, *args, **kwargs)
+        finally:
+            _site.reset(token)
+        site.close()
+        return output
+
+    return forward
+
+
 def operators_of(host_class: type[nn.Module]) -> tuple[str, ...]:
     """Names of the known operators that a mixer class calls; none for a class that is no SSM mixer."""
     body = host_forward(host_class)
-    if not inspect.isfunction(body):
-        return ()
+    return _operators_in(body) if inspect.isfunction(body) else ()
+
+
+def _operators_in(body: FunctionType) -> tuple[str, ...]:
     return tuple(name for name in OPERATORS if name in body.__code__.co_names and name in body.__globals__)
 
 
-def _route(adapter: type[Operator], host: Callable[..., Any]) -> Callable[..., Any]:
+def _route(adapter: type[Operator], name: str, host: dict[str, Any]) -> Callable[..., Any]:
     def routed(*args: Any, **kwargs: Any) -> Any:
-        site, operator = _site.get(), adapter(host, args, kwargs)
+        site, operator = _site.get(), adapter(host[name], args, kwargs)
         return site.serve(operator) if isinstance(site, RowSite) else serve(operator, site)
 
     return routed
 
 
-def _route_conv(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
+def _route_conv(name: str, host: dict[str, Any]) -> Callable[..., Any]:
     def routed(*args: Any, **kwargs: Any) -> Any:
-        site, call = _site.get(), bind(name, host, args, kwargs)
+        site, call = _site.get(), bind(name, host[name], args, kwargs)
         return site.convolve(call) if isinstance(site, RowSite) else convolve(call, site)
 
     return routed
@@ -117,27 +179,20 @@ def host_forward(host_class: type[nn.Module]) -> Callable[..., Any]:
     return function
 
 
-def _rebind(function: Callable[..., Any], replacements: dict[str, Any]) -> Callable[..., Any]:
-    """A copy of a function, and of the functions that its decorators wrap, that sees other globals."""
+def _rebind(function: Callable[..., Any], served: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with all its decorators, and another one in the place of what they wrap."""
     inner = _inner(function)
     if inner is None:
-        copy = FunctionType(
-            function.__code__, function.__globals__ | replacements, function.__name__, function.__defaults__,
-            function.__closure__,
-        )  # fmt: skip
-    else:
-        cells = tuple(
-            CellType(_rebind(inner, replacements)) if cell.cell_contents is inner else cell
-            for cell in function.__closure__ or ()
-        )
-        copy = FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-        )  # fmt: skip
+        return served
+    cells = tuple(
+        CellType(_rebind(inner, served)) if cell.cell_contents is inner else cell for cell in function.__closure__ or ()
+    )
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
-def hook_mixer(mixer: Any, own_operator: bool, memory: EditMemory) -> None:
+def hook_mixer(mixer: Any, own_operator: bool) -> None:
     """Swap the class of a mixer, and give it its hook points."""
     gated = bool(GATED_FAMILY.intersection(operators_of(type(mixer))))
     A_log: Tensor = mixer.A_log
@@ -147,7 +202,7 @@ def hook_mixer(mixer: Any, own_operator: bool, memory: EditMemory) -> None:
     mixer.__class__ = hooked_class(type(mixer))  # type: ignore[arg-type]
     mixer.add_module(
         "ssm",
-        HookPoints(mixer.layer_idx, heads, head_dim, state_size, gated, own_operator, memory).train(mixer.training),
+        HookPoints(mixer.layer_idx, heads, head_dim, state_size, gated, own_operator).train(mixer.training),
     )
     _rebind_old_forward(mixer)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of, entering
+from ssm_interp.hooks.cache import CACHES, cache_in, cache_parameter
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.inputs import check_ids
 from ssm_interp.hooks.interventions import Knockout
@@ -197,8 +198,10 @@ class _Group:
         self.ids, self.plan, self.start, self.memory = ids, plan, start, memory
         self.blocks = blocks_of(ssm.model)
         self.takes = inspect.signature(ssm.model.forward).parameters
+        self.cache_name = cache_parameter(ssm.model.forward) or CACHES[0]
         self.attends = any(stream == "attention" and found for (stream, _), found in plan.cells.items())
-        self.rows = Rows(plan, len(ids), ids.shape[1], start)
+        asked = [points.asked for points in ssm.layers.values()]
+        self.rows = Rows(plan, len(ids), ids.shape[1], start, asked)
 
     def answers(self, variants: list[int]) -> Iterator[Answers]:
         """The answers to some variants, in as many steps as the memory asks for."""
@@ -236,8 +239,10 @@ class _Group:
             return None
         with self.rows.prefill():
             output = self._call(self.ids[:, : self.start], 0, use_cache=True)
-        cache = getattr(output, "cache_params", None)
-        return output.past_key_values if cache is None else cache
+        cache = cache_in(output)
+        if cache is None:
+            raise HookError(f"{type(self.model).__name__} gave no cache back, though it was called with use_cache=True")
+        return cache
 
     @torch.no_grad()
     def _step(self, cache: Any, variants: Sequence[int]) -> Tensor:
@@ -248,13 +253,15 @@ class _Group:
         growing = _Growing(rows, None)
         if cache is not None:
             growing = _Growing(rows, cache)
-            options = {"use_cache": True, self._cache_name: growing.cache}
-        with rows.step(variants), entering(self.blocks, growing.enter):
+            options = {"use_cache": True, self.cache_name: growing.cache}
+        with rows.step(variants, growing.cache), entering(self.blocks, growing.enter):
             if self.attends:
                 with knockable(self.model):
                     output = self._call(ids, self.start, **options)
             else:
                 output = self._call(ids, self.start, **options)
+        if cache is not None and cache_in(output) is not growing.cache:
+            raise HookError(f"{type(self.model).__name__} did not go on from the cache given as {self.cache_name!r}")
         logits: Tensor = output.logits[:, -1]
         return logits.reshape(-1, len(ids), logits.shape[-1])
 
@@ -265,10 +272,6 @@ class _Group:
         if "position_ids" in self.takes:
             options["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
         return self.model(input_ids=ids, **options)
-
-    @property
-    def _cache_name(self) -> str:
-        return "cache_params" if "cache_params" in self.takes else "past_key_values"
 
     def _row_bytes(self) -> int:
         """What a row takes, about: its logits three times over, and its activations in one layer."""

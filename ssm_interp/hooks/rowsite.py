@@ -14,6 +14,7 @@ from torch import Tensor
 from ssm_interp.hooks.convolution import Convolution, carry, taps_between
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
+from ssm_interp.hooks.own import Asked, asking
 from ssm_interp.hooks.plan import Cell, Plan, attention_heads, feature_mask
 from ssm_interp.hooks.points import HookPoints
 from ssm_interp.scan import Terms, leave, one_step, read_initial, removed, scan
@@ -54,8 +55,10 @@ class Rows:
         start: first column of the step; the prefill read those before it.
     """
 
-    def __init__(self, plan: Plan, prompts: int, length: int, start: int) -> None:
+    def __init__(self, plan: Plan, prompts: int, length: int, start: int, asked: Sequence[Asked]) -> None:
+        self._asked = asked
         self.plan, self.prompts, self.length, self.start = plan, prompts, length, start
+        self.cache: Any = None  # that the step goes on from
         self.members: list[int] | None = None  # the variants of the step, by the layer that they join at
         self._joins: list[int] = []
         self.starts: dict[tuple[int, int], Start] = {}
@@ -73,8 +76,9 @@ class Rows:
             yield
 
     @contextmanager
-    def step(self, variants: Sequence[int]) -> Iterator[None]:
-        """Inside, the model reads the columns from the start on, as rows of these variants."""
+    def step(self, variants: Sequence[int], cache: Any) -> Iterator[None]:
+        """Inside, the model reads the columns from the start on, as rows of these variants, on a cache."""
+        self.cache = cache
         first = {variant: self.plan.first_layer(variant) or 0 for variant in variants}
         self.members = sorted(variants, key=lambda variant: first[variant])
         self._joins = [first[variant] for variant in self.members]
@@ -85,8 +89,17 @@ class Rows:
         """How many blocks of n rows pass through a layer."""
         return 1 + sum(join <= layer for join in self._joins)
 
-    def at(self, mixer: Any) -> RowSite:
-        """This work at one mixer."""
+    def at(self, mixer: Any, cache: Any) -> RowSite:
+        """This work at one mixer.
+
+        Raises:
+            HookError: the cache that the step goes on from did not reach the mixer.
+        """
+        if self.members is not None and cache is not self.cache:
+            raise HookError(
+                f"layer {mixer.layer_idx} was given {'no' if cache is None else 'another'} cache in a step that goes "
+                "on from one; the model does not hand on the cache that it is called with"
+            )
         return RowSite(self, mixer.layer_idx, mixer.ssm)
 
     def cells(self, stream: str, layer: int) -> Iterator[tuple[int, Cell]]:
@@ -116,7 +129,8 @@ class Rows:
     def _at_work(self) -> Iterator[None]:
         token = _rows.set(self)
         try:
-            yield
+            with asking(self._asked):
+                yield
         finally:
             _rows.reset(token)
 

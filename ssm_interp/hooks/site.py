@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ssm_interp.hooks.checkpointing import as_first_run
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import FlatPositions, Intervention, RowPositions
 from ssm_interp.hooks.points import HookPoints
@@ -52,6 +53,17 @@ def active_edits(place: nn.Module) -> tuple[ActiveEdit, ...]:
     return tuple(edit for edit in _active.get() if id(place) in edit.places)
 
 
+def edits_at(mixer: Any) -> tuple[Edits, Edits]:
+    """The interventions at work on the operator of a mixer, and on the convolution before it."""
+    found = _edits_of(mixer.ssm, mixer.layer_idx), _edits_of(mixer.conv1d, mixer.layer_idx)
+    return as_first_run(mixer.ssm, found, ((), ()))
+
+
+def _edits_of(place: nn.Module, layer: int) -> Edits:
+    found = (edit.intervention for edit in active_edits(place))
+    return tuple(edit for edit in found if edit.layers is None or layer in edit.layers)
+
+
 class Site:
     """One forward of one mixer.
 
@@ -72,7 +84,7 @@ class Site:
             raise HookError("the prompt is empty: an SSM layer needs at least one position")
         self.record = None if cache is None else record_of(cache, self.layer)
         self.continues = cache is not None and bool(cache.layers[self.layer].has_previous_state[0])
-        self.edits, self.conv_edits = self._edits(mixer)
+        self.edits, self.conv_edits = edits_at(mixer)
         self.heads_done = 0
         self._check_history()
 
@@ -107,37 +119,6 @@ class Site:
                 self.record.prompt = self.length
                 self.record.known = {*self.edits, *self.conv_edits}
             self.record.seen += self.length
-
-    def _edits(self, mixer: Any) -> tuple[Edits, Edits]:
-        found = self._edits_of(self.points), self._edits_of(mixer.conv1d)
-        return self._as_in_forward(found) if mixer.training else found
-
-    def _edits_of(self, place: nn.Module) -> Edits:
-        return tuple(
-            edit.intervention
-            for edit in active_edits(place)
-            if edit.intervention.layers is None or self.layer in edit.intervention.layers
-        )
-
-    def _as_in_forward(self, found: tuple[Edits, Edits]) -> tuple[Edits, Edits]:
-        """Gradient checkpointing runs the forward again in the backward pass, perhaps in another thread or after the
-        `with` has ended: then the edits are those of the first run."""
-        memory = self.points.memory
-        if not _in_backward():
-            if memory.recomputed:
-                memory.clear()
-            (memory.with_grad if torch.is_grad_enabled() else memory.without_grad)[self.layer].add(found)
-            return found
-        memory.recomputed = True
-        # Reentrant checkpointing runs the forward without grad.
-        seen = memory.with_grad[self.layer] or memory.without_grad[self.layer]
-        if len(seen) != 1:
-            raise HookError(
-                f"layer {self.layer} is recomputed for gradient checkpointing, but it ran under {len(seen)} different "
-                "sets of edits since the last backward pass; call backward after each edited forward"
-            )
-        first: tuple[Edits, Edits] = next(iter(seen))
-        return first
 
     def _check_history(self) -> None:
         if not self.continues:
@@ -195,8 +176,3 @@ def _rows(positions: FlatPositions | RowPositions, batch: int, what: str) -> Seq
             )
         return cast(Sequence[FlatPositions], positions)
     return [cast(FlatPositions, positions)] * batch
-
-
-def _in_backward() -> bool:
-    # The only sign that torch gives of a backward pass; torch.utils.checkpoint reads the same.
-    return torch._C._current_graph_task_id() != -1
