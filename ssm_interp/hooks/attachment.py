@@ -21,6 +21,7 @@ from ssm_interp.hooks.points import HEAD_AXIS, HookPoint
 from ssm_interp.hooks.routing import HookedMixer, restore_mixer
 from ssm_interp.hooks.site import ActiveEdit, active_edits, editing
 from ssm_interp.hooks.softmax import knockable
+from ssm_interp.hooks.unknown import names_of, unknown_mixers
 
 _exposing = Lock()
 
@@ -82,6 +83,8 @@ class Attachment:
         mixers: model layer index -> the mixer itself.
         attention: model layer index -> its softmax attention, in hybrids and ordinary transformers. Nothing is put into
             it; a Knockout `through` "attention" acts there.
+        unknown: model layer index (or a module's name, outside the decoder blocks) -> what else mixes tokens there,
+            and is not covered: no intervention acts on it. Empty, unless attached with `allow_unknown`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,6 +92,7 @@ class Attachment:
         self.mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
         self.layers = {index: mixer.ssm for index, mixer in self.mixers.items()}
         self.attention = attention_layers(model)
+        self.unknown = unknown_mixers(model)
 
     def __enter__(self) -> Attachment:
         return self
@@ -99,7 +103,8 @@ class Attachment:
     def __repr__(self) -> str:
         kinds: dict[str, Any] = {"SSM": self.layers, "attention": self.attention}
         state = ", ".join(f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers)
-        return f"Attachment({type(self.model).__name__}, {state or 'detached'})"
+        missing = f"; not covered: {names_of(self.unknown)}" if self.unknown else ""
+        return f"Attachment({type(self.model).__name__}, {state or 'detached'}{missing})"
 
     @property
     def name(self) -> str:
@@ -229,7 +234,7 @@ class Attachment:
         for mixer in self.mixers.values():
             if isinstance(mixer, HookedMixer):
                 restore_mixer(mixer)
-        self.mixers, self.layers, self.attention = {}, {}, {}
+        self.mixers, self.layers, self.attention, self.unknown = {}, {}, {}, {}
 
     @contextmanager
     def _attention_knockable(self) -> Iterator[None]:
