@@ -11,6 +11,7 @@ from torch import nn
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import attention_layers
 from ssm_interp.hooks.errors import HookError, UnsupportedModelError
+from ssm_interp.hooks.newest import Newest, check_version
 from ssm_interp.hooks.routing import HookedMixer, hook_mixer, operators_of
 from ssm_interp.hooks.unknown import names_of, unknown_mixers
 from ssm_interp.scan.terms import FLOATS
@@ -37,7 +38,9 @@ def attach(model: Any, *, own_operator: bool = False, allow_unknown: bool = Fals
 
     Raises:
         UnsupportedModelError: no SSM layers, or mixers whose operator is not known (too old a version, another class),
-            in all layers, or in some without `allow_unknown`.
+            in all layers, or in some without `allow_unknown`; a version of transformers that is older than 5.15, or
+            newer than the newest known and not what it was (on a newer one a few forwards of seven tokens compare the
+            hooked model with the native one; a warning says where they cannot be run).
         HookError: not a model; already attached; wrapped by nnsight (attach first, then wrap); a mixer's forward was
             replaced.
 
@@ -47,13 +50,21 @@ def attach(model: Any, *, own_operator: bool = False, allow_unknown: bool = Fals
     """
     if not isinstance(model, nn.Module):
         raise HookError(f"attach takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
+    check_version()
     found = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
     _check_model(model, found)
     if not allow_unknown:
         _check_covered(model)
+    newest = Newest(model)
     for mixer in found:
         hook_mixer(mixer, own_operator)
-    return Attachment(model)
+    ssm = Attachment(model)
+    try:
+        newest.check(ssm)
+    except BaseException:
+        ssm.detach()
+        raise
+    return ssm
 
 
 def attached(model: nn.Module) -> Attachment:

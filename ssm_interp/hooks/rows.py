@@ -149,25 +149,37 @@ def _made_of(ssm: Attachment) -> int:
     return hash(parts)
 
 
-@torch.no_grad()
 def _trial(ssm: Attachment) -> str | None:
     """Why rows do not fit a model, found by trying (there are too many to know them all); None: they fit."""
+    try:
+        return depends_on_batch(ssm) or _rows_are_off(ssm)
+    except HookError:
+        raise
+    except Exception as error:  # whatever a model raises that needs more than token ids
+        if _out_of_memory(error):
+            raise
+        return f"{type(ssm.model).__name__} does not run on token ids alone ({type(error).__name__}: {error})"
+
+
+def _some_ids(ssm: Attachment, rows: int, length: int) -> Tensor:
     weights = [weight for weight in ssm.model.parameters() if not weight.is_meta]
     device = weights[0].device if weights else torch.device("cpu")
     vocabulary = cast(Any, ssm.model).get_input_embeddings().num_embeddings
-    ids = torch.tensor([[5, 6, 7, 8], [8, 5, 7, 9], [1, 3, 2, 4]], device=device) % vocabulary
-    return _depends_on_batch(ssm, ids) or _rows_are_off(ssm, ids[:2, :3])
+    some = torch.tensor([[5, 6, 7, 8], [8, 5, 7, 9], [1, 3, 2, 4]], device=device)
+    return some[:rows, :length].remainder(vocabulary)
 
 
-def _depends_on_batch(ssm: Attachment, ids: Tensor) -> str | None:
+@torch.no_grad()
+def depends_on_batch(ssm: Attachment) -> str | None:
     """Whether what a row gives depends on the other rows, in batches of one size (so that rounding is the same)."""
+    ids = _some_ids(ssm, 3, 4)
     together = ssm.model(input_ids=ids, use_cache=False).logits
     off = 0.0
     for row, found in zip(ids, together, strict=True):
         alone = ssm.model(input_ids=row.expand_as(ids).contiguous(), use_cache=False).logits[0]
         off = max(off, float((found - alone).float().abs().max()))
     largest = float(together.float().abs().max())
-    if off <= largest * (BATCH_ERROR + 2 * _precision(ssm, together)):
+    if off <= largest * (BATCH_ERROR + 2 * precision(ssm, together)):
         return None
     return (
         f"a row of {type(ssm.model).__name__} depends on the others in its batch, by {off / largest:.0e} of the "
@@ -175,7 +187,10 @@ def _depends_on_batch(ssm: Attachment, ids: Tensor) -> str | None:
     )
 
 
-def _rows_are_off(ssm: Attachment, ids: Tensor) -> str | None:
+@torch.no_grad()
+def _rows_are_off(ssm: Attachment) -> str | None:
+    """Whether rows of variants give something else than full forwards under their knockouts, or nothing."""
+    ids = _some_ids(ssm, 2, 3)
     variants = [
         (),
         (Knockout(sources=0, targets=1),),
@@ -195,12 +210,12 @@ def _rows_are_off(ssm: Attachment, ids: Tensor) -> str | None:
         if _out_of_memory(error):
             raise
         return f"the blocks of {type(ssm.model).__name__} take no rows of variants ({type(error).__name__}: {error})"
-    if off <= largest * max(TRIAL_ERROR, min(0.2, 32 * _precision(ssm, logits))):
+    if off <= largest * max(TRIAL_ERROR, min(0.2, 32 * precision(ssm, logits))):
         return None
     return f"rows of variants through {type(ssm.model).__name__} are off by {off / largest:.0e} of the largest logit"
 
 
-def _precision(ssm: Attachment, logits: Tensor) -> float:
+def precision(ssm: Attachment, logits: Tensor) -> float:
     """The spacing of the numbers that a forward computes in (many hosts give logits in fp32 whatever that is)."""
     embedding = cast(Any, ssm.model).get_input_embeddings().weight
     dtypes = [logits.dtype, embedding.dtype if embedding.is_floating_point() else logits.dtype]
