@@ -116,10 +116,26 @@ def test_the_running_block_is_that_of_its_own_thread() -> None:
     model = build("zamba")
     with si.attach(model) as ssm:
         knockout = si.Knockout(sources=1, targets=-1, through="attention", layers=max(ssm.attention))
+        known, native = edited(ssm, inputs(), knockout), logits(model, inputs())
+        assert not torch.equal(known, native)
+        before, begin, found = threading.Barrier(2), threading.Barrier(2), {}
+
+        def work(name: str, wait: bool) -> None:
+            if wait:
+                before.wait()
+                begin.wait()
+            found[name] = (logits(model, inputs()), running_block())
+
+        older = threading.Thread(target=work, args=("older", True))
+        older.start()
+        before.wait()
         with ssm.edit(knockout):
-            other = threading.Thread(target=lambda: (logits(model, inputs()), found.append(running_block())))
-            found: list[int | None] = []
-            other.start()
-            other.join()
-        assert found == [None]
-        assert not torch.equal(edited(ssm, inputs(), knockout), logits(model, inputs()))
+            younger = threading.Thread(target=work, args=("younger", False))
+            younger.start()
+            younger.join()
+            begin.wait()
+            older.join()
+        assert torch.equal(found["younger"][0], known)
+        assert torch.equal(found["older"][0], native)
+        assert found["older"][1] is not None
+        assert running_block() is None

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.own import OWN
-from ssm_interp.hooks.site import active_edits
 
 
 def obstacles(ssm: Attachment) -> Iterator[str]:
