@@ -377,11 +377,11 @@ class Joined(Operator):
         return results[-1]
 
 
-def _cat(parts: Sequence[Tensor], axis: int) -> Tensor:
+def _cat(parts: list[Tensor], axis: int) -> Tensor:
     """Heads put together, kept in memory as the host keeps them: position by position within a head."""
-    return (
-        torch.cat(parts) if axis == 0 else torch.cat([part.transpose(1, axis) for part in parts], 1).transpose(1, axis)
-    )
+    if axis == 0:
+        return torch.cat(parts)
+    return torch.cat([part.transpose(1, axis) for part in parts], 1).transpose(1, axis)
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:

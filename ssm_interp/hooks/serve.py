@@ -69,7 +69,7 @@ def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdit
     terms = edits.scale_reads(clean)
     initial = None if initial is None else initial.to(terms.x.dtype)
     exact = operands.x.dtype in (torch.float32, torch.float64)  # so that the host's y and ours may be added
-    own = points.own_operator or (exact and edits.needs_own_scan)
+    own = points.own_operator or (exact and (edits.needs_own_scan or points.hook_state.has_hooks()))
     y, state = edits.scan(terms, initial) if own else operator.run(operands)
     with torch.autocast(terms.x.device.type, enabled=False):
         if own or exact:
