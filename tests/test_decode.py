@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support import cache_of, cached, decode, edited, logits, relative_error
-from tiny_hosts import NAMES, build, inputs, padded
+from tiny_hosts import NAMES, build, inputs, padded, tokens_of
 
 import ssm_interp as si
 
@@ -170,3 +170,60 @@ def test_what_cannot_be_known_on_a_cache_is_refused() -> None:
     late = pytest.raises(si.InterventionError, match="read without it")
     with si.attach(model) as ssm, late, ssm.edit(si.Knockout(sources=[1])):
         model(input_ids=step, **cached(model, cache_of(first)))
+
+
+@pytest.mark.parametrize("chunk", [2, PROMPT - 1])
+def test_a_prompt_read_in_chunks_is_refused_where_its_end_matters(chunk: int) -> None:
+    ids = inputs(2, PROMPT)["input_ids"]
+    for name in ("jamba", "bamba"):  # of the pure Mambas transformers reads none in chunks
+        model = build(name)
+        options = {"max_new_tokens": 2, "do_sample": False}
+        with si.attach(model) as ssm:
+            for edit in (
+                si.Knockout(sources=[0], targets=-1),
+                si.Knockout(sources=[0], targets=-1, through="conv"),
+                si.PatchState(position=-1, state=0.0),
+                si.SetDelta(value=0.1, positions=-1),
+            ):
+                with ssm.edit(edit), pytest.raises(si.InterventionError, match="chunks.*without prefill_chunk_size"):
+                    model.generate(ids, prefill_chunk_size=chunk, **options)
+                with ssm.edit(edit):
+                    whole = model.generate(ids, **options)
+                    assert torch.equal(model.generate(ids, prefill_chunk_size=PROMPT, **options), whole)
+            with ssm.edit(si.ScaleFeatures(factor=0.5)):  # names no position
+                whole = model.generate(ids, **options)
+                assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **options), whole)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "zamba"])
+def test_negative_positions_count_from_each_rows_last_token(name: str, side: str) -> None:
+    batch = padded([7, 4], side=side)
+    with si.attach(build(name)) as ssm:
+        for edit in (
+            si.Knockout(sources=[-3, -2], targets=-1),
+            si.Knockout(edges=[(-1, -3), (-2, -2)]),
+            si.Knockout(sources=-2, targets=-1, through="conv"),
+            si.PatchState(position=-2, state=0.0),
+            si.SetDelta(value=0.7, positions=-3),
+            *([si.Knockout(sources=[-3], targets=-1, through="attention")] if ssm.attention else []),
+        ):
+            found = edited(ssm, batch, edit)
+            for row in range(2):
+                known = edited(ssm, tokens_of(batch, row), edit)[0, -1]
+                last = int(batch["attention_mask"][row].nonzero()[-1, 0])
+                assert relative_error(found[row, last], known) <= 1e-5, edit
+            assert relative_error(found[:, -1], logits(ssm.model, batch)[:, -1]) > 1e-4
+
+
+def test_right_padded_states_are_not_gone_on_from() -> None:
+    batch = padded([6, 4], side="right")
+    for name in ("mamba", "mamba2"):
+        model = build(name)
+        with si.attach(model) as ssm, torch.no_grad(), ssm.edit(si.Knockout(sources=[3])):
+            cache = cache_of(model(**batch, use_cache=True))
+            refused = pytest.raises(si.HookError, match=r"right-padded rows \(\[1\]\).*pad on the left")
+            with refused:
+                model(input_ids=batch["input_ids"][:, :1], **cached(model, cache))
+            cache = cache_of(model(**padded([6, 4]), use_cache=True))
+            model(input_ids=batch["input_ids"][:, :1], **cached(model, cache))

@@ -148,7 +148,9 @@ def test_a_kernel_is_called_as_the_host_called_it(adapter: type[Operator]) -> No
     points = si.HookPoints(layer=0, heads=h, head_dim=1, state_size=n, gated=gated, own_operator=False)
 
     def site() -> Site:
-        return Site(SimpleNamespace(ssm=points, conv1d=points, layer_idx=0, training=False), None, None, t)
+        return Site(
+            SimpleNamespace(ssm=points, conv1d=points, layer_idx=0, training=False), None, None, torch.empty(b, t, 1)
+        )
 
     operator = adapter(kernel, (), fresh(arguments))
     assert not operator.is_reference
@@ -169,7 +171,9 @@ def test_packed_sequences_are_refused_where_positions_matter() -> None:
     operator = SelectiveScan(host, (), arguments | {"seq_idx": torch.zeros(b, t)})
     points = si.HookPoints(layer=4, heads=h, head_dim=1, state_size=n, gated=True, own_operator=False)
     points.hook_attn.exposures = 1
-    site = Site(SimpleNamespace(ssm=points, conv1d=points, layer_idx=4, training=False), None, None, t)
+    site = Site(
+        SimpleNamespace(ssm=points, conv1d=points, layer_idx=4, training=False), None, None, torch.empty(b, t, 1)
+    )
     with pytest.raises(si.HookError, match="layer 4 got packed sequences.*one sequence per row"):
         serve(operator, site)
 

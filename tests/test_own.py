@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from support import edited, logits
+from support import edited, logits, relative_error
 from tiny_hosts import build, inputs
-from torch import Tensor
+from torch import Tensor, nn
 
 import ssm_interp as si
 from ssm_interp.features import (
@@ -116,10 +118,104 @@ def test_the_running_block_is_that_of_its_own_thread() -> None:
     model = build("zamba")
     with si.attach(model) as ssm:
         knockout = si.Knockout(sources=1, targets=-1, through="attention", layers=max(ssm.attention))
+        known, native = edited(ssm, inputs(), knockout), logits(model, inputs())
+        assert not torch.equal(known, native)
+        before, begin, found = threading.Barrier(2), threading.Barrier(2), {}
+
+        def work(name: str, wait: bool) -> None:
+            if wait:
+                before.wait()
+                begin.wait()
+            found[name] = (logits(model, inputs()), running_block())
+
+        older = threading.Thread(target=work, args=("older", True))
+        older.start()
+        before.wait()
         with ssm.edit(knockout):
-            other = threading.Thread(target=lambda: (logits(model, inputs()), found.append(running_block())))
-            found: list[int | None] = []
-            other.start()
-            other.join()
-        assert found == [None]
-        assert not torch.equal(edited(ssm, inputs(), knockout), logits(model, inputs()))
+            younger = threading.Thread(target=work, args=("younger", False))
+            younger.start()
+            younger.join()
+            begin.wait()
+            older.join()
+        assert torch.equal(found["younger"][0], known)
+        assert torch.equal(found["older"][0], native)
+        assert found["older"][1] is not None
+        assert running_block() is None
+
+
+def test_edits_reach_the_threads_that_are_started_under_them() -> None:
+    """By the pattern of a streamer; a pool's workers run their tasks under what they were started under."""
+    for name, through in (("mamba2", "ssm"), ("bamba", "attention")):
+        model = build(name)
+        with si.attach(model) as ssm:
+            knockout = si.Knockout(sources=[0, 1], targets=-1, through=through)
+            known, native = edited(ssm, inputs(), knockout), logits(model, inputs())
+            found: list[Tensor] = []
+
+            def work(model: nn.Module = model, found: list[Tensor] = found) -> None:
+                found.append(logits(model, inputs()))
+
+            idle = threading.Thread(target=work)
+            with ssm.edit(knockout):
+                thread = threading.Thread(target=work)
+                thread.start()
+                thread.join()
+                with ThreadPoolExecutor(1) as pool:
+                    found.append(pool.submit(logits, model, inputs()).result())
+            idle.start()
+            idle.join()
+        assert threading.Thread.start.__module__ == "threading"
+        assert [torch.equal(one, known) for one in found] == [True, True, False]
+        assert torch.equal(found[2], native)
+        assert not torch.equal(known, native)
+
+
+def test_edits_reach_copies_made_under_them() -> None:
+    model = build("mamba2")
+    with si.attach(model) as ssm:
+        before = copy.deepcopy(model)
+        knockouts = [si.Knockout(sources=[0, 1], targets=-1, through=stream) for stream in ("ssm", "conv")]
+        known, native = edited(ssm, inputs(), *knockouts), logits(model, inputs())
+        with ssm.edit(*knockouts):
+            after = copy.deepcopy(model)
+            assert torch.equal(logits(after, inputs()), known)
+            assert torch.equal(logits(before, inputs()), native)
+            replica = model.backbone.layers[0].mixer._replicate_for_data_parallel()
+            assert replica.ssm.key is model.backbone.layers[0].mixer.ssm.key  # so that a DataParallel replica has them
+        assert torch.equal(logits(after, inputs()), native)
+        assert torch.equal(edited(si.attached(after), inputs(), *knockouts), known)
+
+
+def test_a_copy_whose_attention_no_edit_reaches_is_refused() -> None:
+    for name in ("bamba", "zamba2"):
+        model = build(name)
+        with si.attach(model) as ssm:
+            knockout = si.Knockout(sources=[0, 1], targets=-1, through="attention")
+            with ssm.edit(knockout):
+                twin = copy.deepcopy(model)
+                with pytest.raises(si.HookError, match="a copy of a model.*copy first"):
+                    logits(twin, inputs())
+            assert torch.equal(logits(twin, inputs()), logits(model, inputs()))
+
+
+def test_what_the_host_replaces_later_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of the modeling module that is replaced after the first attach: idle, and with hooks at work."""
+    module = sys.modules["transformers.models.mamba2.modeling_mamba2"]
+    si.attach(build("mamba2")).detach()
+    model = build("mamba2")
+    native = module.mamba2_chunk_scan
+
+    def halved(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return native(x, dt, A, 0.5 * B, *args, **kwargs)
+
+    before = logits(model, inputs())
+    monkeypatch.setattr(module, "mamba2_chunk_scan", halved)
+    after = logits(model, inputs())
+    assert not torch.equal(before, after)
+    with si.attach(model) as ssm:
+        assert torch.equal(logits(model, inputs()), after)
+        run = ssm.run(inputs(), read="y")
+        assert relative_error(run.logits, after) <= 1e-5
+        monkeypatch.undo()
+        assert torch.equal(logits(model, inputs()), before)
+        assert relative_error(ssm.run(inputs(), read="y").logits, before) <= 1e-5

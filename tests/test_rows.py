@@ -47,11 +47,19 @@ def forwards(ssm: si.Attachment, ids: Tensor, variants: Sequence[object], mask: 
     found = []
     for variant in variants:
         edits = (variant,) if isinstance(variant, si.Knockout) else variant
+        edits = [edit for edit in edits if not swapped(edit)]
         with torch.no_grad(), ssm.edit(*edits):
             logits = ssm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         last = [-1] * len(ids) if mask is None else [int(row.nonzero()[-1, 0]) for row in mask]
         found.append(logits[range(len(ids)), last])
     return torch.stack(found)
+
+
+def swapped(knockout: si.Knockout) -> bool:
+    """Whether all sources come after all targets, so that there is no edge, which `edit` would refuse."""
+    sources, targets = knockout.sources, knockout.targets
+    flat = all(named and isinstance(named[0], int) and min(named) >= 0 for named in (sources, targets))
+    return flat and min(sources) > max(targets)
 
 
 def windows(ssm: si.Attachment, through: object = None) -> list[tuple[int, ...]]:

@@ -17,7 +17,7 @@ from ssm_interp.features.groups import ALL, FeatureError
 from ssm_interp.features.metrics import Metric, log_probability, measure
 from ssm_interp.hooks import Attachment, Knockout
 from ssm_interp.hooks.obstacles import obstacles
-from ssm_interp.hooks.site import position_mask
+from ssm_interp.hooks.positions import position_mask
 from ssm_interp.prompts import Batch
 
 METRICS: Mapping[str, Callable[[Tensor], Metric]] = {

@@ -17,9 +17,10 @@ from ssm_interp.features.arguments import whole_texts
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.features.metrics import Metric, Positions, measure
 from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetDelta
+from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.own import Watch, own_operators, watching
 from ssm_interp.hooks.points import ON_REQUEST
-from ssm_interp.hooks.site import active_edits, position_mask
+from ssm_interp.hooks.positions import position_mask
 from ssm_interp.scan import Terms
 
 Call = tuple[slice, Terms, Tensor]

@@ -16,8 +16,8 @@ from torch import Tensor
 from ssm_interp.features.arguments import chosen_layers, whole_texts
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.hooks import Attachment, Run
+from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.own import in_this_thread
-from ssm_interp.hooks.site import active_edits
 from ssm_interp.scan import Terms
 from ssm_interp.scan.unified import Convolution
 

@@ -28,9 +28,9 @@ from ssm_interp.features.groups import (
     unknown_statistic,
 )
 from ssm_interp.hooks import Attachment
+from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.interventions import as_list
 from ssm_interp.hooks.own import Watch, watching
-from ssm_interp.hooks.site import active_edits
 from ssm_interp.scan import Terms, distance_sums
 
 BY_STATE = ("effective decay", "half-life")

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
 from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering
+from ssm_interp.hooks.callers import keeping_mask
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import STREAMS, Intervention, Knockout, as_index, as_indices, as_list, as_streams
 from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HEAD_AXIS, HookPoint
 from ssm_interp.hooks.routing import HookedMixer, restore_mixer
-from ssm_interp.hooks.site import ActiveEdit, active_edits, editing
 from ssm_interp.hooks.softmax import knockable
 from ssm_interp.hooks.unknown import names_of, unknown_mixers
 
@@ -138,9 +139,9 @@ class Attachment:
         return tuple(sorted({layer for stream in streams for layer in self.streams[stream]}))
 
     def places(self, streams: Sequence[str] = STREAMS) -> list[nn.Module]:
-        """The modules that interventions act on: the hook points and the convolution of every mixer, and the attention
-        modules."""
-        convolutions = {layer: mixer.conv1d for layer, mixer in self.mixers.items()}
+        """The modules that interventions act on: the hook points of every mixer, that of its convolution's inputs, and
+        the attention modules."""
+        convolutions = {layer: points.hook_conv for layer, points in self.layers.items()}
         found: dict[str, Any] = {"ssm": self.layers, "conv": convolutions, "attention": self.attention}
         return [place for stream in streams for place in found[stream].values()]
 
@@ -163,7 +164,7 @@ class Attachment:
             self.check(intervention)
         through = [self._streams(intervention) for intervention in interventions]
         active = tuple(
-            ActiveEdit(intervention, frozenset(id(place) for place in self.places(streams)))
+            ActiveEdit(intervention, {key_of(place) for place in self.places(streams)}, streams)
             for intervention, streams in zip(interventions, through, strict=True)
         )
         attends = any("attention" in streams for streams in through)
@@ -241,7 +242,7 @@ class Attachment:
         blocks = blocks_of(self.model)
         assert blocks is not None  # it has attention layers
         elsewhere = any(module.layer_idx != layer for layer, module in self.attention.items())  # Zamba's shared blocks
-        with knockable(self.model), entering(blocks) if elsewhere else nullcontext():
+        with knockable(self.model), keeping_mask(self.model), entering(blocks) if elsewhere else nullcontext():
             yield
 
     def _points(self, read: Any, layers: Any) -> list[tuple[HookPoint, tuple[str, int]]]:

@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ssm_interp.hooks.own import in_this_thread
+from ssm_interp.hooks.own import in_this_thread, ours
 from ssm_interp.hooks.routing import HookedMixer, host_forward, operators_of
 
 Enter = Callable[[int, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 
-_running: ContextVar[int | None] = ContextVar("ssm_interp_block", default=None)
+_running: ContextVar[tuple[object, int] | None] = ContextVar("ssm_interp_block", default=None)
+_entered: list[object] = []  # the blocks of `entering` that are open
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList | None:
@@ -71,28 +72,33 @@ def is_replaced(module: nn.Module) -> bool:
 
 def running_block() -> int | None:
     """The block that is running in this thread, inside `entering`."""
-    return _running.get()
+    entered, index = _running.get() or (None, None)
+    return index if any(entered is one for one in _entered) else None
 
 
 @contextmanager
 def entering(blocks: nn.ModuleList, enter: Enter | None = None) -> Iterator[None]:
-    """Inside, `enter(index, args, kwargs)` sees every block before it runs, and may give it other arguments."""
+    """Inside, `enter(index, args, kwargs)` sees every block before it runs, and may give it other arguments; in
+    this thread. Without it, every thread knows its running block."""
+    me = object()
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.callback(block.register_forward_pre_hook(_hook(index, enter), with_kwargs=True).remove)
+            stack.callback(block.register_forward_pre_hook(_hook(me, index, enter), with_kwargs=True).remove)
         before = _running.set(None)
+        _entered.append(me)
         try:
             yield
         finally:
+            _entered.remove(me)
             _running.reset(before)
 
 
-def _hook(index: int, enter: Enter | None) -> Callable[..., Any]:
+def _hook(entered: object, index: int, enter: Enter | None) -> Callable[..., Any]:
     def before_block(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _running.set(index)
+        _running.set((entered, index))
         return enter(index, args, kwargs) if enter else None
 
-    return in_this_thread(before_block)
+    return in_this_thread(before_block) if enter else ours(before_block)
 
 
 def _are_blocks(blocks: nn.ModuleList) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.activations import ACT2FN
 
-from ssm_interp.hooks.edits import edge_mask
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.serve import through_point
 from ssm_interp.hooks.site import Site
@@ -71,12 +70,29 @@ class Convolution:
         """What the host does to the outputs of the convolution itself."""
         return outputs if self.activation is None else ACT2FN[self.activation](outputs)
 
-    def without(self, carried: Tensor, call: Callable[[Convolution], Tensor]) -> Tensor:
-        """The outputs of a call without what some taps carry, `[b d t]`."""
+    def without(self, removed: Iterable[tuple[Tensor | None, Tensor]], call: Callable[[Convolution], Tensor]) -> Tensor:
+        """The outputs of a call in which some taps are removed.
+
+        Args:
+            removed: rows (None: all) and the taps that their last positions lose, bool `[k b t]`.
+            call: does the convolution.
+        """
+        parts = [(rows, taps, self._kept(taps, rows)) for rows, taps in removed]  # before the call updates a cache
         outputs = call(replace(self, activation=None))
-        first = outputs.shape[-1] - carried.shape[-1]
-        kept = outputs[..., first:] - carried.to(outputs)
-        return self.activate(torch.cat([outputs[..., :first], kept], dim=-1))
+        for rows, taps, other in parts:
+            first = outputs.shape[-1] - taps.shape[-1]
+            before = outputs if rows is None else outputs[rows]
+            kept = torch.where(taps.any(0)[:, None], other.to(outputs), before[..., first:])
+            changed = torch.cat([before[..., :first], kept], dim=-1)
+            outputs = changed if rows is None else outputs.index_copy(0, rows, changed)
+        return self.activate(outputs)
+
+    def _kept(self, removed: Tensor, rows: Tensor | None) -> Tensor:
+        """What the other taps carry, and the bias, in fp32 at least, `[b d t]`."""
+        window = self.window(removed.shape[-1], rows)
+        precise = torch.promote_types(window.dtype, torch.float32)
+        found = carry(window.to(precise), self.weight.to(precise), ~removed)
+        return found if self.bias is None else found + self.bias[:, None]
 
     def window(self, length: int, rows: Tensor | None = None) -> Tensor:
         """The inputs that the last outputs read, `[b d (k-1)+length]`; of some rows, which may share cached ones."""
@@ -113,11 +129,8 @@ def convolve(call: Convolution, site: Site) -> Tensor:
     """Do one convolution of the mixer that `site` is a forward of; its result is what the host's function returns."""
     call = _through_point(call, site)
     knockouts = [edit for edit in site.conv_edits if isinstance(edit, Knockout)]
-    edges = _removed(knockouts, site, call.inputs.shape[0], call.taps)
-    if not edges.any():
-        return call.run()
-    carried = carry(call.window(site.length), call.weight, edges.to(call.inputs.device))
-    return call.without(carried, Convolution.run)
+    taps = _removed(knockouts, site, call.taps).to(call.inputs.device)
+    return call.without([(None, taps)], Convolution.run) if taps.any() else call.run()
 
 
 def carry(window: Tensor, weight: Tensor, edges: Tensor) -> Tensor:
@@ -159,18 +172,17 @@ def _through_point(call: Convolution, site: Site) -> Convolution:
     return replace(call, inputs=torch.cat([before, inputs], dim=-1) if before.shape[-1] else inputs)
 
 
-def _removed(knockouts: Iterable[Knockout], site: Site, batch: int, taps: int) -> Tensor:
+def _removed(knockouts: Iterable[Knockout], site: Site, taps: int) -> Tensor:
     """The taps that knockouts take from the positions of this call, `[k b t]`."""
-    found = torch.zeros(taps, batch, site.length, dtype=torch.bool)
+    found = torch.zeros(taps, site.batch, site.length, dtype=torch.bool)
     for edit in knockouts:
         if not site.continues:
-            edges = edge_mask(edit, site, batch)
-            diagonals = [pad(edges.diagonal(-j, 1, 2), (min(j, site.length), 0)) for j in range(taps)]
-            found |= torch.stack(diagonals)
+            for targets, sources in site.edges(edit):
+                found |= taps_between(targets, sources, 0, taps)
         elif edit.targets is None and edit.edges is None and site.record is not None:
-            prompt = site.positions(edit.sources, batch, "Knockout.sources")
+            prompt = site.positions(edit.sources, "Knockout.sources")
             generated = site.record.seen + site.length - prompt.shape[1]
             sources = pad(prompt, (0, generated), value=edit.sources is None)
-            everywhere = torch.ones(batch, site.length, dtype=torch.bool)
+            everywhere = torch.ones(site.batch, site.length, dtype=torch.bool)
             found |= taps_between(everywhere, sources, site.record.seen, taps)
     return found

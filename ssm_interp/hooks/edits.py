@@ -25,7 +25,7 @@ from ssm_interp.hooks.plan import feature_mask
 from ssm_interp.hooks.record import remember, remembered
 from ssm_interp.hooks.site import Site
 from ssm_interp.scan import Terms, attention_rows, read, removed, scan, write
-from ssm_interp.scan.recurrence import accumulate
+from ssm_interp.scan.recurrence import accumulate, decays
 
 Kind = TypeVar("Kind", bound=Intervention)
 
@@ -39,9 +39,13 @@ class Cut:
     features: Tensor  # bool h #n
     state: Tensor  # b h p n, or any shape that broadcasts to it
 
+    @property
+    def where(self) -> Tensor:
+        """Which of the state is replaced, `[b h 1 #n]`."""
+        return self.rows[:, None, None, None] & self.features[:, None, :]
+
     def apply(self, state: Tensor, wipe: bool) -> Tensor:
-        where = self.rows[:, None, None, None] & self.features[:, None, :]
-        return torch.where(where, 0.0 if wipe else self.state.to(state), state)
+        return torch.where(self.where, 0.0 if wipe else self.state.to(state), state)
 
     def overlaps(self, other: Cut) -> bool:
         shared = (self.rows & other.rows).any() and (self.features & other.features).any()
@@ -49,21 +53,32 @@ class Cut:
 
     def piece(self, length: int) -> Piece:
         """The edges that this cut leaves nothing of: those from before it (or at it) to after it (or at it)."""
-        where = torch.arange(length, device=self.rows.device)
-        across = (where[:, None] >= self.position) & (where <= self.position)
-        return Piece(self.rows[:, None, None] & across, self.features)
+        column = torch.arange(length, device=self.rows.device)
+        rows = self.rows[:, None]
+        return Piece(rows & (column >= self.position), rows & (column <= self.position), self.features)
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What hooks on write and state make of the states of a call.
+
+    Attributes:
+        writes: what positions write in addition, `[b t h p n]`; None: nothing.
+        states: what is added to the states by all of it, `[b t h p n]`.
+        replaced: bool `[b t h p n]`, where a state was given another value than the recurrence does; None: nowhere.
+    """
+
+    writes: Tensor | None
+    states: Tensor
+    replaced: Tensor | None
 
 
 class LayerEdits:
-    """The interventions that act on one operator call, with positions and features resolved.
+    """The interventions that act on one operator call, with positions and features resolved."""
 
-    Attributes:
-        heads: which of the mixer's heads the call computes.
-    """
-
-    def __init__(self, site: Site, heads: slice, operands: Operands) -> None:
-        self.site, self.heads = site, heads
-        self.batch, self.device = operands.x.shape[0], operands.x.device
+    def __init__(self, site: Site, operands: Operands) -> None:
+        self.site = site
+        self.batch, self.device = site.batch, operands.x.device
         self._cuts = sorted(self._find_cuts(operands), key=lambda cut: cut.position)
         if any(one.overlaps(other) for one, other in combinations(self._cuts, 2)):
             raise InterventionError(
@@ -124,11 +139,45 @@ class LayerEdits:
 
     def states(self, terms: Terms, initial: Tensor | None) -> Tensor:
         """Every state of that recurrence, `[b t h p n]`."""
-        return self._accumulate(terms, write(terms), initial, wipe=False)
+        found: list[Tensor] = []
+        state, writes = initial, write(terms)
+        for begin, end, cuts in self._segments(terms.length):
+            found += accumulate(terms.at(slice(begin, end)), writes[:, begin:end], state)
+            for cut in cuts:
+                found[-1] = cut.apply(found[-1], wipe=False)
+            state = found[-1]
+        return torch.stack(found, dim=1)
 
-    def accumulate(self, terms: Terms, writes: Tensor) -> Tensor:
-        """What additional writes `[b t h p n]` add to every state; a PatchState leaves nothing of those before it."""
-        return self._accumulate(terms, writes, None, wipe=True)
+    def accumulate(
+        self, terms: Terms, writes: Tensor, replaced: Tensor | None = None, before: Tensor | None = None
+    ) -> Tensor:
+        """What additional writes `[b t h p n]` add to every state; where a state is replaced, nothing of those before
+        it is left: by a PatchState, or as `replaced`, bool `[b t h p n]`, says."""
+        state = writes.new_zeros(writes[:, 0].shape) if before is None else before.to(writes)
+        found = []
+        for position, (decay, added) in enumerate(zip(decays(terms), writes.unbind(1), strict=True)):
+            state = torch.addcmul(added, decay, state)
+            for cut in self._cuts:
+                state = cut.apply(state, wipe=True) if cut.position == position else state
+            state = state if replaced is None else torch.where(replaced[:, position], 0, state)
+            found.append(state)
+        return torch.stack(found, dim=1)
+
+    def replace(self, terms: Terms, shift: Tensor) -> Tensor:
+        """How states move that a hook moved by `shift` `[b t h p n]`: a state that it gave another value has that
+        value, and one that it gave back goes on from what came before.
+
+        The shift is added there too: it is zero, and carries the gradient to what the hook gave back.
+        """
+        state = shift.new_zeros(shift[:, 0].shape)
+        found = []
+        for position, (decay, moved) in enumerate(zip(decays(terms), shift.unbind(1), strict=True)):
+            state = decay * state
+            for cut in self._cuts:
+                state = cut.apply(state, wipe=True) if cut.position == position else state
+            state = torch.where(moved != 0, moved, state + moved)
+            found.append(state)
+        return torch.stack(found, dim=1)
 
     def edit_attention(self, terms: Terms) -> Tensor:
         """`(M' - M) x` of every EditAttention, `[b t h p]`, or 0."""
@@ -138,24 +187,29 @@ class LayerEdits:
                 change = change + self._attention_change(terms, edit)
         return change
 
-    def knocked_out(self, terms: Terms, extra_writes: Tensor | None) -> Tensor:
+    def knocked_out(self, terms: Terms, injected: Injected | None) -> Tensor:
         """What all knocked-out edges carry, `[b t h p]`, or 0; an edge that two knockouts name is removed once."""
         knockouts = self._of(Knockout)
         carried = terms.x.new_zeros(())
         if not self.site.continues:
             taken = [cut.piece(terms.length) for cut in self._cuts]
-            for piece in disjoint((self._piece(edit) for edit in knockouts), taken):
-                carried = carried + removed(terms, piece.edges, piece.as_features())
-                if extra_writes is not None:
-                    carried = carried + _removed_writes(terms, extra_writes, piece)
+            for piece in disjoint((self._pieces(edit) for edit in knockouts), taken):
+                carried = carried + self._carried_by(terms, piece, injected)
         open_ended = tuple(edit for edit in knockouts if edit.targets is None and edit.edges is None)
         if open_ended and self.site.cache is not None:
-            for number, piece in enumerate(disjoint(self._source_piece(edit) for edit in open_ended)):
-                key = (open_ended, number, self.heads.start)
-                carried = carried + self._carried_on(terms, piece, key, extra_writes)
+            for number, piece in enumerate(disjoint([self._source_piece(edit)] for edit in open_ended)):
+                carried = carried + self._carried_on(terms, piece, (open_ended, number), injected)
         return carried
 
-    def _carried_on(self, terms: Terms, piece: Piece, key: Hashable, extra_writes: Tensor | None) -> Tensor:
+    def _carried_by(self, terms: Terms, piece: Piece, injected: Injected | None) -> Tensor:
+        """What a piece's edges carry, `[b t h p]`."""
+        if injected is None or (injected.writes is None and injected.replaced is None):
+            return removed(terms, (piece.targets, piece.sources), piece.as_features())
+        kept = torch.where(piece.sources[:, :, None, None, None], _all_writes(terms, injected), 0)
+        states = self.accumulate(terms, kept, injected.replaced) * piece.features[:, None, :]
+        return torch.where(piece.targets[:, :, None, None], read(states, terms.C), 0)
+
+    def _carried_on(self, terms: Terms, piece: Piece, key: Hashable, injected: Injected | None) -> Tensor:
         """Keep the part of the state that open-ended knockouts' sources wrote with the cache, for the next call; and
         give what it carries to this one, if that goes on from an earlier one, `[b t h p]`, else 0."""
         site = self.site
@@ -165,50 +219,40 @@ class LayerEdits:
                 f"layer {site.layer}: the knockouts at work are not those under which this cache read its prompt and "
                 "everything since; run the prompt and what follows inside the same `edit`"
             )
-        sources = piece.edges[:, -1:].expand(-1, site.length) if site.continues else piece.edges[:, :-1]
-        part = terms.with_x(torch.where(sources[:, :, None, None], terms.x, 0))
-        extra = None if extra_writes is None else torch.where(sources[:, :, None, None, None], extra_writes, 0)
-        if site.continues:
-            states = torch.stack(list(accumulate(part, write(part), before)), dim=1)
-            states = states if extra is None else states + self.accumulate(terms, extra)
-            carried, state = read(states * piece.features[:, None, :], terms.C), states[:, -1]
+        sources = piece.sources[:, -1:].expand(-1, site.length) if site.continues else piece.sources[:, :-1]
+        carried = terms.x.new_zeros(())
+        if site.continues or injected is not None:
+            kept = write(terms) if injected is None else _all_writes(terms, injected)
+            kept = torch.where(sources[:, :, None, None, None], kept, 0)
+            states = self.accumulate(terms, kept, None if injected is None else injected.replaced, before)
+            state = states[:, -1]
+            if site.continues:
+                carried = read(states * piece.features[:, None, :], terms.C)
         else:
-            carried, state = terms.x.new_zeros(()), self.scan(part, None, wipe=True)[1]
-            state = state if extra is None else state + self.accumulate(terms, extra)[:, -1]
+            part = terms.with_x(torch.where(sources[:, :, None, None], terms.x, 0))
+            state = self.scan(part, None, wipe=True)[1]
         remember(site.cache, site.layer, key, state.detach(), site.length)
         return carried
 
     def _attention_change(self, terms: Terms, edit: EditAttention) -> Tensor:
-        targets = sorted({_column(target, edit, self.site, self.batch) for target, _ in edit.edges})
+        columns = [(_column(self.site, t, edit), _column(self.site, s, edit)) for t, s in edit.edges]
+        targets = sorted({target for target, _ in columns})
         rows = attention_rows(terms, targets)  # b h r s
         new = rows
         features = self._features(edit)[:, 0]
-        for target, source in edit.edges:
-            row, column = (
-                targets.index(_column(target, edit, self.site, self.batch)),
-                _column(source, edit, self.site, self.batch),
-            )
-            if column > targets[row]:
+        for target, source in columns:
+            row = targets.index(target)
+            if source > target:
                 raise InterventionError(
-                    f"EditAttention names the edge {targets[row]} <- {column}: a position cannot read a later one"
+                    f"EditAttention names the edge {target} <- {source}: a position cannot read a later one"
                 )
             here = torch.zeros_like(rows, dtype=torch.bool)
-            here[:, features, row, column] = True
+            here[:, features, row, source] = True
             changed = {"set": torch.full_like(rows, edit.value), "add": new + edit.value, "scale": new * edit.value}
             new = torch.where(here, changed[edit.mode], new)
         change = torch.zeros_like(terms.x)
         change[:, targets] = torch.einsum("bhrs,bshp->brhp", new - rows, terms.x)
         return change
-
-    def _accumulate(self, terms: Terms, writes: Tensor, initial: Tensor | None, *, wipe: bool) -> Tensor:
-        found: list[Tensor] = []
-        state = initial
-        for begin, end, cuts in self._segments(terms.length):
-            found += accumulate(terms.at(slice(begin, end)), writes[:, begin:end], state)
-            for cut in cuts:
-                found[-1] = cut.apply(found[-1], wipe)
-            state = found[-1]
-        return torch.stack(found, dim=1)
 
     def _segments(self, length: int) -> Iterator[tuple[int, int, list[Cut]]]:
         """Runs of positions (begin, end), each with the cuts at its last one."""
@@ -220,7 +264,7 @@ class LayerEdits:
     def _find_cuts(self, operands: Operands) -> Iterator[Cut]:
         for edit in [] if self.site.continues else self._of(PatchState):
             rows = edit.position if len(edit.position) == 1 else tuple((row,) for row in edit.position)
-            where = self.site.positions(rows, self.batch, "PatchState.position").to(self.device)
+            where = self.site.positions(rows, "PatchState.position").to(self.device)
             state = self._patch(edit, operands)
             for position in where.any(0).nonzero()[:, 0].tolist():
                 yield Cut(position, where[:, position], self._features(edit), state)
@@ -236,61 +280,52 @@ class LayerEdits:
                 f"layer {self.site.layer}: PatchState.state is {list(state.shape)}, but the state here is [h p n] = "
                 f"{list(expected)} in a batch of {self.batch}"
             )
-        return state[..., self.heads, :, :]
+        return state
 
-    def _piece(self, edit: Knockout) -> Piece:
-        """The edges of a knockout inside the prompt, `[b t s]`."""
-        return Piece(edge_mask(edit, self.site, self.batch).to(self.device), self._features(edit))
+    def _pieces(self, edit: Knockout) -> list[Piece]:
+        """The edges of a knockout inside the prompt."""
+        features = self._features(edit)
+        found = self.site.edges(edit)
+        return [Piece(targets.to(self.device), sources.to(self.device), features) for targets, sources in found]
 
     def _source_piece(self, edit: Knockout) -> Piece:
         """The sources of a knockout in the prompt, `[b t]`, and in one column more, whether generated positions are
         too."""
-        prompt = self.site.positions(edit.sources, self.batch, "Knockout.sources")
+        prompt = self.site.positions(edit.sources, "Knockout.sources")
         generated = torch.full((self.batch, 1), edit.sources is None)
-        return Piece(torch.cat([prompt, generated], dim=1).to(self.device), self._features(edit))
+        sources = torch.cat([prompt, generated], dim=1).to(self.device)
+        return Piece(torch.ones_like(sources[:, :1]), sources, self._features(edit))
 
     def _where(self, edit: SetDelta | ScaleFeatures) -> Tensor:
         """The positions of this call at which an intervention acts, `[b t]`."""
         if self.site.continues or edit.positions is None:
             return torch.full((self.batch, self.site.length), edit.positions is None, device=self.device)
-        return self.site.positions(edit.positions, self.batch, f"{edit.kind}.positions").to(self.device)
+        return self.site.positions(edit.positions, f"{edit.kind}.positions").to(self.device)
 
     def _features(self, edit: Intervention) -> Tensor:
-        """The features of an intervention among the heads of this call: `[h 1]` for heads, `[h n]` for pairs."""
+        """The features of an intervention: `[h 1]` for heads, `[h n]` for pairs."""
         points = self.site.points
-        return feature_mask(edit.features, points.heads, points.state_size, self.device)[self.heads]
+        return feature_mask(edit.features, points.heads, points.state_size, self.device)
 
     def _of(self, kind: type[Kind]) -> list[Kind]:
         return [edit for edit in self.site.edits if isinstance(edit, kind)]
 
 
-def edge_mask(edit: Knockout, site: Site, batch: int) -> Tensor:
-    """The edges of a knockout inside the prompt, bool `[b t s]`."""
-    if edit.edges is None:
-        targets = site.positions(edit.targets, batch, "Knockout.targets")
-        sources = site.positions(edit.sources, batch, "Knockout.sources")
-        return (targets[:, :, None] & sources[:, None, :]).tril()
-    edges = torch.zeros(batch, site.prompt, site.prompt, dtype=torch.bool)
-    for target, source in edit.edges:
-        edges[:, _column(target, edit, site, batch), _column(source, edit, site, batch)] = True
-    return edges.tril()
-
-
-def _column(position: int, edit: Knockout | EditAttention, site: Site, batch: int) -> int:
-    chosen = site.positions((position,), batch, f"{edit.kind}.edges")
-    return int(chosen[0].nonzero()[0, 0])
+def _column(site: Site, position: int, edit: EditAttention) -> int:
+    """The column of a position that must be the same in every row."""
+    columns = site.columns(position, f"{edit.kind}.edges").unique()  # type: ignore[no-untyped-call]
+    if len(columns) > 1:
+        raise InterventionError(
+            f"{edit.kind}.edges names position {position}, which is column {columns.tolist()} in different rows; "
+            "give columns from the start, or rows of one length"
+        )
+    return int(columns[0])
 
 
 def _of_pairs(edit: Intervention) -> bool:
     return edit.features is not None and isinstance(edit.features[0], tuple)
 
 
-def _removed_writes(terms: Terms, writes: Tensor, piece: Piece) -> Tensor:
-    """What additional writes `[b t h p n]` carry along a piece's edges, `[b t h p]`."""
-    carried = torch.zeros_like(terms.x)
-    for target in piece.edges.any(0).any(-1).nonzero()[:, 0].tolist():
-        upto = slice(0, target + 1)
-        kept = torch.where(piece.edges[:, target, upto, None, None, None], writes[:, upto], 0)
-        *_, state = accumulate(terms.at(upto), kept)
-        carried[:, target] = read((state * piece.features[:, None, :])[:, None], terms.C[:, target : target + 1])[:, 0]
-    return carried
+def _all_writes(terms: Terms, injected: Injected) -> Tensor:
+    writes = write(terms)
+    return writes if injected.writes is None else writes + injected.writes

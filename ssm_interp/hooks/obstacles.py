@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.own import OWN
-from ssm_interp.hooks.site import active_edits
 
 CAPTURE = "transformers.utils.output_capturing"
 

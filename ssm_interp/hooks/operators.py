@@ -22,6 +22,8 @@ from ssm_interp.scan import Terms
 
 Host = Callable[..., Any]
 
+HEADS = {"x": 2, "dt": 2, "A": 0, "B": 2, "C": 2}  # operand -> the axis of its heads, or groups of them
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -78,6 +80,10 @@ class Operator(ABC):
         """The state it starts from, [b h p n], not yet changed by the call; None: zeros."""
         return None
 
+    def placeholder(self) -> Any:
+        """What stands for the result of one of several calls until all of them were made: `Joined.finish` fills it."""
+        raise NotImplementedError  # of the four, only Zamba's two are called several times in one forward
+
     @abstractmethod
     def _bind(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -124,6 +130,12 @@ class SelectiveScan(Operator):
             C=C.transpose(1, 2)[:, :, None],
         )
         self.z = None if z is None else z.transpose(1, 2)[..., None]
+
+    def placeholder(self) -> Any:
+        x, n = self.operands.x[..., 0], self.operands.A.shape[1]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = _unset(x.transpose(1, 2), dtype)
+        return (y, _unset(x[:, 0, :, None].expand(-1, -1, n), dtype)) if self._wants_state else y
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         found = self._host(
@@ -179,6 +191,10 @@ class SelectiveUpdate(Operator):
     @property
     def initial_state(self) -> Tensor:
         return self._state[:, :, None].clone()
+
+    def placeholder(self) -> Any:
+        x = self.operands.x[:, 0, :, 0]
+        return _unset(x, x.dtype)
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         y = self._host(
@@ -308,6 +324,73 @@ class HeadUpdate(Operator):
             output = output * F.silu(self._gate)
         _put(self._state, state)
         return output.to(x.dtype)
+
+
+class Joined(Operator):
+    """The calls of one forward, each over some of the heads, as one over all (Zamba calls once per Mamba head)."""
+
+    def __init__(self, calls: Sequence[Operator], given: Sequence[Any]) -> None:
+        self._calls, self._given = calls, given  # given: what stood for the results of all calls but the last
+        self._heads = [call.operands.x.shape[2] for call in calls]
+        self._groups = [call.operands.B.shape[2] for call in calls]
+        self.packed, self.updates = any(call.packed for call in calls), calls[0].updates
+        parts = [call.operands for call in calls]
+        self.operands = Operands(
+            **{name: _cat([getattr(part, name) for part in parts], axis) for name, axis in HEADS.items()}
+        )
+        gates = [call.z for call in calls if call.z is not None]
+        self.z = _cat(gates, 2) if gates else None
+
+    @property
+    def is_reference(self) -> bool:
+        return self._calls[0].is_reference
+
+    def native(self) -> Any:
+        return self._give([call.native() for call in self._calls])
+
+    @property
+    def initial_state(self) -> Tensor | None:
+        states = [state for call in self._calls if (state := call.initial_state) is not None]
+        return torch.cat(states, 1) if states else None
+
+    def _bind(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
+        sizes = {name: self._groups if name in "BC" else self._heads for name in HEADS}
+        split = {name: torch.split(getattr(operands, name), sizes[name], axis) for name, axis in HEADS.items()}
+        parts = [Operands(**dict(zip(HEADS, part, strict=True))) for part in zip(*split.values(), strict=True)]
+        found = [call.run(part) for call, part in zip(self._calls, parts, strict=True)]
+        states = [state for _, state in found if state is not None]
+        return _cat([y for y, _ in found], 2), torch.cat(states, 1) if states else None
+
+    def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
+        ys, xs = torch.split(y, self._heads, 2), torch.split(x, self._heads, 2)
+        zs = [None] * len(ys) if z is None else torch.split(z, self._heads, 2)
+        states = [None] * len(ys) if state is None else torch.split(state, self._heads, 1)
+        parts = zip(self._calls, ys, states, xs, zs, strict=True)
+        return self._give([call.finish(y, state, x, z) for call, y, state, x, z in parts])
+
+    def _give(self, results: Sequence[Any]) -> Any:
+        for stood, result in zip(self._given, results, strict=False):
+            for place, value in zip(_tensors(stood), _tensors(result), strict=True):
+                place.copy_(value)
+        return results[-1]
+
+
+def _cat(parts: list[Tensor], axis: int) -> Tensor:
+    """Heads put together, kept in memory as the host keeps them: position by position within a head."""
+    if axis == 0:
+        return torch.cat(parts)
+    return torch.cat([part.transpose(1, axis) for part in parts], 1).transpose(1, axis)
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _unset(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the same shape in which nobody could overlook that it was never filled."""
+    return like.new_full(like.shape, float("nan"), dtype=dtype)
 
 
 def _put(place: Tensor, state: Tensor | None) -> None:

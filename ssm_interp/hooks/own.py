@@ -15,6 +15,33 @@ from torch import Tensor, nn
 OWN = "ssm_interp_own"  # marks hooks that are ours
 
 
+class Key:
+    """What stands for a module in the places of an edit. A replica of the module shares it; a deep copy has its own,
+    which joins the places in which that of the original is at that moment."""
+
+    def __deepcopy__(self, _memo: Any) -> Key:
+        copy = Key()
+        for places in list(_spreading):
+            if self in places:
+                places.add(copy)
+        return copy
+
+
+_spreading: list[set[Any]] = []
+
+
+@contextmanager
+def spreading(places: Iterable[set[Any]]) -> Iterator[None]:
+    """Inside, copies made of modules whose keys are in some sets of places join them."""
+    mine = list(places)
+    _spreading.extend(mine)
+    try:
+        yield
+    finally:
+        for one in mine:
+            del _spreading[next(index for index, other in enumerate(_spreading) if other is one)]
+
+
 @dataclass(frozen=True)
 class Watch:
     """Who looks at what passes a hook point.
@@ -106,9 +133,10 @@ def has_own_operator(points: nn.Module) -> bool:
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook for a module of the host that leaves the forwards of other threads as they are."""
     home = get_ident()
+    return ours(lambda *args: hook(*args) if get_ident() == home else None)
 
-    def own(*args: Any) -> Any:
-        return hook(*args) if get_ident() == home else None
 
-    setattr(own, OWN, True)
-    return own
+def ours(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for a module of the host, marked as one that does nothing for others."""
+    setattr(hook, OWN, True)
+    return hook

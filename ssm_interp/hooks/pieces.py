@@ -1,4 +1,8 @@
-"""Edges x features that overlap, as disjoint pieces, so that an edge removed twice is removed once."""
+"""Edges x features that overlap, as disjoint pieces, so that an edge removed twice is removed once.
+
+A piece is a product targets x sources x features, and so is each part of what is left when a piece is taken away: no
+mask of targets x sources is ever written out.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,30 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """Some edges (or sources), on some features.
+    """Every edge from some sources to some targets, on some features; those from a later source do not exist.
 
     Attributes:
-        edges: bool, over positions: `[b t s]` for edges, `[b t]` for sources.
+        targets: bool `[b t]`.
+        sources: bool `[b s]`.
         features: bool, `[h 1]` for whole heads or `[h n]` for (head, state) pairs.
     """
 
-    edges: Tensor
+    targets: Tensor
+    sources: Tensor
     features: Tensor
 
+    def __bool__(self) -> bool:
+        return bool(self.targets.any() and self.sources.any() and self.features.any())
+
     def without(self, other: Piece) -> list[Piece]:
-        """What is left of this piece when another is taken away: at most two pieces."""
-        rest = Piece(self.edges & ~other.edges, self.features)
-        shared = Piece(self.edges & other.edges, self.features & ~other.features)
-        return [piece for piece in (rest, shared) if piece.edges.any() and piece.features.any()]
+        """What is left of this piece when another is taken away: at most three pieces."""
+        both = self.targets & other.targets
+        left = (
+            Piece(self.targets & ~other.targets, self.sources, self.features),
+            Piece(both, self.sources & ~other.sources, self.features),
+            Piece(both, self.sources & other.sources, self.features & ~other.features),
+        )
+        return [piece for piece in left if piece]
 
     def as_features(self) -> Tensor | None:
         """The features as `scan.removed` takes them: None for all, `[h]` or `[h n]`."""
@@ -33,13 +46,15 @@ class Piece:
         return self.features[:, 0] if self.features.shape[1] == 1 else self.features
 
 
-def disjoint(pieces: Iterable[Piece], taken: Iterable[Piece] = ()) -> list[Piece]:
-    """The same edges x features, each once, less those that are taken already."""
+def disjoint(groups: Iterable[Iterable[Piece]], taken: Iterable[Piece] = ()) -> list[Piece]:
+    """The same edges x features, each once, less those that are taken already. Pieces of one group do not overlap."""
     away, found = list(taken), []
-    for piece in pieces:
-        left = [piece] if piece.edges.any() and piece.features.any() else []
-        for other in away:
-            left = [part for whole in left for part in whole.without(other)]
-        found += left
-        away.append(piece)
+    for group in groups:
+        given = [piece for piece in group if piece]
+        for piece in given:
+            left = [piece]
+            for other in away:
+                left = [part for whole in left for part in whole.without(other)]
+            found += left
+        away += given
     return found

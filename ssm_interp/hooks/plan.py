@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_interp.hooks.edges import describe, no_edge, reading
 from ssm_interp.hooks.errors import InterventionError
 from ssm_interp.hooks.interventions import Knockout
-from ssm_interp.hooks.site import position_mask
+from ssm_interp.hooks.positions import position_mask
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ class Plan:
 
     def reading(self, cell: Cell) -> Tensor:
         """The targets that read one of the sources, bool `[n t]`: those with a source at or before them."""
-        return self.positions[cell.targets] & (self.positions[cell.sources].cumsum(1) > 0)
+        return reading(self.positions[cell.targets], self.positions[cell.sources])
+
+    def is_named(self, cell: Cell) -> bool:
+        """Whether some prompt has both sources and targets."""
+        return bool((self.positions[cell.targets].any(1) & self.positions[cell.sources].any(1)).any())
 
     def first_layer(self, variant: int) -> int | None:
         """The first layer in which a variant knocks something out; None: it never does."""
@@ -82,7 +87,8 @@ def resolve(
 
     Raises:
         InterventionError: a knockout given as `edges`; two knockouts of one variant in one stream of one layer;
-            positions outside the prompt, inside padding, or for another number of rows.
+            positions outside the prompt, inside padding, or for another number of rows; edges of which not one
+            exists, in any row and variant.
     """
     table = _Table(mask)
     cells: dict[tuple[str, int], dict[int, Cell]] = {}
@@ -100,7 +106,12 @@ def resolve(
                             "that names all of its sources"
                         )
                     found[number] = cell
-    return Plan(table.masks, table.features, cells, len(variants))
+    plan = Plan(table.masks, table.features, cells, len(variants))
+    named = {cell for found in cells.values() for cell in found.values() if plan.is_named(cell)}
+    if named and not any(plan.reading(cell).any() for cell in named):
+        first = next(knockout for knockouts in variants for knockout in knockouts)
+        raise InterventionError(no_edge(describe(first), mask.shape[1]))
+    return plan
 
 
 class _Table:

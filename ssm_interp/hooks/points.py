@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ssm_interp.hooks.errors import HookError
-from ssm_interp.hooks.own import Asked, has_own_operator, watches
+from ssm_interp.hooks.own import Asked, Key, has_own_operator, watches
 
 HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
 Direction = Literal["fwd", "bwd", "both"]
@@ -50,7 +50,7 @@ class HookPoint(nn.Module):
     def __init__(self, name: str, asked: Asked | None = None) -> None:
         super().__init__()
         self.name = name
-        self.asked = asked or Asked()
+        self.asked, self.key = asked or Asked(), Key()
         self.exposures = 0
         self._added: list[_Added] = []
 
@@ -191,7 +191,7 @@ class HookPoints(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.heads, self.head_dim, self.state_size = layer, heads, head_dim, state_size
-        self.asked = Asked()
+        self.asked, self.key = Asked(), Key()
         for name in FIRING_ORDER:
             if name != "z" or gated:
                 self.add_module(f"hook_{name}", HookPoint(name, self.asked))

@@ -23,6 +23,7 @@ class Record:
     Attributes:
         seen: positions read so far.
         prompt: positions of the first call.
+        mask: 0 at its padding, `[b t]`; None: nothing said that there was any.
         known: the interventions that were active at the first call.
         slots: where the states that belong to an intervention are kept.
         kept_at: after how many positions each of them was kept.
@@ -30,6 +31,7 @@ class Record:
 
     seen: int = 0
     prompt: int = 0
+    mask: Tensor | None = None
     known: set[Hashable] = field(default_factory=set)
     slots: dict[Hashable, int] = field(default_factory=dict)
     kept_at: dict[Hashable, int] = field(default_factory=dict)

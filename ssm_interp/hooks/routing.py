@@ -74,7 +74,7 @@ def hooked_class(host_class: Any) -> type[HookedMixer]:
     @wraps(host_class.forward)
     def forward(self: HookedMixer, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            if not self.ssm.asked.now:
+            if not self.ssm.asked.now and not _has_record(self, args, kwargs):
                 return host_class.forward(self, *args, **kwargs)
             return _uncompiled(self, *args, **kwargs)
         if _is_idle(self, args, kwargs):
@@ -96,8 +96,12 @@ def _is_idle(mixer: HookedMixer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     points = mixer.ssm
     if points.own_operator or points.requested or rows_at_work() or any(edits_at(mixer)):
         return False
-    given = [*args, *(kwargs.get(name) for name in CACHES)]
-    return not any(has_record(value, mixer.layer_idx) for value in given)
+    return not _has_record(mixer, args, kwargs)
+
+
+def _has_record(mixer: HookedMixer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the cache of a call read its prompt while something was asked, and counts what it reads."""
+    return any(has_record(value, mixer.layer_idx) for value in [*args, *(kwargs.get(name) for name in CACHES)])
 
 
 def _served(body: Any) -> Callable[..., Any]:
@@ -120,7 +124,7 @@ def _served(body: Any) -> Callable[..., Any]:
         given = signature.bind(self, *args, **kwargs).arguments
         cached, mask = given.get(takes_cache), given.get("attention_mask")
         rows = rows_at_work()
-        site = rows.at(self, cached) if rows else Site(self, cached, mask, given["hidden_states"].shape[1])
+        site = rows.at(self, cached) if rows else Site(self, cached, mask, given["hidden_states"])
         token = _site.set(site)
         try:
             output = copy(self, *args, **kwargs)

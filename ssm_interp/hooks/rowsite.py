@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_interp.hooks.convolution import Convolution, carry, taps_between
+from ssm_interp.hooks.convolution import Convolution, taps_between
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.own import Asked, asking
@@ -161,14 +161,12 @@ class RowSite:
             cells.setdefault(cell, []).append(block)
         if not cells:
             return run(call)
-        length = rows.length - rows.start
-        carried = call.inputs.new_zeros(*call.inputs.shape[:2], length)
+        removed = []
         for cell, blocks in cells.items():
-            sources = rows.plan.positions[cell.sources]
-            edges = taps_between(self._targets(cell), sources, rows.start, call.taps).repeat(1, len(blocks), 1)
-            chosen = self._rows(blocks, carried.device)
-            carried[chosen] = carry(call.window(length, chosen), call.weight, edges.to(carried.device)).to(carried)
-        return call.without(carried, run)
+            taps = taps_between(self._targets(cell), rows.plan.positions[cell.sources], rows.start, call.taps)
+            device = call.inputs.device
+            removed.append((self._rows(blocks, device), taps.repeat(1, len(blocks), 1).to(device)))
+        return call.without(removed, run)
 
     def close(self) -> None:
         if self._heads_done != self.points.heads:

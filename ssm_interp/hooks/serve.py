@@ -1,8 +1,8 @@
 """One operator call of a hooked mixer: fire the hook points, apply the edits, give the host what it expects.
 
-What several edits at one layer mean, whatever their order: edits of x, dt, B, C and write act on the recurrence; edits
-of the state act from their position on; an edge mask multiplies M; an edit of attn adds (M' - M) x; features are scaled
-in what is then read; an edit of y comes last.
+What several edits at one layer mean, whatever their order: edits of x, dt, B, C and write act on the recurrence; an
+edited state is the state, from which later positions go on; an edge mask multiplies M; an edit of attn adds (M' - M) x;
+features are scaled in what is then read; an edit of y comes last.
 """
 
 from __future__ import annotations
@@ -12,24 +12,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from ssm_interp.hooks.edits import LayerEdits
+from ssm_interp.hooks.edits import Injected, LayerEdits
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.own import watches
 from ssm_interp.hooks.points import ON_REQUEST, HookPoint, HookPoints
 from ssm_interp.hooks.site import Site
-from ssm_interp.scan import attention, read, write
+from ssm_interp.scan import attention, read, scan, write
 from ssm_interp.scan.terms import Terms
 
+Result = tuple[Tensor, Tensor | None]  # y, and the final state if the host asked for it
 
-def serve(operator: Operator, site: Site) -> Any:
+
+def serve(call: Operator, site: Site) -> Any:
     """Do one operator call of the mixer that `site` is a forward of; its result is what the host's operator returns."""
-    heads = site.next_heads(operator.operands.x.shape[2])
+    operator = site.join(call)
+    if operator is None:
+        return site.given[-1]
     points = site.points
     given = operator.operands
-    edits = LayerEdits(site, heads, given)
+    edits = LayerEdits(site, given)
     versions = _versions(given)
     operands = replace(given, dt=edits.set_delta(given.dt)) if edits else given
     operands = replace(
@@ -51,7 +56,7 @@ def serve(operator: Operator, site: Site) -> Any:
     return operator.finish(y, state, operands.x, z)
 
 
-def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdits) -> tuple[Tensor, Tensor | None]:
+def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdits) -> Result:
     """y and the final state of a call with something to edit or to show."""
     if operator.packed:
         raise HookError(
@@ -59,55 +64,71 @@ def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdit
             "in each sequence; give one sequence per row, padded, with an attention_mask"
         )
     points = site.points
-    initial = _initial_state(operator, site, edits.heads)
-    terms = edits.scale_reads(operands.terms())
+    initial = _initial_state(operator, site)
+    clean = operands.terms()
+    terms = edits.scale_reads(clean)
     initial = None if initial is None else initial.to(terms.x.dtype)
-    if points.own_operator or edits.needs_own_scan:
-        y, final = edits.scan(terms, initial)
-        state: Tensor | None = final
-    else:
-        y, state = operator.run(operands)
+    exact = operands.x.dtype in (torch.float32, torch.float64)  # so that the host's y and ours may be added
+    own = points.own_operator or (exact and (edits.needs_own_scan or points.hook_state.has_hooks()))
+    y, state = edits.scan(terms, initial) if own else operator.run(operands)
     with torch.autocast(terms.x.device.type, enabled=False):
-        return _with_edits(points, terms, initial, edits, y, state)
+        if own or exact:
+            y, state = _with_edits(points, terms, initial, edits, y, state)
+        else:
+            clean_run = scan(clean, initial)
+            edited_run = edits.scan(terms, initial) if edits.needs_own_scan else clean_run
+            edited = _with_edits(points, terms, initial, edits, *edited_run)
+            y, state = _with_rounding(edited, clean_run, (y, state))
+        return edits.scale_heads(y), state
+
+
+def _with_rounding(edited: Result, own: Result, host: Result) -> Result:
+    """Edited values in the host's half precision, with as much of the host's rounding error as is left of each value.
+
+    Where an edit changes nothing this is the host's own value, and where it leaves nothing it is zero.
+    """
+
+    def rounded(new: Tensor | None, exact: Tensor | None, given: Tensor | None) -> Tensor | None:
+        if new is None or exact is None or given is None:
+            return None
+        left = torch.where(exact == 0, 1.0, (new / exact).abs()).clamp(max=1.0)
+        return (new + (given.to(exact) - exact) * left).to(given.dtype)
+
+    y = rounded(edited[0], own[0], host[0])
+    assert y is not None
+    return y, rounded(edited[1], own[1], host[1])
 
 
 def _with_edits(
     points: HookPoints, terms: Terms, initial: Tensor | None, edits: LayerEdits, y: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+) -> Result:
     """y and the final state with what hooks and interventions add to those of the recurrence."""
     injected = _injected(points, terms, initial, edits)
     if injected is not None:
-        given = edits.accumulate(terms, injected.writes + injected.state)
-        y = y + read(given, terms.C).to(y.dtype)
-        state = None if state is None else state + given[:, -1].to(state.dtype)
+        y = y + read(injected.states, terms.C).to(y.dtype)
+        state = None if state is None else state + injected.states[:, -1].to(state.dtype)
     if points.hook_attn.requested:
         shift = _shift(points.hook_attn, lambda: attention(terms))
         if shift is not None:
             y = y + torch.einsum("bhts,bshp->bthp", shift, terms.x).to(y.dtype)
     y = y + edits.edit_attention(terms).to(y.dtype)
-    y = y - edits.knocked_out(terms, None if injected is None else injected.writes).to(y.dtype)
-    return edits.scale_heads(y), state
+    return y - edits.knocked_out(terms, injected).to(y.dtype), state
 
 
-class _Injected:
-    """What edits of write and state add to the recurrence, each [b t h p n]."""
-
-    def __init__(self, writes: Tensor, state: Tensor) -> None:
-        self.writes, self.state = writes, state
-
-
-def _injected(points: HookPoints, terms: Terms, initial: Tensor | None, edits: LayerEdits) -> _Injected | None:
+def _injected(points: HookPoints, terms: Terms, initial: Tensor | None, edits: LayerEdits) -> Injected | None:
     writes = _shift(points.hook_write, lambda: write(terms)) if points.hook_write.requested else None
+    written = None if writes is None else edits.accumulate(terms, writes)
 
     def all_states() -> Tensor:
         found = edits.states(terms, initial)
-        return found if writes is None else found + edits.accumulate(terms, writes)
+        return found if written is None else found + written
 
-    state = _shift(points.hook_state, all_states) if points.hook_state.requested else None
-    if writes is None and state is None:
-        return None
-    none = torch.zeros_like(writes if writes is not None else state)  # type: ignore[arg-type]
-    return _Injected(none if writes is None else writes, none if state is None else state)
+    shift = _shift(points.hook_state, all_states) if points.hook_state.requested else None
+    if shift is None:
+        return None if written is None else Injected(writes, written, None)
+    moved = edits.replace(terms, shift)
+    replaced = shift != 0
+    return Injected(writes, moved if written is None else written + moved, replaced if replaced.any() else None)
 
 
 def through_point(point: HookPoint, tensor: Tensor) -> Tensor:
@@ -144,7 +165,7 @@ def _shift(point: HookPoint, compute: Callable[[], Tensor]) -> Tensor | None:
     return found - before
 
 
-def _initial_state(operator: Operator, site: Site, heads: slice) -> Tensor | None:
+def _initial_state(operator: Operator, site: Site) -> Tensor | None:
     """The state before this call, [b h p n]."""
     state = operator.initial_state
     if state is not None or not site.continues:
@@ -156,7 +177,7 @@ def _initial_state(operator: Operator, site: Site, heads: slice) -> Tensor | Non
             "the cached state"
         )
     cached: Tensor = site.cache.layers[site.layer].recurrent_states[0]
-    return cached.flatten(1, -2)[:, heads, None]
+    return rearrange(cached.flatten(1, -2), "b h n -> b h 1 n")
 
 
 def _keeps_to_itself(operator: Operator, points: HookPoints) -> bool:

@@ -2,64 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssm_interp.hooks.active import active_edits
+from ssm_interp.hooks.callers import chunks_of_prompt
 from ssm_interp.hooks.checkpointing import as_first_run
+from ssm_interp.hooks.edges import Product, edges_of
 from ssm_interp.hooks.errors import HookError, InterventionError
-from ssm_interp.hooks.interventions import FlatPositions, Intervention, RowPositions
-from ssm_interp.hooks.points import HookPoints
+from ssm_interp.hooks.interventions import FlatPositions, Intervention, Knockout, RowPositions
+from ssm_interp.hooks.operators import Joined, Operator
+from ssm_interp.hooks.points import HookPoint, HookPoints
+from ssm_interp.hooks.positions import column_of, position_mask, right_padded
 from ssm_interp.hooks.record import record_of
 
-
-@dataclass(frozen=True)
-class ActiveEdit:
-    """An intervention at work on some modules.
-
-    Attributes:
-        intervention: what is at work.
-        places: ids of the hook points and the attention modules that it works on.
-        seen: (id of an attention module, layer) -> positions of the prompt, and of all that it read under this edit.
-    """
-
-    intervention: Intervention
-    places: frozenset[int]
-    seen: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-
-
 Edits = tuple[Intervention, ...]
-
-_active: ContextVar[tuple[ActiveEdit, ...]] = ContextVar("ssm_interp_edits", default=())
-
-
-@contextmanager
-def editing(edits: tuple[ActiveEdit, ...]) -> Iterator[None]:
-    """Put edits to work in this thread (or task), beside those that already are."""
-    token = _active.set((*_active.get(), *edits))
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-def active_edits(place: nn.Module) -> tuple[ActiveEdit, ...]:
-    """The edits at work, in this thread, on hook points or on an attention module."""
-    return tuple(edit for edit in _active.get() if id(place) in edit.places)
 
 
 def edits_at(mixer: Any) -> tuple[Edits, Edits]:
     """The interventions at work on the operator of a mixer, and on the convolution before it."""
-    found = _edits_of(mixer.ssm, mixer.layer_idx), _edits_of(mixer.conv1d, mixer.layer_idx)
-    return as_first_run(mixer.ssm, found, ((), ()))
+    points: HookPoints = mixer.ssm
+    found = _edits_of(points, mixer.layer_idx), _edits_of(points.hook_conv, mixer.layer_idx)
+    return as_first_run(points, found, ((), ()))
 
 
-def _edits_of(place: nn.Module, layer: int) -> Edits:
+def _edits_of(place: HookPoints | HookPoint, layer: int) -> Edits:
     found = (edit.intervention for edit in active_edits(place))
     return tuple(edit for edit in found if edit.layers is None or layer in edit.layers)
 
@@ -71,21 +39,27 @@ class Site:
         points: the mixer's hook points.
         edits: the interventions at work on the operator.
         conv_edits: those at work on the convolution before it.
-        start: how many positions of the sequence came before this call.
+        batch: rows of this call.
         length: positions of this call.
+        mask: 0 at the padding of the prompt, `[b t]`; None: nothing says that there is any.
+        continues: whether the cache had read positions before this call.
         record: the history of the cache, if there is one.
+        given: what stood for the results of operator calls while further ones followed.
     """
 
-    def __init__(self, mixer: Any, cache: Any, mask: Tensor | None, length: int) -> None:
+    def __init__(self, mixer: Any, cache: Any, mask: Tensor | None, hidden: Tensor) -> None:
         self.points: HookPoints = mixer.ssm
-        self.cache, self.mask, self.length = cache, mask, length
+        self.cache = cache
+        self.batch, self.length = hidden.shape[:2]
         self.layer: int = mixer.layer_idx
-        if length == 0:
+        if self.length == 0:
             raise HookError("the prompt is empty: an SSM layer needs at least one position")
         self.record = None if cache is None else record_of(cache, self.layer)
         self.continues = cache is not None and bool(cache.layers[self.layer].has_previous_state[0])
+        self.mask = mask if not self.continues else None if self.record is None else self.record.mask
         self.edits, self.conv_edits = edits_at(mixer)
-        self.heads_done = 0
+        self.given: list[Any] = []
+        self._calls: list[Operator] = []
         self._check_history()
 
     @property
@@ -93,86 +67,73 @@ class Site:
         """Positions of the prompt: of the first call on the cache, or of this call if it is the first."""
         return self.record.prompt if self.continues and self.record is not None else self.length
 
-    def next_heads(self, count: int) -> slice:
-        """Which of the mixer's heads the next operator call computes (Zamba calls once for each of its Mamba heads)."""
-        self.heads_done += count
-        return slice(self.heads_done - count, self.heads_done)
+    def join(self, call: Operator) -> Operator | None:
+        """The operator over all heads, as soon as its last call is made; None: further ones follow."""
+        self._calls.append(call)
+        if self._heads < self.points.heads:
+            self.given.append(call.placeholder())
+            return None
+        return call if len(self._calls) == 1 else Joined(self._calls, self.given)
 
-    def positions(self, positions: FlatPositions | RowPositions | None, batch: int, what: str) -> Tensor:
+    def positions(self, positions: FlatPositions | RowPositions | None, what: str) -> Tensor:
         """The named positions as a mask over the prompt, `[b, t]`.
 
         Raises:
             InterventionError: a position outside the prompt or inside padding, or another number of rows.
         """
-        mask = None if self.continues else self.mask
-        return position_mask(positions, batch, self.prompt, what, mask)
+        return position_mask(positions, self.batch, self.prompt, what, self.mask)
+
+    def edges(self, edit: Knockout) -> list[Product]:
+        """The edges of a knockout inside the prompt, as targets x sources; errors as `edges_of`."""
+        return edges_of(edit, self.batch, self.prompt, self.mask)
+
+    def columns(self, position: int, what: str) -> Tensor:
+        """The column of a position in each row, `[b]`; errors as for `positions`."""
+        return column_of(position, self.batch, self.prompt, what, self.mask)
 
     def close(self) -> None:
         """After the forward: remember where the sequence stands; complain of an operator that was never called."""
-        if self.heads_done != self.points.heads:
+        if self._heads != self.points.heads:
             raise HookError(
-                f"layer {self.layer} computed {self.heads_done} of its {self.points.heads} heads through the operator; "
+                f"layer {self.layer} computed {self._heads} of its {self.points.heads} heads through the operator; "
                 "this configuration of the host takes a path that ssm_interp cannot follow"
             )
         if self.record is not None:
             if not self.continues:
-                self.record.prompt = self.length
+                self.record.prompt, self.record.mask = self.length, self.mask
                 self.record.known = {*self.edits, *self.conv_edits}
             self.record.seen += self.length
 
+    @property
+    def _heads(self) -> int:
+        return sum(call.operands.x.shape[2] for call in self._calls)
+
     def _check_history(self) -> None:
+        naming = [edit for edit in (*self.edits, *self.conv_edits) if _looks_back(edit)]
+        if naming and not self.continues and (chunks := chunks_of_prompt()) > 1:
+            raise InterventionError(
+                f"layer {self.layer}: {naming[0].kind} names positions of the prompt, which `generate` reads in "
+                f"{chunks} chunks, so that its end is not yet known; call generate without prefill_chunk_size"
+            )
         if not self.continues:
             return
-        edits = *self.edits, *self.conv_edits
-        late = [edit for edit in edits if self.record is None or edit not in self.record.known]
-        if late := [edit for edit in late if _looks_back(edit)]:
+        if self.edits or self.conv_edits or self.points.requested:
+            self._check_padding()
+        late = [edit for edit in naming if self.record is None or edit not in self.record.known]
+        if late:
             raise InterventionError(
                 f"layer {self.layer}: {late[0].kind} names positions of a prompt that this cache read without it; "
                 "run the prompt and what follows inside the same `edit`"
             )
 
-
-def position_mask(
-    positions: FlatPositions | RowPositions | None, batch: int, length: int, what: str, mask: Tensor | None = None
-) -> Tensor:
-    """The named positions as a mask over a prompt of some length, `[b, t]`; None names all.
-
-    Args:
-        mask: 0 at padding, `[b, t]`.
-
-    Raises:
-        InterventionError: a position outside the prompt or inside padding, or another number of rows.
-    """
-    if positions is None:
-        return torch.ones(batch, length, dtype=torch.bool)
-    chosen = torch.zeros(batch, length, dtype=torch.bool)
-    for row, named in enumerate(_rows(positions, batch, what)):
-        for position in named:
-            if not -length <= position < length:
-                raise InterventionError(
-                    f"{what} names position {position}, but the prompt has {length} positions "
-                    f"(0 to {length - 1}, or -{length} to -1)"
-                )
-            if mask is not None and not mask[row % len(mask), position]:
-                raise InterventionError(
-                    f"{what} names position {position} of row {row}, which is padding; "
-                    "positions are columns of input_ids"
-                )
-        chosen[row, list(named)] = True
-    return chosen
+    def _check_padding(self) -> None:
+        if rows := right_padded(self.mask):
+            raise HookError(
+                f"layer {self.layer} goes on from a cache that read right-padded rows ({rows[:5]}): their convolution "
+                "and SSM states are those after the padding, not after their last token; pad on the left"
+            )
 
 
 def _looks_back(edit: Intervention) -> bool:
     named = [getattr(edit, name, None) for name in ("sources", "targets", "edges", "position", "positions")]
     return edit.kind == "Knockout" or any(value is not None for value in named)
-
-
-def _rows(positions: FlatPositions | RowPositions, batch: int, what: str) -> Sequence[FlatPositions]:
-    if positions and isinstance(positions[0], tuple):
-        if len(positions) != batch:
-            raise InterventionError(
-                f"{what} names the positions of {len(positions)} rows, but the batch has {batch}; "
-                "give one sequence per row, or one flat sequence for all"
-            )
-        return cast(Sequence[FlatPositions], positions)
-    return [cast(FlatPositions, positions)] * batch

@@ -14,18 +14,23 @@ from threading import Lock
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ssm_interp.hooks.active import ActiveEdit, active_edits, edits_here
 from ssm_interp.hooks.blocks import blocks_of, running_block
+from ssm_interp.hooks.callers import prompt_mask
+from ssm_interp.hooks.checkpointing import is_checkpointed
+from ssm_interp.hooks.edges import Product, edges_of
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.plan import attention_heads
 from ssm_interp.hooks.routing import host_forward
 from ssm_interp.hooks.rowsite import rows_at_work
-from ssm_interp.hooks.site import ActiveEdit, active_edits, position_mask
 
 PREFIX = "ssm_interp-"
 MASKED = ("eager", "sdpa")
@@ -113,44 +118,78 @@ def _routed(original: str) -> Callable[..., Any]:
         if removed is None:
             found: tuple[Tensor, Any] = host(module, query, key, value, attention_mask, **options)
             return found
-        allowed = _allowed(attention_mask, query, key) & ~removed.to(query.device)
+        columns, edges = removed
+        allowed = _allowed(attention_mask, query, key, columns) & ~edges.to(query.device)
         mask = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
         if attention_mask is not None and attention_mask.is_floating_point():
-            mask = mask + attention_mask[..., : key.shape[2]]
+            mask = mask + _rows_of(attention_mask, columns)[..., : key.shape[2]]
         mask = mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
-        output, weights = host(module, query, key, value, mask, **options)
-        reads = allowed.any(-1).expand(-1, query.shape[1], -1).transpose(1, 2)[..., None]  # b q h 1
-        return output.masked_fill(~reads, 0), weights
+        output, weights = host(module, query[:, :, columns], key, value, mask, **options)
+        reads = rearrange(allowed.any(-1).expand(-1, query.shape[1], -1), "b h q -> b q h 1")
+        output = output.masked_fill(~reads, 0)
+        if len(columns) == query.shape[2]:
+            return output, weights
+        whole, all_weights = host(module, query, key, value, attention_mask, **options)
+        if weights is not None and all_weights is not None:
+            all_weights = all_weights.index_copy(2, columns, weights)
+        return whole.index_copy(1, columns, output), all_weights
 
     return attend
 
 
-def _allowed(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """Which keys the host lets a query read, bool `[#b #h q k]`."""
+def _allowed(mask: Tensor | None, query: Tensor, key: Tensor, columns: Tensor) -> Tensor:
+    """Which keys the host lets some queries read, bool `[#b #h q k]`."""
     q, k = query.shape[2], key.shape[2]
     if mask is None:
-        return torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)[None, None]
-    mask = mask[..., :k]
+        return (torch.arange(k, device=query.device) <= (columns + k - q)[:, None])[None, None]
+    mask = _rows_of(mask, columns)[..., :k]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def _removed(module: nn.Module, query: Tensor, key: Tensor) -> Tensor | None:
-    """The knocked-out edges of this call, bool `[b #h q k]`; None if there are none."""
+def _rows_of(mask: Tensor, columns: Tensor) -> Tensor:
+    return mask if mask.shape[2] == 1 else mask[:, :, columns]
+
+
+def _removed(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The queries of this call that lose edges, and those edges, bool `[b #h q k]`; None if there are none."""
     block = running_block()
     layer: Any = module.layer_idx if block is None else block
-    q, k = query.shape[2], key.shape[2]
+    heads, q, k = query.shape[1], query.shape[2], key.shape[2]
     if (rows := rows_at_work()) is not None:
-        return rows.removed_attention(layer, query.shape[1], q, k)
-    found = None
+        edges = rows.removed_attention(layer, heads, q, k)
+        return None if edges is None else (torch.arange(q, device=query.device), edges)
+    found = []
     for edit in active_edits(module):
         knockout = edit.intervention
         if isinstance(knockout, Knockout) and (knockout.layers is None or layer in knockout.layers):
             prompt = _prompt(edit, module, layer, q, k)
-            piece = _edges(knockout, query.shape[0], prompt, q, k)[:, None] & attention_heads(
-                knockout.features, query.shape[1]
+            chosen = attention_heads(knockout.features, heads)
+            found += [(t[:, k - q :], s, chosen) for t, s in _edges(knockout, query.shape[0], prompt, k)]
+    _check_copy(module)
+    columns = torch.stack([targets.any(0) for targets, _, _ in found]).any(0).nonzero()[:, 0] if found else None
+    if columns is None or not len(columns):
+        return None
+    if is_checkpointed():
+        raise HookError(
+            f"layer {layer} attends inside a gradient checkpoint, whose backward pass would compute it again without "
+            "the knockout; call it without torch.utils.checkpoint"
+        )
+    edges = torch.zeros(query.shape[0], 1, len(columns), k, dtype=torch.bool)
+    for targets, sources, chosen in found:
+        edges = edges | ((targets[:, columns, None] & sources[:, None, :])[:, None] & chosen)
+    return columns.to(query.device), edges
+
+
+def _check_copy(module: nn.Module) -> None:
+    """Refuse the attention of a copy of a model that is being edited: nothing connects it with the original."""
+    edited = any("attention" in edit.streams for edit in edits_here())
+    if edited and not active_edits(module):
+        config = getattr(module, "config", None)
+        if getattr(module, "_is_replica", False) or (config is not None and id(config) not in _users):
+            raise HookError(
+                f"{type(module).__name__} belongs to a copy of a model, made while a Knockout was at work in the "
+                "attention of the original, which does not reach it; copy first, attach to the copy, and edit it there"
             )
-            found = piece if found is None else found | piece
-    return found
 
 
 def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> int:
@@ -172,27 +211,13 @@ def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> 
     return prompt
 
 
-def _edges(knockout: Knockout, batch: int, prompt: int, q: int, k: int) -> Tensor:
-    """The edges of a knockout in a call with k keys, of which the last q are its queries, bool `[b q k]`."""
-    edges = torch.zeros(batch, k, k, dtype=torch.bool)
-    if knockout.edges is None:
-        targets, sources = (
-            _columns(getattr(knockout, name), batch, prompt, k, f"Knockout.{name}") for name in ("targets", "sources")
+def _edges(knockout: Knockout, batch: int, prompt: int, k: int) -> list[Product]:
+    """The edges of a knockout in a sequence of k columns that began with a prompt: targets and sources `[b k]`."""
+    later = k - prompt
+    return [
+        (
+            pad(targets, (0, later), value=knockout.targets is None and knockout.edges is None),
+            pad(sources, (0, later), value=knockout.sources is None and knockout.edges is None),
         )
-        edges = _pairs(targets, sources)
-    else:
-        for pair in knockout.edges:
-            target, source = (_columns((column,), batch, prompt, k, "Knockout.edges") for column in pair)
-            edges |= _pairs(target, source)
-    return edges[:, k - q :]
-
-
-def _pairs(targets: Tensor, sources: Tensor) -> Tensor:
-    return targets[:, :, None] & sources[:, None, :]
-
-
-def _columns(positions: Any, batch: int, prompt: int, length: int, what: str) -> Tensor:
-    """Named positions of the prompt as a mask over all columns, `[b k]`; None names generated ones too."""
-    named = position_mask(positions, batch, prompt, what)
-    later = torch.full((batch, length - prompt), positions is None)
-    return torch.cat([named, later], dim=1)
+        for targets, sources in edges_of(knockout, batch, prompt, prompt_mask(batch, prompt))
+    ]

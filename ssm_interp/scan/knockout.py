@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ssm_interp.scan.recurrence import scan
-from ssm_interp.scan.terms import Terms, TermsError
+from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
+
+FEW = 32  # targets or sources up to which single entries of M cost less than a scan
 
 Edges: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Which target <- source edges: a bool mask `[t, s]` or `[b, t, s]`, or a pair of bool tensors (targets `[t]` or
@@ -65,7 +68,8 @@ def removed(
 
     Cost: one operator call from the first source to the last target, O(L H P N), for a pair and for every set of
         sources that differs (sets that agree up to their targets are one); a batch takes as many calls as its row
-        with the most. For (head, state) pairs B and C are written out per head.
+        with the most. For (head, state) pairs B and C are written out per head. Up to 32 targets of up to 32 sources
+        take single entries of M instead, O(H N) each after a sum of steps, without a tensor of the length of x more.
     Source: linearity of the operator in x with dt, A, B, C held fixed.
 
     Example:
@@ -76,12 +80,32 @@ def removed(
     restricted = _restrict(terms, features)
     carried = terms.precise().x.new_zeros(terms.x.shape)
     for targets, sources in _products(terms, mask):
-        span = slice(int(sources.any(0).nonzero()[0, 0]), int(targets.any(0).nonzero()[-1, 0]) + 1)
+        to, since = targets.any(0).nonzero()[:, 0].tolist(), sources.any(0).nonzero()[:, 0].tolist()
+        if operator is scan_values and len(to) <= FEW and len(since) <= FEW:
+            for target in to:
+                columns = [source for source in since if source <= target]
+                y = _carried_to(restricted, target, columns, sources[:, columns])
+                carried[:, target] += torch.where(targets[:, target, None, None], y, 0)
+            continue
+        span = slice(since[0], to[-1] + 1)
         part = restricted.at(span)
         y = operator(part.with_x(torch.where(sources[:, span, None, None], part.x, 0)))
-        y = torch.where(targets[:, span, None, None], y, 0)
-        carried = carried + pad(y, (0, 0, 0, 0, span.start, terms.length - span.stop))
+        carried[:, span] += torch.where(targets[:, span, None, None], y, 0)
     return carried
+
+
+@in_full_precision
+def _carried_to(terms: Terms, target: int, columns: list[int], sources: Bool[Tensor, "#b m"]) -> Float[Tensor, "b h p"]:
+    """What one target reads of a few columns, by the entries of M between them."""
+    borders = [*columns, target]
+    steps = [terms.dt[:, first + 1 : last + 1].sum(1) for first, last in pairwise(borders)]  # b h each
+    since = torch.stack(steps, dim=1).flip(1).cumsum(1).flip(1)  # b m h: the steps after a column, up to the target
+    grouped = "b m (g k) n -> b m g k n"
+    decay = rearrange((since[..., None] * terms.A).exp(), grouped, g=terms.groups)
+    decay = decay.expand(*decay.shape[:-1], terms.state_size)
+    entries = torch.einsum("bgn,bmgkn,bmgn->bmgk", terms.C[:, target], decay, terms.B[:, columns])
+    entries = rearrange(entries, "b m g k -> b m (g k)") * terms.dt[:, columns]
+    return torch.einsum("bmh,bmhp->bhp", entries * sources[..., None], terms.x[:, columns])
 
 
 def knockout(
@@ -114,12 +138,29 @@ def _restrict(terms: Terms, features: Features) -> Terms:
     return replace(terms, B=B, C=torch.where(features, C, 0))
 
 
-def _products(terms: Terms, mask: Edges) -> Iterator[tuple[Bool[Tensor, "#b t"], Bool[Tensor, "#b s"]]]:
-    """The mask as targets x sources, as few as can be.
+def products(edges: Bool[Tensor, "b t s"]) -> Iterator[tuple[Bool[Tensor, "b t"], Bool[Tensor, "b s"]]]:
+    """A mask of edges as targets x sources, as few as can be; each target is in one of them.
 
     No operator lets a target see a later source, so a set of sources also serves each earlier target whose own set
     agrees with it up to that target. Taking the last open target first therefore gives the fewest sets.
+
+    Example:
+        >>> [(targets.tolist(), sources.tolist()) for targets, sources in products(torch.ones(1, 2, 2).bool())]
+        [([[True, True]], [[True, True]])]
     """
+    edges = edges.tril()
+    open_targets = edges.any(-1)  # b t
+    last = torch.arange(edges.shape[1], device=edges.device)
+    while bool(open_targets.any()):
+        chosen = torch.where(open_targets, last, 0).amax(1)  # b
+        sources = edges.take_along_dim(chosen[:, None, None], dim=1)[:, 0]  # b s
+        targets = open_targets & ~((edges ^ sources[:, None]).tril().any(-1))
+        yield targets, sources
+        open_targets = open_targets & ~targets
+
+
+def _products(terms: Terms, mask: Edges) -> Iterator[tuple[Bool[Tensor, "#b t"], Bool[Tensor, "#b s"]]]:
+    """The mask as targets x sources, those without an edge left out."""
     if isinstance(mask, tuple):
         if len(mask) != 2:
             raise TermsError(f"a pair of targets and sources is expected, got a tuple of {len(mask)}")
@@ -128,15 +169,7 @@ def _products(terms: Terms, mask: Edges) -> Iterator[tuple[Bool[Tensor, "#b t"],
         if bool(targets.any()):
             yield targets, sources
         return
-    edges = _expand(terms, "mask", mask, 2).tril()  # b t s
-    open_targets = edges.any(-1)  # b t
-    last = torch.arange(terms.length, device=edges.device)
-    while bool(open_targets.any()):
-        chosen = torch.where(open_targets, last, 0).amax(1)  # b
-        sources = edges.take_along_dim(chosen[:, None, None], dim=1)[:, 0]  # b s
-        targets = open_targets & ~((edges ^ sources[:, None]).tril().any(-1))
-        yield targets, sources
-        open_targets = open_targets & ~targets
+    yield from products(_expand(terms, "mask", mask, 2))
 
 
 def _expand(terms: Terms, name: str, mask: Tensor, positions: int) -> Bool[Tensor, "b ..."]:

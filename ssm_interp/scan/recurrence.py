@@ -113,12 +113,22 @@ def accumulate(
     return _run(terms, writes.to(terms.x).unbind(1), _initial(terms, initial_state))
 
 
+def decays(terms: Terms) -> Iterator[Float[Tensor, "b h 1 #n"]]:
+    """`exp(dt_t A)`: what each position keeps of the state before it, one at a time.
+
+    Example:
+        >>> len(list(decays(terms))) == terms.length
+        True
+    """
+    for dt in terms.dt.unbind(1):
+        yield (dt[..., None] * terms.A).exp()[:, :, None, :]
+
+
 def _run(
     terms: Terms, writes: Iterable[Float[Tensor, "b h p n"]], state: Float[Tensor, "b h p n"]
 ) -> Iterator[Float[Tensor, "b h p n"]]:
     """`state_t = exp(dt_t A) state_{t-1} + write_t`."""
-    for dt, added in zip(terms.dt.unbind(1), writes, strict=True):
-        decay = (dt[..., None] * terms.A).exp()[:, :, None, :]  # b h 1 n
+    for decay, added in zip(decays(terms), writes, strict=True):
         state = torch.addcmul(added, decay, state)
         yield state
 

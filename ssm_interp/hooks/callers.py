@@ -1,0 +1,56 @@
+"""What only the callers of a forward know."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.generation.utils import GenerationMixin
+
+from ssm_interp.hooks.own import ours
+
+_prefill = GenerationMixin._prefill.__code__
+
+
+_mask: ContextVar[Tensor | None] = ContextVar("ssm_interp_mask", default=None)
+
+
+@contextmanager
+def keeping_mask(model: nn.Module) -> Iterator[None]:
+    """Inside, attention layers can ask for the padding mask that the model was called with."""
+
+    def before(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        _mask.set(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+
+    handle = model.register_forward_pre_hook(ours(before), with_kwargs=True)
+    token = _mask.set(None)
+    try:
+        yield
+    finally:
+        _mask.reset(token)
+        handle.remove()
+
+
+def prompt_mask(batch: int, prompt: int) -> Tensor | None:
+    """0 at the padding of the prompt, `[b t]`, as far as `keeping_mask` knows of it."""
+    mask = _mask.get()
+    return mask[:, :prompt] if mask is not None and len(mask) == batch and mask.shape[1] >= prompt else None
+
+
+def chunks_of_prompt() -> int:
+    """In how many chunks `generate` reads the prompt that is being read; 1 outside of it.
+
+    A chunk is called like a whole prompt; only the function that makes them knows that more will come.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _prefill:
+            return len(frame.f_locals.get("input_chunks", (None,)))
+        frame = frame.f_back
+    return 1
