@@ -14,6 +14,7 @@ from ssm_interp.hooks import Attachment, HookError
 from ssm_interp.hooks.cache import CACHES
 from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import as_index, as_indices, as_list
+from ssm_interp.hooks.virtual import refuse_virtual_tokens
 
 UNFIT = (*CACHES, "seq_idx", "cu_seqlens", "cu_seq_lens_q", "logits_to_keep", "inputs_embeds")
 
@@ -29,6 +30,7 @@ def whole_texts(ssm: Attachment, inputs: Any) -> tuple[dict[str, Any], Bool[Tens
             text; a mask of another shape, or without a token in some row.
     """
     try:
+        refuse_virtual_tokens(ssm.model, "a row must be one whole text, column by column")
         given = as_inputs(inputs, ssm.model)
     except HookError as error:
         raise FeatureError(str(error)) from None
@@ -44,6 +46,19 @@ def whole_texts(ssm: Attachment, inputs: Any) -> tuple[dict[str, Any], Bool[Tens
             f"{list(mask.shape)} with {mask.bool().flatten(1).sum(1).tolist()} tokens"
         )
     return given, mask.bool()
+
+
+def same_columns(layer: int, read: int, given: int) -> None:
+    """Refuse what was read in a layer that has other columns than the ids.
+
+    Raises:
+        FeatureError: the model puts tokens of its own in between.
+    """
+    if read != given:
+        raise FeatureError(
+            f"layer {layer} read {read} positions of {given} input_ids: the model puts tokens of its own in between, "
+            "so that positions are not columns of input_ids; take the part of it that is called with all of them"
+        )
 
 
 def chosen_layers(ssm: Attachment, layers: Any) -> list[int]:

@@ -23,6 +23,7 @@ from ssm_interp.hooks.points import HEAD_AXIS, HookPoint
 from ssm_interp.hooks.routing import HookedMixer, restore_mixer
 from ssm_interp.hooks.softmax import knockable
 from ssm_interp.hooks.unknown import names_of, unknown_mixers
+from ssm_interp.hooks.virtual import names_positions, refuse_virtual_tokens
 
 _exposing = Lock()
 
@@ -152,8 +153,9 @@ class Attachment:
         Their order does not matter; see `HookPoints` for what several edits at one layer mean.
 
         Raises:
-            InterventionError: a layer, head or state dimension that the model does not have. Positions are checked in
-                the forward, which knows the prompt.
+            InterventionError: a layer, head or state dimension that the model does not have; positions in a model that
+                puts virtual tokens in front of its prompts (PEFT's prompt tuning, p-tuning, prefix tuning). Other
+                positions are checked in the forward, which knows the prompt.
 
         Example:
             >>> with ssm.edit(Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))):
@@ -162,6 +164,8 @@ class Attachment:
         self._check_attached()
         for intervention in interventions:
             self.check(intervention)
+            if names_positions(intervention):
+                refuse_virtual_tokens(self.model, f"{intervention.kind} names positions", InterventionError)
         through = [self._streams(intervention) for intervention in interventions]
         active = tuple(
             ActiveEdit(intervention, {key_of(place) for place in self.places(streams)}, streams)
@@ -193,7 +197,8 @@ class Attachment:
 
         Raises:
             HookError: an unknown hook point or layer; inputs that are empty, or neither ids nor a mapping; ids that are
-                no integers `[b t]` of the vocabulary; a mask that is not theirs.
+                no integers `[b t]` of the vocabulary; a mask that is not theirs; what is read has other columns than
+                the ids (a model that puts virtual tokens in front).
 
         Example:
             >>> ssm.run(inputs, read=["attn", "state"], layers=[3])["attn", 3].shape
@@ -201,12 +206,15 @@ class Attachment:
         self._check_attached()
         given = as_inputs(inputs, self.model)
         points = {key: point for point, key in self._points(read, layers)}
+        if points:
+            refuse_virtual_tokens(self.model, "what is read has a column per position")
         caught: dict[tuple[str, int], list[Tensor]] = {key: [] for key in points}
         with watching(Watch(point, caught[key].append) for key, point in points.items()):
             output = self.model(**given | options)
         reads = {
             key: found[0] if len(found) == 1 else torch.cat(found, HEAD_AXIS[key[0]]) for key, found in caught.items()
         }
+        _check_columns_of(reads, (given | options).get("input_ids"))
         return Run(output, reads)
 
     def expose(self, *names: str, layers: Any = None) -> Exposure:
@@ -302,6 +310,18 @@ class Attachment:
     def _check_attached(self) -> None:
         if not self.is_attached:
             raise HookError("this attachment was detached; call attach(model) again")
+
+
+def _check_columns_of(reads: dict[tuple[str, int], Tensor], ids: Any) -> None:
+    """Whether what was read has a position per column of the ids."""
+    if not isinstance(ids, Tensor):
+        return
+    for (name, layer), read in reads.items():
+        if (length := read.shape[2 if name == "attn" else 1]) != ids.shape[1]:
+            raise HookError(
+                f"layer {layer} read {length} positions of {ids.shape[1]} input_ids, so that {name} has other columns: "
+                "the model puts tokens of its own in between; run the part of it that is called with all of them"
+            )
 
 
 class Exposure:
