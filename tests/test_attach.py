@@ -13,6 +13,7 @@ import torch
 import torch.utils.checkpoint
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from support import checkpointing, decode, edited, logits, relative_error
+from test_softmax import transformer
 from tiny_hosts import build, inputs, padded
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -256,6 +257,15 @@ def test_several_mixers_of_one_layer_are_refused() -> None:
     with pytest.raises(si.HookError, match="several SSM mixers of layer 0, which edits could not tell apart"):
         si.attach(pair)
     si.attach(pair[0]).detach()
+
+
+@pytest.mark.parametrize("name", ["mamba2", "llama"])
+def test_a_block_that_is_two_layers_is_refused(name: str) -> None:
+    model = build(name) if name == "mamba2" else transformer(name)
+    layers = model.backbone.layers if name == "mamba2" else model.model.layers
+    layers[2] = layers[1]
+    with pytest.raises(si.HookError, match="uses one block as its layers 1 and 2, which edits could not tell apart"):
+        si.attach(model)
 
 
 def test_an_attachment_whose_model_was_detached_says_so() -> None:

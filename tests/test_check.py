@@ -7,7 +7,13 @@ import torch
 from support import logits
 from test_softmax import transformer
 from tiny_hosts import build, inputs
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedModel,
+)
 
 import ssm_interp as si
 from ssm_interp.hooks import serve
@@ -55,3 +61,27 @@ def test_an_exception_leaves_the_model_detached(monkeypatch: pytest.MonkeyPatch)
         check(model)
     monkeypatch.undo()
     si.attach(model).detach()
+
+
+def test_a_headless_model_and_a_decoder_with_an_encoder_pass() -> None:
+    assert all(row.passed for row in check(build("jamba").model))
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "decoder_attention_heads": 4}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=64, encoder_attention_heads=4, **sizes)).eval()
+    assert [row.name for row in check(bart) if not row.passed] == []
+
+
+def test_what_cannot_be_tried_is_refused() -> None:
+    model = build("mamba2")
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(model.config)
+    classifier = AutoModelForSequenceClassification.from_config(transformer("llama").config)
+    for other, message in [
+        (outline, "Mamba2ForCausalLM cannot be tried: its weights are on the device meta"),
+        (model.backbone.layers, "ModuleList cannot be tried: it has no embedding of tokens"),
+        (classifier, r"gives no logits \[b t v\] and no hidden states, but \[1, 2\]; check the causal"),
+    ]:
+        with pytest.raises(si.HookError, match=message):
+            check(other)
+    si.attach(model).detach()
+    with pytest.raises(si.HookError, match="cannot be run: its weights are on the device meta"):
+        si.attach(outline).run(inputs(), read="x")

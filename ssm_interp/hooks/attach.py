@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.blocks import attention_layers
+from ssm_interp.hooks.blocks import attention_layers, repeated_blocks
 from ssm_interp.hooks.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.newest import Newest, check_version
 from ssm_interp.hooks.routing import HookedMixer, hook_mixer, operators_of
@@ -92,6 +92,11 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
         raise HookError(
             f"{name} has several SSM mixers of layer {twice[0]}, which edits could not tell apart; attach to each "
             "model alone, and give a copied layer a layer_idx of its own"
+        )
+    if twin := repeated_blocks(model):
+        raise HookError(
+            f"{name} uses one block as its layers {twin[0]} and {twin[1]}, which edits could not tell apart; give each "
+            "layer a block of its own (copy.deepcopy, with its layer_idx)"
         )
     if not mixers and not attention_layers(model):
         if unknown := unknown_mixers(model):

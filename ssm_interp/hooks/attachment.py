@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
-from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering
+from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering, has_no_weights
 from ssm_interp.hooks.callers import keeping_mask
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.inputs import as_inputs
@@ -204,6 +204,8 @@ class Attachment:
             >>> ssm.run(inputs, read=["attn", "state"], layers=[3])["attn", 3].shape
         """
         self._check_attached()
+        if has_no_weights(self.model):
+            raise HookError(f"{type(self.model).__name__} cannot be run: its weights are on the device meta")
         given = as_inputs(inputs, self.model)
         points = {key: point for point, key in self._points(read, layers)}
         if points:

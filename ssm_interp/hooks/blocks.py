@@ -37,6 +37,23 @@ def other_inputs(model: nn.Module) -> set[int]:
     return found
 
 
+def repeated_blocks(model: nn.Module) -> tuple[int, int] | None:
+    """Two layers that are one and the same block, in a list of blocks that mix tokens; None: each is its own."""
+    for blocks in (part for part in model.modules() if isinstance(part, nn.ModuleList)):
+        first: dict[int, int] = {}
+        for index, block in enumerate(blocks):
+            earlier = first.setdefault(id(block), index)
+            if earlier != index and any(operators_of(type(part)) or asks_registry(part) for part in block.modules()):
+                return earlier, index
+    return None
+
+
+def has_no_weights(model: nn.Module) -> bool:
+    """Whether weights are on the device meta, and accelerate does not bring them in for each forward."""
+    bare = any(weight.is_meta for weight in model.parameters())
+    return bare and not any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     """Layer -> its softmax attention, for modules that call transformers' attention-function registry."""
     blocks = blocks_of(model) or ()

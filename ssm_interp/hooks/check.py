@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssm_interp.hooks.attach import attach
 from ssm_interp.hooks.attachment import Attachment
+from ssm_interp.hooks.blocks import has_no_weights
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.unknown import names_of
@@ -44,7 +46,7 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
         seed: of the random tokens.
 
     Raises:
-        HookError: as `attach`.
+        HookError: as `attach`; a model that gives nothing for token ids alone that could be compared.
 
     Example:
         >>> all(row.passed for row in check(model))
@@ -52,19 +54,45 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
     """
     if not isinstance(model, nn.Module):
         raise HookError(f"check takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.randint(0, vocabulary, (1, LENGTH), generator=generator).to(device)
-    native = model(input_ids=ids).logits
+    ids = _some_ids(model, seed)
+    native = _logits(model, ids)
     with attach(model, allow_unknown=True) as ssm:
         rows = list(_attached(ssm, ids, native))
-    rows.append(_exact("detached == native", model(input_ids=ids).logits, native))
+    rows.append(_exact("detached == native", _logits(model, ids), native))
     return rows
 
 
+def _some_ids(model: Any, seed: int) -> Tensor:
+    name = type(model).__name__
+    if has_no_weights(model):
+        raise HookError(f"{name} cannot be tried: its weights are on the device meta")
+    try:
+        vocabulary = model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        raise HookError(f"{name} cannot be tried: it has no embedding of tokens; check the model around it") from None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (1, LENGTH), generator=generator).to(next(model.parameters()).device)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits, or without an output head the last hidden states, `[b t v]`; a decoder's, where there is an encoder."""
+    given = {"input_ids": ids}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        given = {"input_ids": torch.ones_like(ids), "decoder_input_ids": ids}
+    output = model(**given)
+    found = getattr(output, "logits", None)
+    found = getattr(output, "last_hidden_state", None) if found is None else found
+    if not isinstance(found, Tensor) or found.shape[:2] != ids.shape:
+        got = list(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise HookError(
+            f"{type(model).__name__} cannot be tried: it gives no logits [b t v] and no hidden states, but {got}; "
+            "check the causal language model that it is made of"
+        )
+    return found
+
+
 def _attached(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
-    yield _exact("attached, idle == native", ssm.model(input_ids=ids).logits, native)
+    yield _exact("attached, idle == native", _logits(ssm.model, ids), native)
     if ssm.layers:
         yield from _hook_points(ssm, ids, native)
     for stream, layers in ssm.streams.items():
@@ -81,7 +109,7 @@ def _hook_points(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
         for point in points.points()
     ]
     try:
-        exposed = ssm.model(input_ids=ids).logits
+        exposed = _logits(ssm.model, ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -101,7 +129,7 @@ def _hook_points(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
 
 def _knockout(ssm: Attachment, ids: Tensor, native: Tensor, stream: str) -> Iterator[Row]:
     with ssm.edit(Knockout(sources=[-3, -2], targets=-1, through=stream)):
-        edited = ssm.model(input_ids=ids).logits
+        edited = _logits(ssm.model, ids)
     moved = _relative(edited[:, -1], native[:, -1])
     name = {"ssm": "SSM", "conv": "convolution", "attention": "attention"}[stream]
     yield Row(f"a knockout in the {name} changes its target", moved, moved > 0, "relative change of its logits")
@@ -116,7 +144,7 @@ def _coverage(ssm: Attachment, ids: Tensor) -> Row:
     found = []
     for tokens in (ids, other):
         with ssm.edit(Knockout(sources=0, targets=range(1, LENGTH), through=streams)):
-            found.append(ssm.model(input_ids=tokens).logits[:, 1:])
+            found.append(_logits(ssm.model, tokens)[:, 1:])
     leaked = _relative(found[1], found[0])
     missing = f"not covered: {names_of(ssm.unknown)}" if ssm.unknown else f"at most {LEAK:g}"
     detail = f"relative change of the logits behind a token without edges, when it changes; {missing}"

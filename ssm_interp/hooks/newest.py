@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssm_interp.hooks.attachment import Attachment
+from ssm_interp.hooks.blocks import has_no_weights
 from ssm_interp.hooks.cache import cache_in, cache_parameter
 from ssm_interp.hooks.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.interventions import Knockout
-from ssm_interp.hooks.obstacles import is_offloaded, obstacles
+from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.own import Watch, in_this_thread, own_operators, watching
 from ssm_interp.hooks.rows import depends_on_batch, obstacle, precision
 
@@ -116,7 +117,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _unfit(model: nn.Module) -> str | None:
     """Why a model cannot be run, as far as it can be seen."""
-    if any(weight.is_meta for weight in model.parameters()) and not is_offloaded(model):
+    if has_no_weights(model):
         return "its weights are on the device meta"
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "it is an encoder-decoder, whose step on a cache takes more than token ids"

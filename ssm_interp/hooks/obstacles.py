@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.blocks import blocks_of
+from ssm_interp.hooks.blocks import blocks_of, has_no_weights
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.own import OWN
 
@@ -36,18 +35,13 @@ def obstacles(ssm: Attachment) -> Iterator[str]:
             yield f"{name} has no language-model head, and gives no logits"
         if model.config.return_dict is False:
             yield "the model's config has return_dict=False, and its logits no name"
-        if all(weight.is_meta for weight in model.parameters()) and not is_offloaded(model):
+        if has_no_weights(model):
             yield "the model has no weights: they are on the device meta"
         if model.training:
             yield f"{name} is in training mode"
         if blocks_of(model) is None:
             yield "the model keeps its decoder blocks in no list"
         yield from _others(ssm)
-
-
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate brings weights in for each forward, from where they are kept."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def _others(ssm: Attachment) -> Iterator[str]:
