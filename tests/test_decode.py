@@ -178,7 +178,7 @@ def test_a_prompt_read_in_chunks_is_refused_where_its_end_matters(chunk: int) ->
     for name in ("jamba", "bamba"):  # of the pure Mambas transformers reads none in chunks
         model = build(name)
         options = {"max_new_tokens": 2, "do_sample": False}
-        with si.attach(model) as ssm:
+        with si.attach(model, own_operator=True) as ssm:
             for edit in (
                 si.Knockout(sources=[0], targets=-1),
                 si.Knockout(sources=[0], targets=-1, through="conv"),
