@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from random_terms import as_users_run_it
+from support import CACHES, cache_of, relative_error
 from tiny_flow import world
 from tiny_hosts import build, inputs
+from torch import nn
+from transformers import PreTrainedModel
 
 import ssm_interp as si
 from ssm_interp.features import (
@@ -86,6 +90,82 @@ def test_inputs_that_are_none(given: Any, message: str) -> None:
             kind = si.HookError if name == "run" else FeatureError
             with pytest.raises(kind, match=message):
                 call(ssm, given)
+
+
+def test_what_a_tokenizer_says_of_a_text_is_left_out_where_nobody_takes_it() -> None:
+    said = {"token_type_ids": torch.zeros_like(IDS), "offset_mapping": [[(0, 1)] * 6] * 2, "length": [6, 6]}
+    with si.attach(build("mamba2")) as ssm:
+        assert torch.equal(ssm.run({"input_ids": IDS} | said).logits, ssm.run(IDS).logits)
+        with pytest.raises(si.HookError, match="takes no segments, as token_type_ids name them; leave them out"):
+            ssm.run({"input_ids": IDS, "token_type_ids": torch.ones_like(IDS)})
+
+
+UNKNOWN: list[tuple[dict[str, Any], str]] = [
+    ({"layer": [1]}, "Mamba2ForCausalLM takes no 'layer'; did you mean 'layers'"),
+    ({"layer": None}, "takes no 'layer'"),
+    ({"reads": "y"}, "takes no 'reads'; did you mean 'read'"),
+    ({"attention_masks": torch.ones_like(IDS)}, "did you mean 'attention_mask'"),
+    ({"fwd_hooks": []}, r"takes no 'fwd_hooks'. There are inputs, read, layers, and for the model input_ids, .*labels"),
+    ({"input_ids": IDS}, "input_ids is given twice"),
+    ({"attention_mask": IDS}, "attention_mask must be 1 at tokens and 0 at padding"),
+    ({"attention_mask": IDS[:, 1:]}, r"attention_mask must be a tensor \[b t\]"),
+    ({"cache": object(), "past_key_values": object()}, "the cache is given twice"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNKNOWN, ids=[message[:40] for _, message in UNKNOWN])
+def test_options_that_nobody_takes(options: dict[str, Any], message: str) -> None:
+    with si.attach(build("mamba2")) as ssm, pytest.raises(si.HookError, match=message):
+        ssm.run(IDS, read="y", **options)
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_keys_that_nobody_takes(name: str) -> None:
+    with si.attach(build("mamba2")) as ssm, pytest.raises((si.HookError, FeatureError), match="takes no 'mask'"):
+        TAKING[name](ssm, {"input_ids": IDS, "mask": torch.ones_like(IDS)})
+
+
+def test_options_that_a_family_takes(host: PreTrainedModel) -> None:
+    with si.attach(host) as ssm:
+        assert len(ssm.run(IDS, output_hidden_states=True).output.hidden_states) > 3
+        assert isinstance(ssm.run(IDS, return_dict=False, use_cache=False).output, tuple)
+        with pytest.raises(si.HookError, match="did you mean 'output_hidden_states'"):
+            ssm.run(IDS, output_hidden_state=True)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_cache_goes_by_any_of_its_names(host: PreTrainedModel, wrapped: bool) -> None:
+    model = _Forwards(host) if wrapped else host
+    place = {"position_ids": torch.tensor([[5]])} if "position_ids" in signature(host.forward).parameters else {}
+    with si.attach(model) as ssm:
+        whole = ssm.run(IDS).logits[:, -1:]
+        for name in CACHES:
+            cache = cache_of(ssm.run(IDS[:, :5], use_cache=True).output)
+            assert relative_error(ssm.run(IDS[:, 5:], **{name: cache}, **place).logits, whole) < 1e-4
+
+
+def test_a_model_without_a_cache_takes_none() -> None:
+    with (
+        si.attach(_Ids(build("mamba2"))) as ssm,
+        pytest.raises(si.HookError, match="_Ids takes no 'cache_params'. There are .* for the model input_ids"),
+    ):
+        ssm.run(IDS, cache_params=object())
+
+
+class _Forwards(nn.Module):
+    """Hands everything on, as adapters and parallel wrappers do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([inner])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner[0](*args, **kwargs)
+
+
+class _Ids(_Forwards):
+    def forward(self, input_ids: Any) -> Any:  # type: ignore[override]
+        return super().forward(input_ids=input_ids)
 
 
 def test_ids_of_another_tokenizer_are_refused_by_rows_too() -> None:

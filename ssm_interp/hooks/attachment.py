@@ -179,25 +179,27 @@ class Attachment:
             inputs: `input_ids` `[b t]`, the mapping (a dict) that a tokenizer returns, or a batch of prompts.
             read: hook points, one or a sequence: conv, x, dt, B, C, write, state, attn, y, z.
             layers: of which layers; None: of all SSM layers.
-            options: passed on to the model.
+            options: passed on to the model, which must name them; a cache by any of the names that versions of
+                transformers have for it.
 
         Returns:
             The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Zamba's heads,
             computed in several operator calls, are put together. Other threads may use the model meanwhile.
 
         Raises:
-            HookError: an unknown hook point or layer; inputs that are empty, or neither ids nor a mapping; ids that are
-                no integers `[b t]` of the vocabulary; a mask that is not theirs.
+            HookError: an unknown hook point or layer; an input or option that the model does not take; inputs that are
+                empty, or neither ids nor a mapping; ids that are no integers `[b t]` of the vocabulary; a mask that is
+                not theirs.
 
         Example:
             >>> ssm.run(inputs, read=["attn", "state"], layers=[3])["attn", 3].shape
         """
         self._check_attached()
-        given = as_inputs(inputs, self.model)
+        given = as_inputs(inputs, self.model, options)
         points = {key: point for point, key in self._points(read, layers)}
         caught: dict[tuple[str, int], list[Tensor]] = {key: [] for key in points}
         with watching(Watch(point, caught[key].append) for key, point in points.items()):
-            output = self.model(**given | options)
+            output = self.model(**given)
         reads = {
             key: found[0] if len(found) == 1 else torch.cat(found, HEAD_AXIS[key[0]]) for key, found in caught.items()
         }

@@ -10,19 +10,24 @@ from torch import Tensor, nn
 
 from ssm_interp.hooks.cache import CACHES
 from ssm_interp.hooks.errors import HookError
+from ssm_interp.hooks.options import named_as, options_of
+
+RUN = ("inputs", "read", "layers")  # what `Attachment.run` takes itself
 
 
-def as_inputs(inputs: Any, model: nn.Module) -> dict[str, Any]:
+def as_inputs(inputs: Any, model: nn.Module, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Inputs as the keyword arguments of a model, without those that are None.
 
     Args:
         inputs: `input_ids` `[b t]`; the mapping that a tokenizer returns; or what has `input_ids` and an
-            `attention_mask`, as a `prompts.Batch`.
+            `attention_mask`, as a `prompts.Batch`. What a tokenizer says about the text alone (`offset_mapping`,
+            `token_type_ids` that are all 0) is left out where the model does not take it.
         model: whose vocabulary the ids are of.
+        options: further arguments of the model.
 
     Raises:
-        HookError: anything else; an empty tensor; ids that are no integers `[b t]` or outside the vocabulary; a mask of
-            another shape.
+        HookError: anything else; a name that the model does not take, or one in both; an empty tensor; ids that are no
+            integers `[b t]` or outside the vocabulary; a mask of another shape, or of something else than 0 and 1.
 
     Example:
         >>> model(**as_inputs(ids, model))                                                        # doctest: +SKIP
@@ -37,7 +42,7 @@ def as_inputs(inputs: Any, model: nn.Module) -> dict[str, Any]:
             "inputs must be ids [b t], the mapping that a tokenizer returns, or a batch of prompts, got "
             f"{type(inputs).__name__}{f' with the keys {list(inputs)}' if isinstance(inputs, Mapping) else ''}"
         )
-    given = {name: value for name, value in inputs.items() if value is not None}
+    given = _given(inputs, model, options or {})
     for name, tensor in given.items():
         if isinstance(tensor, Tensor) and tensor.numel() == 0:
             raise HookError(f"{name} is empty, {list(tensor.shape)}: a model reads at least one token")
@@ -45,6 +50,15 @@ def as_inputs(inputs: Any, model: nn.Module) -> dict[str, Any]:
         check_ids(given["input_ids"], model)
         _check_mask(given)
     return given
+
+
+def _given(inputs: Mapping[str, Any], model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    takes = options_of(model)
+    given = named_as(model, {name: value for name, value in inputs.items() if value is not None}, takes)
+    more = {name: value for name, value in named_as(model, options, takes, RUN).items() if value is not None}
+    if twice := sorted(given.keys() & more.keys()):
+        raise HookError(f"{twice[0]} is given twice, in the inputs and as an option; give it once")
+    return given | more
 
 
 def check_ids(ids: Any, model: nn.Module) -> None:
@@ -76,3 +90,5 @@ def _check_mask(given: Mapping[str, Any]) -> None:
     if not fits or mask.shape[1] < ids.shape[1] or (mask.shape[1] > ids.shape[1] and not continues):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise HookError(f"attention_mask must be a tensor [b t], as input_ids are ({list(ids.shape)}), got {got}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise HookError("attention_mask must be 1 at tokens and 0 at padding; this one holds something else")
