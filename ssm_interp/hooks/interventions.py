@@ -23,7 +23,7 @@ or None."""
 Indices: TypeAlias = Any
 """An int, a sequence of ints, or None; kept as a tuple or None."""
 Features: TypeAlias = Any
-"""Heads or (head, state dimension) pairs, one or a sequence, or None; kept as a tuple or None."""
+"""A head, a sequence of heads, a sequence of (head, state dimension) pairs, or None; kept as a tuple or None."""
 Pairs: TypeAlias = Any
 """A sequence of (target, source) pairs; kept as a tuple of tuples."""
 Streams: TypeAlias = Any
@@ -37,14 +37,16 @@ class Intervention:
     """One edit of the SSM layers, as data.
 
     Positions are columns of `input_ids`; negative ones count from the end of the prompt, which is the first call on a
-    cache. One integer or a sequence names the same positions in every row of the batch, a sequence of sequences those
-    of each row (an empty one: none). None means every position, generated ones included.
+    cache. One integer or a flat sequence names the same positions in every row of the batch, a sequence of sequences
+    those of each row (an empty one: none); `[3, 4]` is both positions in every row, `[[3], [4]]` is 3 in the first row
+    and 4 in the second. None means every position, generated ones included.
 
     A feature is a head (in Mamba-1 a channel), given by its index, or a (head, state dimension) pair.
 
     Attributes:
         layers: model layer indices; None: every SSM layer.
-        features: heads or (head, state dimension) pairs; None: all.
+        features: one head or a sequence of them, or a sequence of (head, state dimension) pairs: `[(0, 5)]` is one
+            pair, `(0, 5)` two heads. None: all.
     """
 
     layers: Indices = None
@@ -148,31 +150,37 @@ class Knockout(Intervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PatchState(Intervention):
-    """Replace the state after `position`; every later position, and the reading at it, goes on from there.
+    """Replace the state after a position, or after each of several; later ones, and the reading at it, go on from there.
 
     Attributes:
-        position: where; one integer, or one per row of the batch.
-        state: the new state, `[h, p, n]` or `[b, h, p, n]`, or one number for all of it (0.0 wipes it).
+        position: where: one integer or a sequence, the same in every row of the batch, or one sequence per row.
+        state: the new state, `[h, p, n]` or (for each row) `[b, h, p, n]`, or one number for all of it (0.0 wipes it);
+            at several positions the same at each. For different ones give several PatchState.
 
     Cost: the layer runs through the library's own recurrence, O(L H P N).
 
     Raises:
-        InterventionError: a state that is neither a number nor such a tensor.
+        InterventionError: no position; a state that is neither a number nor such a tensor.
 
     Example:
         >>> donor = ssm.run(other, read=["state"], layers=[3])["state", 3][:, -1]
         >>> PatchState(position=-1, state=donor, layers=[3])
+        >>> PatchState(position=[3, 4], state=0.0)              # wiped after 3, and again after 4, in every row
+        >>> PatchState(position=[[3], [5]], state=0.0)          # two rows, each its own position
     """
 
-    position: Indices
+    position: Positions
     state: Any
     kind: ClassVar[str] = "PatchState"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "position", _positions(self.position, self.kind, "position"))
-        if self.position is None or (self.position and isinstance(self.position[0], tuple)):
-            raise InterventionError("PatchState.position must be one integer, or one integer per row of the batch")
+        if not self.position or set(self.position) == {()}:
+            raise InterventionError(
+                "PatchState.position must name a position: an integer, a sequence of integers (the same in every row), "
+                "or one such sequence per row"
+            )
         try:
             state = self.state if isinstance(self.state, Tensor) else torch.as_tensor(self.state, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
@@ -332,7 +340,7 @@ def as_indices(values: Any, name: str) -> FlatPositions | None:
 
 
 def as_features(values: Any, name: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:
-    """Heads or (head, state dimension) pairs, one or a sequence, as a tuple; None stays None.
+    """One head, a sequence of heads, or a sequence of (head, state dimension) pairs, as a tuple; None stays None.
 
     Raises:
         InterventionError: none; anything else.
