@@ -150,7 +150,7 @@ class Knockout(Intervention):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PatchState(Intervention):
-    """Replace the state after a position, or after each of several; later ones, and the reading at it, go on from there.
+    """Replace the state after a position, or after several; later positions, and the reading there, go on from it.
 
     Attributes:
         position: where: one integer or a sequence, the same in every row of the batch, or one sequence per row.
