@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering
-from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.hooks.bylayer import ByLayer
+from ssm_interp.hooks.describe import describe
+from ssm_interp.hooks.errors import HookError, InterventionError, MissingError
 from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import STREAMS, Intervention, Knockout, as_index, as_indices, as_list, as_streams
 from ssm_interp.hooks.own import Watch, asking, watching
@@ -42,7 +44,10 @@ class Run:
     reads: dict[tuple[str, int], Tensor]
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name} of layer {layer}: {list(read.shape)}" for (name, layer), read in self.reads.items())
+        read: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for (name, layer), tensor in self.reads.items():
+            read.setdefault((name, tuple(tensor.shape)), []).append(layer)
+        shapes = ", ".join(f"{name} of {_layers(at)}: {list(shape)}" for (name, shape), at in read.items())
         logits = getattr(self.output, "logits", None)
         gave = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else type(self.output).__name__
         return f"Run({gave}; read {shapes or 'nothing'})"
@@ -70,7 +75,16 @@ class Run:
                     return found
             case (str() as name, layer) if (short := (name.removeprefix("hook_"), as_index(layer))) in self.reads:
                 return self.reads[short]
-        raise KeyError(f"{key!r} was not read; read were {sorted(self.reads)}. Name it in run(..., read=[...])")
+        names = list(dict.fromkeys(name for name, _ in self.reads))
+        layers = sorted({layer for _, layer in self.reads})
+        raise MissingError(
+            f"{describe(key)} was not read; read were {', '.join(names) or 'nothing'} of layers {layers}. Name it in "
+            "run(..., read=[...], layers=[...])"
+        )
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {list(layers)}"
 
 
 class Attachment:
@@ -86,9 +100,13 @@ class Attachment:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
-        self.layers = {index: mixer.ssm for index, mixer in self.mixers.items()}
-        self.attention = attention_layers(model)
+        mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
+        self._know(mixers, attention_layers(model))
+
+    def _know(self, mixers: dict[int, HookedMixer], attention: dict[int, nn.Module]) -> None:
+        self.mixers = ByLayer.of("SSM", mixers)
+        self.layers = ByLayer.of("SSM", {index: mixer.ssm for index, mixer in mixers.items()})
+        self.attention = ByLayer.of("attention", attention)
 
     def __enter__(self) -> Attachment:
         return self
@@ -98,8 +116,53 @@ class Attachment:
 
     def __repr__(self) -> str:
         kinds: dict[str, Any] = {"SSM": self.layers, "attention": self.attention}
-        state = ", ".join(f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers)
-        return f"Attachment({type(self.model).__name__}, {state or 'detached'})"
+        state = [f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers] or ["detached"]
+        if number := sum(self.hooks.values()):
+            state.append(f"{number} hook{'s' * (number > 1)} on {self._where(self.hooks)}")
+        if exposed := [at for at, point in self._all_points() if point.exposed]:
+            state.append(f"exposed: {self._where(exposed)}")
+        return f"Attachment({type(self.model).__name__}, {', '.join(state)})"
+
+    def _all_points(self) -> Iterator[tuple[tuple[str, int], HookPoint]]:
+        for layer, points in self.layers.items():
+            yield from (((point.name, layer), point) for point in points.points())
+
+    def _where(self, points: Iterable[tuple[str, int]]) -> str:
+        found: dict[str, list[int]] = {}
+        for name, layer in points:
+            found.setdefault(name, []).append(layer)
+        every = {name: len(self.layers) > 1 and len(layers) == len(self.layers) for name, layers in found.items()}
+        return ", ".join(
+            f"hook_{name} of {'all layers' if every[name] else _layers(layers)}" for name, layers in found.items()
+        )
+
+    @property
+    def hooks(self) -> dict[tuple[str, int], int]:
+        """How many hooks are on the points that have some, by (name, layer).
+
+        Example:
+            >>> ssm.layers[3].hook_dt.add_hook(lambda dt, hook: dt * 2)
+            >>> ssm.hooks
+            {('dt', 3): 1}
+        """
+        return {at: point.hooks for at, point in self._all_points() if point.hooks}
+
+    def reset_hooks(self, including_permanent: bool = False) -> None:
+        """Take every hook off every point: those of `add_hook` and PyTorch's own.
+
+        What `expose` asked for goes on firing until its `close`; hooks on other modules of the model stay.
+
+        Args:
+            including_permanent: those of `add_hook(..., is_permanent=True)` too.
+
+        Example:
+            >>> ssm.reset_hooks()
+            >>> ssm.hooks
+            {}
+        """
+        self._check_attached()
+        for points in self.layers.values():
+            points.reset_hooks(including_permanent)
 
     @property
     def name(self) -> str:
@@ -231,7 +294,7 @@ class Attachment:
         for mixer in self.mixers.values():
             if isinstance(mixer, HookedMixer):
                 restore_mixer(mixer)
-        self.mixers, self.layers, self.attention = {}, {}, {}
+        self._know({}, {})
 
     @contextmanager
     def _attention_knockable(self) -> Iterator[None]:
@@ -258,14 +321,15 @@ class Attachment:
                 model does not have.
         """
         if not isinstance(intervention, Intervention):
-            raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {intervention!r}")
+            got = describe(intervention)
+            raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {got}")
         kind = intervention.kind
         streams = self._streams(intervention)
         known = self.layers_with(streams)
         layers = known if intervention.layers is None else intervention.layers
         if missing := [layer for layer in layers if layer not in known]:
             raise InterventionError(
-                f"{kind}: no such layer {missing}; this model has {list(known)} ({', '.join(streams)})"
+                f"{kind}: no such layer {describe(missing)}; this model has {list(known)} ({', '.join(streams)})"
             )
         if "conv" in streams and intervention.features is not None:
             raise InterventionError(
@@ -306,6 +370,10 @@ class Exposure:
     def __init__(self, points: list[HookPoint]) -> None:
         self._points = points
         self._count(1)
+
+    def __repr__(self) -> str:
+        names = dict.fromkeys(f"hook_{point.name}" for point in self._points)
+        return f"Exposure({', '.join(names) or 'closed'})"
 
     def close(self) -> None:
         """Stop asking for these points; those that another exposure asks for go on firing."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_interp.hooks.cache import CACHES
+from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.options import named_as, options_of
 
@@ -40,7 +41,7 @@ def as_inputs(inputs: Any, model: nn.Module, options: Mapping[str, Any] | None =
     if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
         raise HookError(
             "inputs must be ids [b t], the mapping that a tokenizer returns, or a batch of prompts, got "
-            f"{type(inputs).__name__}{f' with the keys {list(inputs)}' if isinstance(inputs, Mapping) else ''}"
+            f"{type(inputs).__name__}{f' with the keys {describe([*inputs])}' if isinstance(inputs, Mapping) else ''}"
         )
     given = _given(inputs, model, options or {})
     for name, tensor in given.items():

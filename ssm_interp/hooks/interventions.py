@@ -11,6 +11,7 @@ from typing import Any, ClassVar, SupportsFloat, TypeAlias
 import torch
 from torch import Tensor
 
+from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.errors import InterventionError
 
 FlatPositions: TypeAlias = tuple[int, ...]
@@ -32,7 +33,7 @@ Streams: TypeAlias = Any
 STREAMS = ("ssm", "conv", "attention")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Intervention:
     """One edit of the SSM layers, as data.
 
@@ -74,12 +75,12 @@ class Intervention:
             InterventionError: an unknown kind, an unknown or missing field, or a value that the field does not take.
         """
         if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
-            raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {data!r}")
+            raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {describe(data)}")
         given = dict(data)
         kind = given.pop("kind", None)
         kinds = {subclass.kind: subclass for subclass in Intervention.__subclasses__()}
         if kind not in kinds:
-            raise InterventionError(f"unknown kind of intervention {kind!r}; there are {sorted(kinds)}")
+            raise InterventionError(f"unknown kind of intervention {describe(kind)}; there are {sorted(kinds)}")
         known = {field.name for field in fields(kinds[kind])}
         if unknown := given.keys() - known:
             raise InterventionError(f"{kind} has no field {sorted(unknown)}; it has {sorted(known)}")
@@ -91,11 +92,16 @@ class Intervention:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Intervention) and self.to_dict() == other.to_dict()
 
+    def __repr__(self) -> str:
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        shown = (f"{name}={describe(value)}" for name, (value, default) in values.items() if value is not default)
+        return f"{self.kind}({', '.join(shown)})"
+
     def __hash__(self) -> int:
         return hash((self.kind, self.layers, self.features))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Knockout(Intervention):
     """Remove edges target <- source: the targets no longer read what the sources wrote (nothing is re-normalised).
 
@@ -148,7 +154,7 @@ class Knockout(Intervention):
             object.__setattr__(self, "edges", _pairs(self.edges, "Knockout.edges", "(target, source)"))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class PatchState(Intervention):
     """Replace the state after a position, or after several; later positions, and the reading there, go on from it.
 
@@ -184,7 +190,10 @@ class PatchState(Intervention):
         try:
             state = self.state if isinstance(self.state, Tensor) else torch.as_tensor(self.state, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
-            raise InterventionError(f"PatchState.state must be a number or a tensor, got {self.state!r}") from None
+            raise InterventionError(
+                f"PatchState.state must be a number, or a tensor [h p n] or [b h p n], got {describe(self.state)}; of "
+                'what `run` read at every position one is run["state", layer][:, position]'
+            ) from None
         if state.ndim not in (0, 3, 4):
             raise InterventionError(f"PatchState.state must be a number, [h p n] or [b h p n], got {list(state.shape)}")
         if not state.isfinite().all():
@@ -192,7 +201,7 @@ class PatchState(Intervention):
         object.__setattr__(self, "state", state)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class SetDelta(Intervention):
     """Set the effective step dt of some positions: 0 makes a position neither write nor decay the state.
 
@@ -221,7 +230,7 @@ class SetDelta(Intervention):
         _only_heads(self)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ScaleFeatures(Intervention):
     """Multiply what the features give to y at some positions (0 silences them, 1 changes nothing).
 
@@ -246,7 +255,7 @@ class ScaleFeatures(Intervention):
         object.__setattr__(self, "factor", as_number(self.factor, "ScaleFeatures.factor"))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class EditAttention(Intervention):
     """Change single entries of the SSM attention matrix: y gains (M' - M) x.
 
@@ -275,7 +284,7 @@ class EditAttention(Intervention):
         object.__setattr__(self, "edges", _pairs(self.edges, "EditAttention.edges", "(target, source)"))
         object.__setattr__(self, "value", as_number(self.value, "EditAttention.value"))
         if self.mode not in ("set", "add", "scale"):
-            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {self.mode!r}")
+            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {describe(self.mode)}")
         _only_heads(self)
 
 
@@ -289,7 +298,8 @@ def as_streams(streams: Any) -> tuple[str, ...] | None:
         return None
     given = as_list(streams)
     if not given or any(stream not in STREAMS for stream in given):
-        raise InterventionError(f"through must name streams, out of {', '.join(map(repr, STREAMS))}; got {streams!r}")
+        there = ", ".join(map(repr, STREAMS))
+        raise InterventionError(f"through must name streams, out of {there}; got {describe(streams)}")
     return tuple(stream for stream in STREAMS if stream in given)
 
 
@@ -305,7 +315,7 @@ def as_number(value: Any, name: str) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise InterventionError(f"{name} must be a finite number, got {value!r}")
+        raise InterventionError(f"{name} must be a finite number, got {describe(value)}")
     return number
 
 
@@ -335,7 +345,7 @@ def as_indices(values: Any, name: str) -> FlatPositions | None:
         return (alone,)
     found = [as_index(value) for value in as_list(values)]
     if None in found:
-        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {values!r:.200}")
+        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {describe(values)}")
     return tuple(value for value in found if value is not None)
 
 
@@ -374,14 +384,14 @@ def _positions(values: Any, kind: str, name: str) -> FlatPositions | RowPosition
         return as_indices(rows, what)
     except InterventionError:
         raise InterventionError(
-            f"{what} must be an integer, a sequence of integers, or one such sequence per row, got {values!r:.200}"
+            f"{what} must be an integer, a sequence of integers, or one such sequence per row, got {describe(values)}"
         ) from None
 
 
 def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
     found = [[as_index(value) for value in as_list(row)] for row in as_list(values)]
     if any(len(pair) != 2 or None in pair for pair in found):
-        raise InterventionError(f"{name} must be pairs {what} of integers, got {values!r:.200}")
+        raise InterventionError(f"{name} must be pairs {what} of integers, got {describe(values)}")
     return tuple((first, second) for first, second in found if first is not None and second is not None)
 
 

@@ -206,6 +206,9 @@ class Batch:
     attention_mask: Int[Tensor, "b t"]
     target_ids: Int[Tensor, " b"]
 
+    def __repr__(self) -> str:
+        return f"Batch({len(self.prompts)} prompts, input_ids {list(self.input_ids.shape)})"
+
     def positions(self, role: str | int) -> list[list[int]]:
         """Columns of `input_ids` that play a role or are a position of the prompt, one list per row (maybe empty)."""
         width = self.input_ids.shape[1]
