@@ -65,6 +65,17 @@ def test_a_batch_of_prompts_is_taken_like_the_mapping_of_a_tokenizer(name: str) 
         assert torch.equal(TAKING[name](ssm, batch), TAKING[name](ssm, mapping))
 
 
+def test_a_model_is_called_with_a_batch_of_prompts_as_with_a_mapping() -> None:
+    tiny = world("mamba2", count=3)
+    batch = pad([tokenize(prompt, tiny.tokenizer) for prompt in tiny.prompts])
+    known = tiny.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert torch.equal(tiny.model(**batch).logits, known)
+    assert torch.equal(tiny.model(**batch.to("cpu"), use_cache=False).logits, known)
+    assert list(batch) == ["input_ids", "attention_mask"]
+    with pytest.raises(KeyError, match="holds input_ids and attention_mask for a model, not 'target_ids'"):
+        batch["target_ids"]
+
+
 IDS = inputs(2, 6)["input_ids"]
 BAD_INPUTS: list[tuple[Any, str]] = [
     ("a text", r"inputs must be ids \[b t\], the mapping .*, or a batch of prompts, got str"),

@@ -18,7 +18,7 @@ may be empty: a subject at the very beginning has no context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -194,6 +194,9 @@ def _target_id(prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenize
 class Batch:
     """Prompts side by side, padded on the left, so that the last column is the last token of every row.
 
+    A model is called with it as with what a tokenizer returns: `model(**batch)` gives it `input_ids` and
+    `attention_mask`.
+
     Attributes:
         prompts: one per row.
         input_ids: `[b, t]`.
@@ -205,6 +208,24 @@ class Batch:
     input_ids: Int[Tensor, "b t"]
     attention_mask: Int[Tensor, "b t"]
     target_ids: Int[Tensor, " b"]
+
+    def keys(self) -> tuple[str, str]:
+        """What a model is called with."""
+        return ("input_ids", "attention_mask")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What a model is called with, by name.
+
+        Raises:
+            KeyError: another name; what else a batch has are its attributes.
+        """
+        if name not in self.keys():  # noqa: SIM118
+            raise KeyError(f"a batch holds {' and '.join(self.keys())} for a model, not {name!r:.80}")
+        found: Tensor = getattr(self, name)
+        return found
 
     def __repr__(self) -> str:
         return f"Batch({len(self.prompts)} prompts, input_ids {list(self.input_ids.shape)})"
