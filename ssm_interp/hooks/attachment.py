@@ -20,7 +20,7 @@ from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import STREAMS, Intervention, Knockout, as_index, as_indices, as_list, as_streams
 from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HEAD_AXIS, HookPoint
-from ssm_interp.hooks.routing import HookedMixer, restore_mixer
+from ssm_interp.hooks.routing import HookedMixer, class_without_hooks, restore_mixer
 from ssm_interp.hooks.site import ActiveEdit, active_edits, editing
 from ssm_interp.hooks.softmax import knockable
 
@@ -286,14 +286,18 @@ class Attachment:
     def detach(self) -> None:
         """Give every mixer back its class and forward, and drop the hook points with all hooks on them.
 
+        What was done to a mixer meanwhile (a parametrisation, pruning, an adapter, another dtype or device) stays.
+
         Raises:
-            HookError: an edit is at work in this thread; leave its `with` block first.
+            HookError: an edit is at work in this thread; leave its `with` block first. Somebody made another class of a
+                mixer's, which cannot do without the hooked one.
         """
         if any(active_edits(place) for place in self.places()):
             raise HookError("cannot detach inside `with ssm.edit(...)`: leave that block first")
-        for mixer in self.mixers.values():
-            if isinstance(mixer, HookedMixer):
-                restore_mixer(mixer)
+        hooked = [mixer for mixer in self.mixers.values() if isinstance(mixer, HookedMixer)]
+        classes = [class_without_hooks(mixer) for mixer in hooked]
+        for mixer, without_hooks in zip(hooked, classes, strict=True):
+            restore_mixer(mixer, without_hooks)
         self._know({}, {})
 
     @contextmanager
