@@ -58,6 +58,10 @@ class HookPoint(nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: the hooks; nobody could close an exposure of it."""
+        return self.__dict__ | {"exposures": 0}
+
     @property
     def exposed(self) -> bool:
         return self.exposures > 0
