@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssm_interp.hooks.checkpointing import as_first_run
 from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.hooks.guidance import check_guidance
 from ssm_interp.hooks.interventions import FlatPositions, Intervention, RowPositions
 from ssm_interp.hooks.points import HookPoints
 from ssm_interp.hooks.record import record_of
@@ -145,6 +146,7 @@ def position_mask(
     """
     if positions is None:
         return torch.ones(batch, length, dtype=torch.bool)
+    check_guidance(what)
     chosen = torch.zeros(batch, length, dtype=torch.bool)
     for row, named in enumerate(_rows(positions, batch, what)):
         for position in named:
