@@ -90,6 +90,12 @@ BAD_INPUTS: list[tuple[Any, str]] = [
     (IDS - 64, "have the token -.* in row 0, position 0, but the vocabulary"),
     ({"input_ids": IDS, "attention_mask": IDS[:, 1:]}, r"attention_mask must be .* \(\[2, 6\]\), got \[2, 5\]"),
     ({"input_ids": IDS, "attention_mask": [[1] * 6] * 2}, r"attention_mask must be .* got list"),
+    ({"input_ids": IDS, "attention_mask": IDS}, "must be 1 at tokens and 0 at padding; this one holds something else"),
+    ({"input_ids": IDS, "attention_mask": IDS.new_tensor([[1], [0]]).expand(2, 6)}, "row 1 of attention_mask has no"),
+    (IDS.to(torch.uint8), r"must be torch.int64 or torch.int32, got torch.uint8; give ids.long\(\)"),
+    ({}, r"inputs must hold input_ids \[b t\] \(or else inputs_embeds\), got \[\]"),
+    ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 6, 32)}, r"must hold .*, got \['input_ids', 'inputs_embeds'\]"),
+    ({"input_ids": IDS, "past_key_values": ((IDS, IDS),)}, "must be a cache, which a model .* got .*Tensor"),
 ]
 
 
@@ -101,6 +107,15 @@ def test_inputs_that_are_none(given: Any, message: str) -> None:
             kind = si.HookError if name == "run" else FeatureError
             with pytest.raises(kind, match=message):
                 call(ssm, given)
+
+
+def test_embeddings_have_a_mask_too() -> None:
+    model = build("mamba2")
+    embeds = model.get_input_embeddings()(IDS).detach()
+    with si.attach(model) as ssm:
+        assert torch.equal(ssm.run({"inputs_embeds": embeds}).logits, ssm.run(IDS).logits)
+        with pytest.raises(si.HookError, match=r"as input_ids are \(\[2, 6\]\), got \[2, 5\]"):
+            ssm.run({"inputs_embeds": embeds}, attention_mask=torch.ones_like(IDS)[:, 1:])
 
 
 def test_what_a_tokenizer_says_of_a_text_is_left_out_where_nobody_takes_it() -> None:
@@ -309,6 +324,13 @@ BAD_CALLS: list[tuple[Any, str]] = [
     (lambda ssm: ssm.run(IDS, read=torch.tensor(1.5)), "hook points are named by text"),
     (lambda ssm: ssm.layers_with(torch.tensor(1.5)), "through must name streams"),
     (lambda ssm: ssm.layers[0].hook_x.add_hook(3), r"takes a function of \(tensor, hook point\), got 3"),
+    (lambda ssm: ssm.layers[0].hook_x.add_hook(lambda module, args, x: x), "takes a function of .*, which .* is not"),
+    (lambda ssm: ssm.layers[0].hook_x.add_hook(lambda x: x), "goes to register_forward_hook"),
+    (lambda ssm: ssm.run(IDS, read="x", layers=[]), r"points \['x'\] of no layers: None means all, \[0, 1, 2, 3\]"),
+    (lambda ssm: ssm.expose(), "expose takes the names of hook points"),
+    (lambda ssm: ssm.expose("attn", layers=()), "of no layers"),
+    (lambda ssm: ssm.places(["x"]), "through must name streams"),
+    (lambda ssm: ssm.check(si.Intervention(layers=0)), r"edit takes .*, got Intervention\(layers=\(0,\)\)"),
     (lambda ssm: ssm.layers[0].hook_x.remove_hooks("all"), "'fwd', 'bwd' or 'both', got 'all'"),
     (lambda ssm: si.attached(3), "int has no hook points"),
     (lambda ssm: check(3), "check takes a model, got int"),  # type: ignore[arg-type]

@@ -17,7 +17,16 @@ from ssm_interp.hooks.bylayer import ByLayer
 from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.errors import HookError, InterventionError, MissingError
 from ssm_interp.hooks.inputs import as_inputs
-from ssm_interp.hooks.interventions import STREAMS, Intervention, Knockout, as_index, as_indices, as_list, as_streams
+from ssm_interp.hooks.interventions import (
+    KINDS,
+    STREAMS,
+    Intervention,
+    Knockout,
+    as_index,
+    as_indices,
+    as_list,
+    as_streams,
+)
 from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HEAD_AXIS, HookPoint
 from ssm_interp.hooks.routing import HookedMixer, class_without_hooks, restore_mixer
@@ -200,7 +209,7 @@ class Attachment:
         modules."""
         convolutions = {layer: mixer.conv1d for layer, mixer in self.mixers.items()}
         found: dict[str, Any] = {"ssm": self.layers, "conv": convolutions, "attention": self.attention}
-        return [place for stream in streams for place in found[stream].values()]
+        return [place for stream in as_streams(streams) or () for place in found[stream].values()]
 
     @contextmanager
     def edit(self, *interventions: Intervention) -> Iterator[None]:
@@ -274,13 +283,15 @@ class Attachment:
         It holds until `Exposure.close`, or to the end of a `with` block.
 
         Raises:
-            HookError: an unknown hook point or layer.
+            HookError: no hook point; an unknown one, or an unknown layer.
 
         Example:
             >>> with ssm.expose("attn", layers=[3]), wrapped.trace(ids):
             ...     attn = wrapped.backbone.layers[3].mixer.ssm.hook_attn.output.save()
         """
         self._check_attached()
+        if not names:
+            raise HookError('expose takes the names of hook points, as in ssm.expose("attn", "state", layers=[3])')
         return Exposure([point for point, _ in self._points(names, layers)])
 
     def detach(self) -> None:
@@ -314,6 +325,9 @@ class Attachment:
         names = as_list(read)
         if missing := [layer for layer in chosen if layer not in self.layers]:
             raise HookError(f"no SSM layer {missing[0]}; the SSM layers of this model are {list(self.layers)}")
+        if names and not chosen:
+            there = f"None means all, {list(self.layers)}" if self.layers else "this model has no SSM layers"
+            raise HookError(f"hook points {describe(names)} of no layers: {there}")
         points = [(self.layers[layer].point(name), layer) for name in names for layer in chosen]
         return [(point, (point.name, layer)) for point, layer in points]
 
@@ -324,7 +338,7 @@ class Attachment:
             InterventionError: something else than an intervention; a stream, layer, head or state dimension that the
                 model does not have.
         """
-        if not isinstance(intervention, Intervention):
+        if not isinstance(intervention, KINDS):
             got = describe(intervention)
             raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {got}")
         kind = intervention.kind

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -47,9 +47,11 @@ def as_inputs(inputs: Any, model: nn.Module, options: Mapping[str, Any] | None =
     for name, tensor in given.items():
         if isinstance(tensor, Tensor) and tensor.numel() == 0:
             raise HookError(f"{name} is empty, {list(tensor.shape)}: a model reads at least one token")
+    _check_text(given, options_of(model))
+    _check_cache(given)
     if "input_ids" in given:
         check_ids(given["input_ids"], model)
-        _check_mask(given)
+    _check_mask(given)
     return given
 
 
@@ -72,6 +74,10 @@ def check_ids(ids: Any, model: nn.Module) -> None:
     if not whole or ids.ndim != 2:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise HookError(f"input_ids must be integers [b t], got {got}; with a tokenizer give return_tensors='pt'")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise HookError(f"input_ids must be torch.int64 or torch.int32, got {ids.dtype}; give ids.long()")
+    if ids.is_meta:
+        return
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
     vocabulary = getattr(embedding, "num_embeddings", None)
     if vocabulary is not None and (outside := (ids < 0) | (ids >= vocabulary)).any():
@@ -82,14 +88,34 @@ def check_ids(ids: Any, model: nn.Module) -> None:
         )
 
 
+def _check_text(given: Mapping[str, Any], takes: Collection[str] | None) -> None:
+    names = {"input_ids", "inputs_embeds"}
+    if takes is not None and names & set(takes) and len(names & given.keys()) != 1:
+        raise HookError(f"inputs must hold input_ids [b t] (or else inputs_embeds), got {describe([*given])}")
+
+
+def _check_cache(given: Mapping[str, Any]) -> None:
+    for name in given.keys() & set(CACHES):
+        if isinstance(given[name], tuple | list | Mapping | Tensor | str | int):
+            raise HookError(
+                f"{name} must be a cache, which a model that is called with use_cache=True gives back in its output, "
+                f"got {describe(given[name])}"
+            )
+
+
 def _check_mask(given: Mapping[str, Any]) -> None:
-    ids, mask = given["input_ids"], given.get("attention_mask")
+    text, mask = given.get("input_ids", given.get("inputs_embeds")), given.get("attention_mask")
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 4):  # one that says who may read whom
         return
     continues = any(name in given for name in CACHES)
-    fits = isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(ids)
-    if not fits or mask.shape[1] < ids.shape[1] or (mask.shape[1] > ids.shape[1] and not continues):
+    shape = list(text.shape[:2]) if isinstance(text, Tensor) else []
+    fits = isinstance(mask, Tensor) and mask.ndim == 2 and len(shape) == 2 and len(mask) == shape[0]
+    if not fits or mask.shape[1] < shape[1] or (mask.shape[1] > shape[1] and not continues):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise HookError(f"attention_mask must be a tensor [b t], as input_ids are ({list(ids.shape)}), got {got}")
+        raise HookError(f"attention_mask must be a tensor [b t], as input_ids are ({shape}), got {got}")
+    if mask.is_meta:
+        return
     if not ((mask == 0) | (mask == 1)).all():
         raise HookError("attention_mask must be 1 at tokens and 0 at padding; this one holds something else")
+    if not (tokens := (mask != 0).any(1)).all():
+        raise HookError(f"row {int((~tokens).nonzero()[0, 0])} of attention_mask has no token, only padding")

@@ -78,12 +78,12 @@ class Intervention:
             raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {describe(data)}")
         given = dict(data)
         kind = given.pop("kind", None)
-        kinds = {subclass.kind: subclass for subclass in Intervention.__subclasses__()}
+        kinds = {subclass.kind: subclass for subclass in KINDS}
         if kind not in kinds:
             raise InterventionError(f"unknown kind of intervention {describe(kind)}; there are {sorted(kinds)}")
         known = {field.name for field in fields(kinds[kind])}
         if unknown := given.keys() - known:
-            raise InterventionError(f"{kind} has no field {sorted(unknown)}; it has {sorted(known)}")
+            raise InterventionError(f"{kind} has no field {sorted(map(str, unknown))}; it has {sorted(known)}")
         try:
             return kinds[kind](**given)
         except TypeError as error:
@@ -196,6 +196,8 @@ class PatchState(Intervention):
             ) from None
         if state.ndim not in (0, 3, 4):
             raise InterventionError(f"PatchState.state must be a number, [h p n] or [b h p n], got {list(state.shape)}")
+        if state.is_meta or state.is_complex() or torch.bool in (state.dtype, torch.as_tensor(self.state).dtype):
+            raise InterventionError(f"PatchState.state must be real numbers, got {state.dtype} on {state.device.type}")
         if not state.isfinite().all():
             raise InterventionError("PatchState.state has entries that are not finite (nan or inf)")
         object.__setattr__(self, "state", state)
@@ -286,6 +288,10 @@ class EditAttention(Intervention):
         if self.mode not in ("set", "add", "scale"):
             raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {describe(self.mode)}")
         _only_heads(self)
+
+
+KINDS = (Knockout, PatchState, SetDelta, ScaleFeatures, EditAttention)
+"""All that `Attachment.edit` knows how to put to work."""
 
 
 def as_streams(streams: Any) -> tuple[str, ...] | None:

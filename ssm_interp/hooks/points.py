@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -117,11 +118,16 @@ class HookPoint(nn.Module):
             prepend: run before the hooks that are there.
 
         Raises:
-            HookError: no function; an unknown direction.
+            HookError: no function, or one of other arguments; an unknown direction.
         """
         if not callable(hook):
             got = describe(hook)
             raise HookError(f"add_hook on hook_{self.name} takes a function of (tensor, hook point), got {got}")
+        if not _takes_two(hook):
+            raise HookError(
+                f"add_hook on hook_{self.name} takes a function of (tensor, hook point), which {describe(hook)} is "
+                "not; one of PyTorch's, of (module, args, output), goes to register_forward_hook"
+            )
         if dir == "fwd":
             handle = self.register_forward_hook(_OfOutput(hook), prepend=prepend)
         elif dir == "bwd":
@@ -161,6 +167,16 @@ class HookPoint(nn.Module):
     def extra_repr(self) -> str:
         fires = "fires" if self.name in ALWAYS or self.requested else "fires when exposed or hooked"
         return f"{self.name}, {fires}" + (f", has {_number(self.hooks)}" if self.hooks else "")
+
+
+def _takes_two(hook: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(hook).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin, which does not say
+        return True
+    return True
 
 
 def _number(hooks: int) -> str:

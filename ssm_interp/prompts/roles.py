@@ -142,6 +142,8 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPro
         >>> tokenized.positions("subject"), tokenized.positions("relation")                         # doctest: +SKIP
         ((3, 4), (0, 1, 2, 5))
     """
+    if not isinstance(prompt, Prompt):
+        raise PromptError(f"tokenize takes a Prompt, got {type(prompt).__name__}")
     encoding = encode(prompt.text, tokenizer)
     roles = _roles(prompt, encoding)
     return TokenizedPrompt(prompt, encoding.ids, encoding.tokens, roles, _target_id(prompt, encoding, tokenizer))
@@ -249,7 +251,7 @@ def pad(prompts: Sequence[TokenizedPrompt], *, pad_id: int = 0) -> Batch:
         pad_id: what stands at padding; the attention mask hides it, so any id of the vocabulary will do.
 
     Raises:
-        PromptError: no prompts.
+        PromptError: no prompts, or some that are not tokenized.
 
     Example:
         >>> pad([short, long]).attention_mask           # doctest: +SKIP
@@ -258,6 +260,8 @@ def pad(prompts: Sequence[TokenizedPrompt], *, pad_id: int = 0) -> Batch:
     """
     if not prompts:
         raise PromptError("a batch needs at least one prompt, got none")
+    if wrong := [row for row in prompts if not isinstance(row, TokenizedPrompt)]:
+        raise PromptError(f"pad takes what tokenize(prompt, tokenizer) gives, got {type(wrong[0]).__name__}")
     width = max(len(row) for row in prompts)
     ids = [[pad_id] * (width - len(row)) + list(row.ids) for row in prompts]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
