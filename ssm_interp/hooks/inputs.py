@@ -21,8 +21,8 @@ def as_inputs(inputs: Any, model: nn.Module, options: Mapping[str, Any] | None =
 
     Args:
         inputs: `input_ids` `[b t]`; the mapping that a tokenizer returns; or what has `input_ids` and an
-            `attention_mask`, as a `prompts.Batch`. What a tokenizer says about the text alone (`offset_mapping`,
-            `token_type_ids` that are all 0) is left out where the model does not take it.
+            `attention_mask`, as a `prompts.Batch`. What is said about the text alone (`offset_mapping`;
+            `token_type_ids` and `position_ids` of one text per row) is left out where the model does not take it.
         model: whose vocabulary the ids are of.
         options: further arguments of the model.
 
@@ -91,7 +91,7 @@ def check_ids(ids: Any, model: nn.Module) -> None:
 def _check_text(given: Mapping[str, Any], takes: Collection[str] | None) -> None:
     names = {"input_ids", "inputs_embeds"}
     if takes is not None and names & set(takes) and len(names & given.keys()) != 1:
-        raise HookError(f"inputs must hold input_ids [b t] (or else inputs_embeds), got {describe([*given])}")
+        raise HookError(f"inputs must have input_ids [b t] (or else inputs_embeds); these have {describe([*given])}")
 
 
 def _check_cache(given: Mapping[str, Any]) -> None:
@@ -118,4 +118,5 @@ def _check_mask(given: Mapping[str, Any]) -> None:
     if not ((mask == 0) | (mask == 1)).all():
         raise HookError("attention_mask must be 1 at tokens and 0 at padding; this one holds something else")
     if not (tokens := (mask != 0).any(1)).all():
-        raise HookError(f"row {int((~tokens).nonzero()[0, 0])} of attention_mask has no token, only padding")
+        row = int((~tokens).nonzero()[0, 0])
+        raise HookError(f"attention_mask must be 1 at tokens, with a token in every row; row {row} is all padding")

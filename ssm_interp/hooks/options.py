@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from ssm_interp.hooks.cache import CACHES
 from ssm_interp.hooks.errors import HookError
 
-OF_THE_TEXT = (  # what tokenizers say about a text beside its ids
+OF_THE_TEXT = (  # what tokenizers, and programs made for other models, say about a text beside its ids
     "token_type_ids",
+    "position_ids",
     "special_tokens_mask",
     "offset_mapping",
     "overflow_to_sample_mapping",
@@ -55,7 +56,8 @@ def named_as(
 ) -> dict[str, Any]:
     """What is given, by the names that a model takes it by: a cache has another one in each version of transformers.
 
-    Left out is what a tokenizer says about the text alone, where the model does not take it.
+    Left out is what is said about the text alone, where the model does not take it: that it is one text, from left to
+    right.
 
     Args:
         model: who is called.
@@ -78,17 +80,28 @@ def named_as(
             found[cached] = value
         elif name not in OF_THE_TEXT:
             raise HookError(_unknown(model, name, takes, own))
-        elif name == "token_type_ids" and torch.as_tensor(value).any():
-            raise HookError(f"{type(model).__name__} takes no segments, as token_type_ids name them; leave them out")
+        elif not _one_text(name, value):
+            raise HookError(f"{type(model).__name__} takes no {name}, which here tell several texts of a row apart")
     return found
+
+
+def _one_text(name: str, value: Any) -> bool:
+    """Whether something says no more than that each row is one text, from left to right."""
+    if name not in ("token_type_ids", "position_ids"):
+        return True
+    try:
+        steps = torch.as_tensor(value).diff(dim=-1)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return bool(((steps >= 0) & (steps <= (name == "position_ids"))).all())
 
 
 def _unknown(model: nn.Module, name: str, takes: Collection[str], own: Collection[str]) -> str:
     known = [*own, *takes]
     near = get_close_matches(name.lower(), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    itself = f"{', '.join(own)}, and for " if own else ""
-    return f"{type(model).__name__} takes no {name!r}{hint} There are {itself}the model {', '.join(takes)}"
+    itself = f"`run` takes {', '.join(own)}; the model" if own else "It"
+    return f"{type(model).__name__} takes no {name!r}{hint} {itself} takes {', '.join(takes)}"
 
 
 def _cache_in(takes: Collection[str]) -> str | None:
