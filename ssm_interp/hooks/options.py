@@ -75,8 +75,8 @@ def named_as(
         if name in takes:
             found[name] = value
         elif name in CACHES and (cached := _cache_in(takes)):
-            if cached in given:
-                raise HookError(f"the cache is given twice, as {cached!r} and as {name!r}; give it once")
+            if cached in given or cached in found:
+                raise HookError(f"the cache is given twice, the second time as {name!r}; give it once")
             found[cached] = value
         elif name not in OF_THE_TEXT:
             raise HookError(_unknown(model, name, takes, own))
