@@ -325,7 +325,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "inputs must be ids": {"inputs": "The capital of"},
     r"input_ids must be integers \[b t\], got torch.int64 \[4\]": {"inputs": torch.ones(4, dtype=torch.long)},
     "inputs hold past_key_values": {"inputs": inputs(2, 4) | {"past_key_values": object()}},
-    "attention_mask must be .* with a token in every row": {
+    "attention_mask must be .* with a token in every row; row 1": {
         "inputs": inputs(2, 4) | {"attention_mask": torch.tensor([[1] * 4, [0] * 4])}
     },
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from ssm_interp.hooks.attach import attach, attached
 from ssm_interp.hooks.attachment import Attachment, Exposure, Run
-from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
+from ssm_interp.hooks.errors import HookError, InterventionError, MissingError, UnsupportedModelError
 from ssm_interp.hooks.interventions import (
     EditAttention,
     Intervention,
@@ -24,6 +24,7 @@ __all__ = [
     "Intervention",
     "InterventionError",
     "Knockout",
+    "MissingError",
     "PatchState",
     "Run",
     "ScaleFeatures",

@@ -11,3 +11,9 @@ class InterventionError(HookError):
 
 class UnsupportedModelError(HookError):
     """A model, or a version of its library, whose SSM operator cannot be hooked."""
+
+
+class MissingError(HookError, KeyError):
+    """No such layer, or a tensor that was not read."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message quoted

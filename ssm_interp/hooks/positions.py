@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ssm_interp.hooks.callers import check_guidance
 from ssm_interp.hooks.errors import InterventionError
 from ssm_interp.hooks.interventions import FlatPositions, RowPositions
 
@@ -22,10 +23,12 @@ def position_mask(
             last column.
 
     Raises:
-        InterventionError: a position outside the prompt or inside padding, or another number of rows.
+        InterventionError: a position outside the prompt or inside padding, or another number of rows; the second prompt
+            of guidance.
     """
     if positions is None:
         return torch.ones(batch, length, dtype=torch.bool)
+    check_guidance(what)
     chosen = torch.zeros(batch, length, dtype=torch.bool)
     ends = _ends(mask, batch, length)
     if positions and isinstance(positions[0], tuple):
@@ -43,6 +46,7 @@ def position_mask(
 
 def column_of(position: int, batch: int, length: int, what: str, mask: Tensor | None = None) -> Tensor:
     """The column of one position in each row, `[b]`; arguments and errors as for `position_mask`."""
+    check_guidance(what)
     ends = _ends(mask, batch, length)
     if mask is None:
         return _columns((position,), 0, ends, length, what, None).expand(batch)

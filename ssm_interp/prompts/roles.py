@@ -18,7 +18,7 @@ may be empty: a subject at the very beginning has no context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -142,6 +142,8 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPro
         >>> tokenized.positions("subject"), tokenized.positions("relation")                         # doctest: +SKIP
         ((3, 4), (0, 1, 2, 5))
     """
+    if not isinstance(prompt, Prompt):
+        raise PromptError(f"tokenize takes a Prompt, got {type(prompt).__name__}")
     encoding = encode(prompt.text, tokenizer)
     roles = _roles(prompt, encoding)
     return TokenizedPrompt(prompt, encoding.ids, encoding.tokens, roles, _target_id(prompt, encoding, tokenizer))
@@ -194,6 +196,9 @@ def _target_id(prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenize
 class Batch:
     """Prompts side by side, padded on the left, so that the last column is the last token of every row.
 
+    A model is called with it as with what a tokenizer returns: `model(**batch)` gives it `input_ids` and
+    `attention_mask`.
+
     Attributes:
         prompts: one per row.
         input_ids: `[b, t]`.
@@ -205,6 +210,27 @@ class Batch:
     input_ids: Int[Tensor, "b t"]
     attention_mask: Int[Tensor, "b t"]
     target_ids: Int[Tensor, " b"]
+
+    def keys(self) -> tuple[str, str]:
+        """What a model is called with."""
+        return ("input_ids", "attention_mask")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What a model is called with, by name.
+
+        Raises:
+            KeyError: another name; what else a batch has are its attributes.
+        """
+        if name not in self.keys():  # noqa: SIM118
+            raise KeyError(f"a batch holds {' and '.join(self.keys())} for a model, not {name!r:.80}")
+        found: Tensor = getattr(self, name)
+        return found
+
+    def __repr__(self) -> str:
+        return f"Batch({len(self.prompts)} prompts, input_ids {list(self.input_ids.shape)})"
 
     def positions(self, role: str | int) -> list[list[int]]:
         """Columns of `input_ids` that play a role or are a position of the prompt, one list per row (maybe empty)."""
@@ -225,7 +251,7 @@ def pad(prompts: Sequence[TokenizedPrompt], *, pad_id: int = 0) -> Batch:
         pad_id: what stands at padding; the attention mask hides it, so any id of the vocabulary will do.
 
     Raises:
-        PromptError: no prompts.
+        PromptError: no prompts, or some that are not tokenized.
 
     Example:
         >>> pad([short, long]).attention_mask           # doctest: +SKIP
@@ -234,6 +260,8 @@ def pad(prompts: Sequence[TokenizedPrompt], *, pad_id: int = 0) -> Batch:
     """
     if not prompts:
         raise PromptError("a batch needs at least one prompt, got none")
+    if wrong := [row for row in prompts if not isinstance(row, TokenizedPrompt)]:
+        raise PromptError(f"pad takes what tokenize(prompt, tokenizer) gives, got {type(wrong[0]).__name__}")
     width = max(len(row) for row in prompts)
     ids = [[pad_id] * (width - len(row)) + list(row.ids) for row in prompts]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
