@@ -273,3 +273,15 @@ def test_a_reset_cache_holds_as_much_as_a_new_one(name: str) -> None:
         native = ssm.model(input_ids=ids[:, :PROMPT], use_cache=True, **cached(ssm.model, cache)).logits
         assert torch.equal(native, logits(ssm.model, {"input_ids": ids[:, :PROMPT]}))
         assert {cache.layers[layer].number_of_states for layer in ssm.layers} == {1}
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "zamba"])
+@pytest.mark.parametrize("own", [False, True])
+def test_states_stay_those_of_the_last_token_over_padding(name: str, own: bool) -> None:
+    batch = padded([6, 3], side="right")
+    with si.attach(build(name), own_operator=own) as ssm:
+        states = ssm.run(batch, read="state")["state"]
+        alone = ssm.run(tokens_of(batch, 1), read="state")["state"]
+        for layer in ssm.layers:
+            for column in (2, 3, 5):
+                assert relative_error(states[layer][1, column], alone[layer][0, -1]) <= 1e-5

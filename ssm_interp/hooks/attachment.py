@@ -255,7 +255,9 @@ class Attachment:
                 transformers have for it.
 
         Returns:
-            The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Other threads may use the model meanwhile.
+            The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Where a mask says that
+            rows are padded on the right, their states stay those of the last token over the padding. Other threads may
+            use the model meanwhile.
 
         Raises:
             HookError: an unknown hook point or layer; an input or option that the model does not take; inputs that are
