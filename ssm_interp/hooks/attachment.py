@@ -213,7 +213,8 @@ class Attachment:
 
     @contextmanager
     def edit(self, *interventions: Intervention) -> Iterator[None]:
-        """Put interventions to work inside the `with` block, in this thread, beside those already at work.
+        """Put interventions to work inside the `with` block, beside those already at work: in this thread, in those
+        that it starts inside, and in copies of the model made inside.
 
         Their order does not matter; see `HookPoints` for what several edits at one layer mean.
 

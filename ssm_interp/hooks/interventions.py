@@ -37,8 +37,8 @@ STREAMS = ("ssm", "conv", "attention")
 class Intervention:
     """One edit of the SSM layers, as data.
 
-    Positions are columns of `input_ids`; negative ones count from the end of the prompt, which is the first call on a
-    cache. One integer or a flat sequence names the same positions in every row of the batch, a sequence of sequences
+    Positions are columns of `input_ids`; negative ones count back from each row's last token, as a mask tells it. The
+    prompt is the first call on a cache. One integer or a flat sequence names the same positions in every row of the batch, a sequence of sequences
     those of each row (an empty one: none); `[3, 4]` is both positions in every row, `[[3], [4]]` is 3 in the first row
     and 4 in the second. None means every position, generated ones included.
 
@@ -118,7 +118,7 @@ class Knockout(Intervention):
         sources: positions that are no longer read.
         targets: positions that no longer read them. None: also every generated position.
         edges: (target, source) pairs, in place of `sources` and `targets`; one with its source after its target does
-            not exist, and changes nothing.
+            not exist. When none exists in any row of a prompt, the forward raises; when some do not, it warns.
         through: the streams that edges are removed from: "ssm", "conv" (the convolution before the SSM),
             "attention" (softmax), or several. None: "ssm" in a model that has SSM layers, else "attention".
 

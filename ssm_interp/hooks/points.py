@@ -213,7 +213,8 @@ class HookPoints(nn.Module):
     `hook_attn` [b h t s] (dt folded in: unedited, y = attn @ x; knockouts act behind it), `hook_y` [b t h p] (M x,
     before D-skip and gate), and in the Mamba-1 family `hook_z` [b t h p] (the gate, before its SiLU; elsewhere it never
     reaches the operator). Edits of conv act on all that is made of it, those of x, dt, B, C and write on the
-    recurrence; an edit of state at t acts from t on; an edit of attn adds (attn' - attn) x; an edit of y comes last.
+    recurrence; an edited state is the state, from which later
+    positions go on; an edit of attn adds (attn' - attn) x; an edit of y comes last.
 
     Attributes:
         layer: index of the layer in the model.
