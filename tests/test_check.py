@@ -18,7 +18,7 @@ def test_every_family_passes(host: PreTrainedModel) -> None:
     native = logits(host, inputs())
     rows = check(host)
     assert [row.name for row in rows if not row.passed] == []
-    assert len(rows) == 9 + 2 * (host.config.model_type not in ("mamba", "falcon_mamba", "mamba2"))
+    assert len(rows) == 10 + 2 * (host.config.model_type not in ("mamba", "falcon_mamba", "mamba2"))
     assert torch.equal(logits(host, inputs()), native)
     si.attach(host).detach()
 
@@ -29,6 +29,7 @@ def test_a_transformer_passes_what_it_has() -> None:
         "attached, idle == native",
         "a knockout in the attention changes its target",
         "and nothing before it",
+        "nothing else mixes tokens",
         "detached == native",
     ]
     assert all(row.passed for row in rows)
@@ -44,7 +45,7 @@ def test_a_wrong_matrix_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_knockout_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.LayerEdits, "knocked_out", lambda _self, terms, _extra: terms.x.new_zeros(()))
     failed = [row.name for row in check(build("mamba")) if not row.passed]
-    assert failed == ["a knockout in the SSM changes its target"]
+    assert failed == ["a knockout in the SSM changes its target", "nothing else mixes tokens"]
 
 
 def test_an_exception_leaves_the_model_detached(monkeypatch: pytest.MonkeyPatch) -> None:

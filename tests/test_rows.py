@@ -10,10 +10,11 @@ import torch
 from random_terms import as_users_run_it
 from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.hooks import obstacle, run_each
+from ssm_interp.flow.engine import choose_engine
+from ssm_interp.hooks import obstacle, rowsite, run_each
 from ssm_interp.hooks import rows as rows_module
 from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.operators import OPERATORS, Operator
@@ -144,6 +145,7 @@ def test_memory_only_changes_how_many_rows_go_together(name: str, monkeypatch: p
         variants = [si.Knockout(sources=[2, 3], targets=[6, 8], layers=window) for window in windows(ssm)]
         steps: list[int] = []
         step = rows_module._Group._step
+        assert obstacle(ssm) is None  # whose trial makes steps of its own
 
         def counted(group: object, cache: object, some: Sequence[int]) -> Tensor:
             steps.append(len(some))
@@ -196,6 +198,7 @@ def test_a_fused_kernel_is_called_once_more_for_each_set_of_sources(name: str, m
         variants = [si.Knockout(sources=source, targets=-1) for source in ([2, 3], [0], [8])]
         expected = forwards(ssm, ids, variants)
         calls: list[int] = []
+        assert obstacle(ssm) is None
         monkeypatch.setattr(Operator, "is_reference", property(lambda self: False))
         for adapter in OPERATORS.values():
             run = adapter.run
@@ -250,6 +253,72 @@ def test_what_rows_cannot_be_exact_with_is_refused_by_name() -> None:
         run_each(ssm, ids, [()])
     with si.attach(ssm.model.backbone) as headless:
         assert obstacle(headless) == "MambaModel has no language-model head, and gives no logits"
+
+
+@pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
+def test_captures_of_transformers_stay_on_the_modules_and_do_no_harm(host: PreTrainedModel, option: str) -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    if option == "output_attentions":
+        host.set_attn_implementation("eager")
+    with si.attach(host) as ssm:
+        captured = ssm.model(input_ids=ids, **{option: True})
+        assert obstacle(ssm) is None
+        variants = [si.Knockout(sources=[2, 3], targets=-1, layers=window) for window in windows(ssm)]
+        expected = forwards(ssm, ids, variants)
+        assert error(answers(ssm, ids, variants), expected) < 1e-5
+        name = option.removeprefix("output_")
+        again = ssm.model(input_ids=ids, **{option: True})
+        pairs = list(zip(getattr(captured, name, ()), getattr(again, name, ()), strict=True))
+        assert len(pairs) == {"hidden_states": host.config.num_hidden_layers + 1}.get(name, len(ssm.attention))
+        assert all(torch.equal(one, other) for one, other in pairs)
+        host.config.output_hidden_states = True  # now rows are captured, for nobody
+        assert error(answers(ssm, ids, variants), expected) < 1e-5
+
+
+QUANTISED = ["zamba", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"]  # others take `in_proj.weight`
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*:UserWarning")
+@pytest.mark.parametrize("name", QUANTISED)
+def test_activations_that_are_quantised_per_batch_are_found_by_a_trial(name: str) -> None:
+    ids = inputs(batch=2, length=LENGTH)["input_ids"]
+    model = torch.ao.quantization.quantize_dynamic(build(name), {torch.nn.Linear}, dtype=torch.qint8)
+    with si.attach(model) as ssm:
+        assert "depends on the others in its batch" in str(obstacle(ssm))
+        with pytest.raises(si.HookError, match="quantised per batch do that.*; use one forward per knockout inside"):
+            run_each(ssm, ids, [()])
+        _, engine = choose_engine(ssm)
+        assert engine.startswith("full forwards: a row of")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*:UserWarning")
+def test_a_model_that_is_quantised_after_the_trial_is_tried_again() -> None:
+    with si.attach(build("bamba")) as ssm:
+        assert obstacle(ssm) is None
+        torch.ao.quantization.quantize_dynamic(ssm.model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+        assert "depends on the others in its batch" in str(obstacle(ssm))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_trial_in_another_precision_finds_nothing(host: PreTrainedModel, dtype: torch.dtype) -> None:
+    with si.attach(host.to(dtype)) as ssm:
+        assert obstacle(ssm) is None
+
+
+def test_rows_that_are_off_are_found_by_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rowsite.read_initial
+    monkeypatch.setattr(rowsite, "read_initial", lambda terms, state: 1.05 * right(terms, state))
+    with si.attach(build("mamba2")) as ssm:
+        assert "rows of variants through Mamba2ForCausalLM are off by" in str(obstacle(ssm))
+
+
+def test_a_model_without_weights_takes_no_rows() -> None:
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(build("mamba2").config).eval()
+    with si.attach(outline) as ssm:
+        assert obstacle(ssm) == "the model has no weights: they are on the device meta"
 
 
 @pytest.mark.parametrize("name", ["mamba2", "jamba"])

@@ -14,6 +14,7 @@ from ssm_interp.hooks import Attachment, HookError
 from ssm_interp.hooks.cache import CACHES
 from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import as_index, as_indices, as_list
+from ssm_interp.hooks.virtual import refuse_virtual_tokens
 
 UNFIT = (*CACHES, "seq_idx", "cu_seqlens", "cu_seq_lens_q", "logits_to_keep", "inputs_embeds")
 
@@ -32,6 +33,7 @@ def whole_texts(ssm: Attachment, inputs: Any) -> tuple[dict[str, Any], Bool[Tens
     if unfit := [name for name in UNFIT if named.get(name) is not None]:
         raise FeatureError(f"the inputs hold {unfit[0]}, but a row must be one whole text, as ids; leave it out")
     try:
+        refuse_virtual_tokens(ssm.model, "a row must be one whole text, column by column")
         given = as_inputs(inputs, ssm.model)
     except HookError as error:
         raise FeatureError(str(error)) from None
@@ -42,6 +44,19 @@ def whole_texts(ssm: Attachment, inputs: Any) -> tuple[dict[str, Any], Bool[Tens
     if mask.shape != ids.shape:
         raise FeatureError(f"attention_mask must be [b t] = {list(ids.shape)}, as input_ids, got {list(mask.shape)}")
     return given, mask.bool()
+
+
+def same_columns(layer: int, read: int, given: int) -> None:
+    """Refuse what was read in a layer that has other columns than the ids.
+
+    Raises:
+        FeatureError: the model puts tokens of its own in between.
+    """
+    if read != given:
+        raise FeatureError(
+            f"layer {layer} read {read} positions of {given} input_ids: the model puts tokens of its own in between, "
+            "so that positions are not columns of input_ids; take the part of it that is called with all of them"
+        )
 
 
 def chosen_layers(ssm: Attachment, layers: Any) -> list[int]:

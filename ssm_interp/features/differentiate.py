@@ -13,7 +13,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ssm_interp.features.arguments import whole_texts
+from ssm_interp.features.arguments import same_columns, whole_texts
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.features.metrics import Metric, Positions, measure
 from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetDelta
@@ -133,6 +133,9 @@ class Question:
         on_cpu = [points[layer] for layer in self.layers if self._device(layer).type == "cpu"]
         with watching(watches), own_operators(on_cpu):
             yield found
+        for layer, calls in found.items():
+            for call in calls:
+                same_columns(layer, call["x"].shape[1], self.mask.shape[1])
 
     def _device(self, layer: int) -> torch.device:
         return next(self.ssm.mixers[layer].parameters()).device

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ssm_interp import plots
-from ssm_interp.features.arguments import whole_number, whole_texts
+from ssm_interp.features.arguments import same_columns, whole_number, whole_texts
 from ssm_interp.features.groups import (
     DECAY_NORM,
     STATISTICS,
@@ -159,7 +159,11 @@ def spectrum(
     ]
     with torch.no_grad(), watching(watches):
         for texts in list(_texts(ssm, inputs, batch_size)):
+            before = {layer: one.tokens for layer, one in sums.items()}
             ssm.run(texts)
+            rows, length = texts["input_ids"].shape
+            for layer, one in sums.items():
+                same_columns(layer, (one.tokens - before[layer]) // rows, length)
     by_state = {layer: one.by_state() for layer, one in sums.items()}
     values = {layer: one.statistics(by_state[layer]) for layer, one in sums.items()}
     return Spectrum(

@@ -11,11 +11,13 @@ from torch import nn
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import attention_layers
 from ssm_interp.hooks.errors import HookError, UnsupportedModelError
+from ssm_interp.hooks.newest import Newest, check_version
 from ssm_interp.hooks.routing import HookedMixer, hook_mixer, operators_of
+from ssm_interp.hooks.unknown import names_of, unknown_mixers
 from ssm_interp.scan.terms import FLOATS
 
 
-def attach(model: Any, *, own_operator: bool = False) -> Attachment:
+def attach(model: Any, *, own_operator: bool = False, allow_unknown: bool = False) -> Attachment:
     """Put hook points into every SSM mixer of a model.
 
     The model stays what it is: same parameters, same state_dict keys, and as long as nothing is edited and nothing
@@ -29,9 +31,16 @@ def attach(model: Any, *, own_operator: bool = False) -> Attachment:
             through transformers' registry of attention functions while it is at work.
         own_operator: always run the library's recurrence in place of the host's operator. It keeps float64,
             differentiates fast on CPU, and goes on from a cache with several tokens.
+        allow_unknown: attach though other mixers carry information between tokens too (gated delta rules, short
+            convolutions, a class of your own, attention outside transformers' registry). They get no hook points, and
+            a knockout acts on the covered layers alone, also one that names no layers; `Attachment.unknown` says what
+            is left out.
 
     Raises:
-        UnsupportedModelError: no SSM layers, or mixers whose operator is not known (too old a version, another class).
+        UnsupportedModelError: no SSM layers, or mixers whose operator is not known (too old a version, another class),
+            in all layers, or in some without `allow_unknown`; a version of transformers that is older than 5.15, or
+            newer than the newest known and not what it was (on a newer one a few forwards of seven tokens compare the
+            hooked model with the native one; a warning says where they cannot be run).
         HookError: not a model; already attached; wrapped by nnsight (attach first, then wrap); a mixer's forward was
             replaced.
 
@@ -41,11 +50,21 @@ def attach(model: Any, *, own_operator: bool = False) -> Attachment:
     """
     if not isinstance(model, nn.Module):
         raise HookError(f"attach takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
+    check_version()
     found = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
     _check_model(model, found)
+    if not allow_unknown:
+        _check_covered(model)
+    newest = Newest(model)
     for mixer in found:
         hook_mixer(mixer, own_operator)
-    return Attachment(model)
+    ssm = Attachment(model)
+    try:
+        newest.check(ssm)
+    except BaseException:
+        ssm.detach()
+        raise
+    return ssm
 
 
 def attached(model: nn.Module) -> Attachment:
@@ -75,11 +94,11 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
             "model alone, and give a copied layer a layer_idx of its own"
         )
     if not mixers and not attention_layers(model):
-        unknown = sorted({f"{type(m).__module__}.{type(m).__name__}" for m in model.modules() if hasattr(m, "A_log")})
-        if unknown:
+        if unknown := unknown_mixers(model):
             raise UnsupportedModelError(
-                f"the mixers of {name} ({', '.join(unknown)}) call no operator that ssm_interp knows; it works with "
-                f"the Mamba classes of transformers >= 5.15, this is transformers {transformers.__version__}"
+                f"{name} has no SSM layers: its mixers, {names_of(unknown)}, call no operator that ssm_interp knows. "
+                "Hooked are the Mamba classes of transformers >= 5.15, this is transformers "
+                f"{transformers.__version__}, and attention that is causal and calls transformers' registry"
             )
         raise UnsupportedModelError(
             f"{name} has no SSM layers: none of its modules is a Mamba-1 or Mamba-2 mixer, and it has no attention "
@@ -100,3 +119,13 @@ def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:
         inner = mixer.__dict__.get("_old_forward", mixer.forward)
         if getattr(inner, "__func__", None) is not type(mixer).forward:
             raise HookError(f"the forward of {where} was replaced on the instance; undo that before attaching")
+
+
+def _check_covered(model: nn.Module) -> None:
+    if unknown := unknown_mixers(model):
+        outside = "attach to the part of interest, or " if any(isinstance(key, str) for key in unknown) else ""
+        raise UnsupportedModelError(
+            f"{type(model).__name__} mixes tokens in places that ssm_interp cannot hook, {names_of(unknown)}, so that "
+            f"a knockout in all layers would leave paths open; {outside}call attach(model, allow_unknown=True) to act "
+            "on the other layers alone"
+        )

@@ -32,6 +32,8 @@ from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HookPoint
 from ssm_interp.hooks.routing import HookedMixer, class_without_hooks, restore_mixer
 from ssm_interp.hooks.softmax import knockable
+from ssm_interp.hooks.unknown import Unknown, names_of, unknown_mixers
+from ssm_interp.hooks.virtual import names_positions, refuse_virtual_tokens
 
 _exposing = Lock()
 
@@ -105,17 +107,20 @@ class Attachment:
         mixers: model layer index -> the mixer itself.
         attention: model layer index -> its softmax attention, in hybrids and ordinary transformers. Nothing is put into
             it; a Knockout `through` "attention" acts there.
+        unknown: model layer index (or a module's name, outside the decoder blocks) -> what else mixes tokens there,
+            and is not covered: no intervention acts on it. Empty, unless attached with `allow_unknown`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
-        self._know(mixers, attention_layers(model))
+        self._know(mixers, attention_layers(model), unknown_mixers(model))
 
-    def _know(self, mixers: dict[int, HookedMixer], attention: dict[int, nn.Module]) -> None:
+    def _know(self, mixers: dict[int, HookedMixer], attention: dict[int, nn.Module], unknown: Unknown) -> None:
         self.mixers = ByLayer.of("SSM", mixers)
         self.layers = ByLayer.of("SSM", {index: mixer.ssm for index, mixer in mixers.items()})
         self.attention = ByLayer.of("attention", attention)
+        self.unknown = unknown
 
     def __enter__(self) -> Attachment:
         return self
@@ -126,6 +131,8 @@ class Attachment:
     def __repr__(self) -> str:
         kinds: dict[str, Any] = {"SSM": self.layers, "attention": self.attention}
         state = [f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers] or ["detached"]
+        if self.unknown:
+            state.append(f"not covered: {names_of(self.unknown)}")
         if number := sum(self.hooks.values()):
             state.append(f"{number} hook{'s' * (number > 1)} on {self._where(self.hooks)}")
         if exposed := [at for at, point in self._all_points() if point.exposed]:
@@ -219,8 +226,9 @@ class Attachment:
         Their order does not matter; see `HookPoints` for what several edits at one layer mean.
 
         Raises:
-            InterventionError: a layer, head or state dimension that the model does not have. Positions are checked in
-                the forward, which knows the prompt.
+            InterventionError: a layer, head or state dimension that the model does not have; positions in a model that
+                puts virtual tokens in front of its prompts (PEFT's prompt tuning, p-tuning, prefix tuning). Other
+                positions are checked in the forward, which knows the prompt.
 
         Example:
             >>> with ssm.edit(Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))):
@@ -229,6 +237,8 @@ class Attachment:
         self._check_attached()
         for intervention in interventions:
             self.check(intervention)
+            if names_positions(intervention):
+                refuse_virtual_tokens(self.model, f"{intervention.kind} names positions", InterventionError)
         through = [self._streams(intervention) for intervention in interventions]
         active = tuple(
             ActiveEdit(intervention, {key_of(place) for place in self.places(streams)}, streams)
@@ -263,7 +273,7 @@ class Attachment:
         Raises:
             HookError: an unknown hook point or layer; an input or option that the model does not take; inputs that are
                 empty, or neither ids nor a mapping; ids that are no integers `[b t]` of the vocabulary; a mask that is
-                not theirs.
+                not theirs; what is read has other columns than the ids (a model that puts virtual tokens in front).
 
         Example:
             >>> ssm.run(inputs, read=["attn", "state"], layers=[3])["attn", 3].shape
@@ -271,13 +281,17 @@ class Attachment:
         self._check_attached()
         given = as_inputs(inputs, self.model, options)
         points = {key: point for point, key in self._points(read, layers)}
+        if points:
+            refuse_virtual_tokens(self.model, "what is read has a column per position")
         caught: dict[tuple[str, int], list[Tensor]] = {key: [] for key in points}
         with watching(Watch(point, caught[key].append) for key, point in points.items()):
             output = self.model(**given)
         for (name, layer), found in caught.items():
             if len(found) != 1:
                 raise HookError(f"hook_{name} of layer {layer} fired {len(found)} times in this call, not once")
-        return Run(output, {key: found[0] for key, found in caught.items()})
+        reads = {key: found[0] for key, found in caught.items()}
+        _check_columns_of(reads, given.get("input_ids"))
+        return Run(output, reads)
 
     def expose(self, *names: str, layers: Any = None) -> Exposure:
         """Make hook points fire though nothing is hooked to them, for hosts that read modules without hooks (nnsight).
@@ -311,7 +325,7 @@ class Attachment:
         classes = [class_without_hooks(mixer) for mixer in hooked]
         for mixer, without_hooks in zip(hooked, classes, strict=True):
             restore_mixer(mixer, without_hooks)
-        self._know({}, {})
+        self._know({}, {}, {})
 
     @contextmanager
     def _attention_knockable(self) -> Iterator[None]:
@@ -382,6 +396,18 @@ class Attachment:
     def _check_attached(self) -> None:
         if not self.is_attached:
             raise HookError("this attachment was detached; call attach(model) again")
+
+
+def _check_columns_of(reads: dict[tuple[str, int], Tensor], ids: Any) -> None:
+    """Whether what was read has a position per column of the ids."""
+    if not isinstance(ids, Tensor):
+        return
+    for (name, layer), read in reads.items():
+        if (length := read.shape[2 if name == "attn" else 1]) != ids.shape[1]:
+            raise HookError(
+                f"layer {layer} read {length} positions of {ids.shape[1]} input_ids, so that {name} has other columns: "
+                "the model puts tokens of its own in between; run the part of it that is called with all of them"
+            )
 
 
 class Exposure:

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ssm_interp.hooks.own import in_this_thread, ours
 from ssm_interp.hooks.routing import HookedMixer, host_forward, operators_of
@@ -21,8 +22,19 @@ _entered: list[object] = []  # the blocks of `entering` that are open
 
 def blocks_of(model: nn.Module) -> nn.ModuleList | None:
     """The list of a model's decoder blocks, in which block i is layer i; None if there is no such list."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    elsewhere = other_inputs(model)
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and id(part) not in elsewhere]
     return next((blocks for blocks in lists if _are_blocks(blocks)), None)
+
+
+def other_inputs(model: nn.Module) -> set[int]:
+    """Ids of the modules that belong to a model inside this one that reads no token ids (a vision or audio tower)."""
+    found: set[int] = set()
+    for part in model.modules():  # outer models come before those inside them
+        if part is not model and isinstance(part, PreTrainedModel):
+            inside = {id(module) for module in part.modules()}
+            found = found - inside if part.main_input_name.endswith(("input_ids", "inputs_embeds")) else found | inside
+    return found
 
 
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
@@ -34,10 +46,28 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is causal self-attention that asks the registry for its attention function."""
+    return asks_registry(module) and is_causal(module) and hasattr(module, "layer_idx") and not is_replaced(module)
+
+
+def asks_registry(module: nn.Module) -> bool:
+    """Whether the class of a module asks transformers' registry for its attention function."""
     body = host_forward(type(module))
-    asks = inspect.isfunction(body) and "ALL_ATTENTION_FUNCTIONS" in body.__code__.co_names
-    causal = getattr(module, "is_causal", True) and not getattr(module, "is_cross_attention", False)
-    return asks and causal and hasattr(module, "layer_idx")
+    return inspect.isfunction(body) and "ALL_ATTENTION_FUNCTIONS" in body.__code__.co_names
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether attention is no cross-attention, and reads nothing that comes later, as far as it says."""
+    return bool(getattr(module, "is_causal", True)) and not getattr(module, "is_cross_attention", False)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether somebody put another forward onto the instance (accelerate keeps the one that was there, nnsight calls
+    it)."""
+    own = module.__dict__
+    inner = own.get("_old_forward", own.get("forward"))
+    return (
+        "__nnsight__" not in own and inner is not None and getattr(inner, "__func__", None) is not type(module).forward
+    )
 
 
 def running_block() -> int | None:

@@ -38,9 +38,9 @@ class Intervention:
     """One edit of the SSM layers, as data.
 
     Positions are columns of `input_ids`; negative ones count back from each row's last token, as a mask tells it. The
-    prompt is the first call on a cache. One integer or a flat sequence names the same positions in every row of the batch, a sequence of sequences
-    those of each row (an empty one: none); `[3, 4]` is both positions in every row, `[[3], [4]]` is 3 in the first row
-    and 4 in the second. None means every position, generated ones included.
+    prompt is the first call on a cache. One integer or a flat sequence names the same positions in every row of the
+    batch, a sequence of sequences those of each row (an empty one: none); `[3, 4]` is both positions in every row,
+    `[[3], [4]]` is 3 in the first row and 4 in the second. None means every position, generated ones included.
 
     A feature is a head (in Mamba-1 a channel), given by its index, or a (head, state dimension) pair.
 

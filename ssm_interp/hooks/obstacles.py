@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ssm_interp.hooks.active import active_edits
@@ -12,6 +13,8 @@ from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.own import OWN
+
+CAPTURE = "transformers.utils.output_capturing"
 
 
 def obstacles(ssm: Attachment) -> Iterator[str]:
@@ -33,11 +36,18 @@ def obstacles(ssm: Attachment) -> Iterator[str]:
             yield f"{name} has no language-model head, and gives no logits"
         if model.config.return_dict is False:
             yield "the model's config has return_dict=False, and its logits no name"
+        if all(weight.is_meta for weight in model.parameters()) and not is_offloaded(model):
+            yield "the model has no weights: they are on the device meta"
         if model.training:
             yield f"{name} is in training mode"
         if blocks_of(model) is None:
             yield "the model keeps its decoder blocks in no list"
         yield from _others(ssm)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate brings weights in for each forward, from where they are kept."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def _others(ssm: Attachment) -> Iterator[str]:
@@ -50,5 +60,11 @@ def _others(ssm: Attachment) -> Iterator[str]:
                 yield f"hook_{point.name} of layer {layer} is hooked or exposed"
     for name, module in ssm.model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if not all(getattr(hook, OWN, False) for hook in hooks):
+        if not all(map(_is_harmless, hooks)):
             yield f"{name or 'the model'} has forward hooks, which would see rows of variants"
+
+
+def _is_harmless(hook: Any) -> bool:
+    """Whether a forward hook is ours, or one of those that transformers leaves behind after `output_hidden_states`:
+    they give what they see to the forward that asked for it, in its own thread, and else do nothing."""
+    return bool(getattr(hook, OWN, False)) or getattr(hook, "__module__", "") == CAPTURE

@@ -16,6 +16,7 @@ from ssm_interp.hooks.operators import Joined, Operator
 from ssm_interp.hooks.points import HookPoint, HookPoints
 from ssm_interp.hooks.positions import column_of, position_mask, right_padded
 from ssm_interp.hooks.record import record_of
+from ssm_interp.hooks.virtual import check_columns
 
 Edits = tuple[Intervention, ...]
 
@@ -116,6 +117,8 @@ class Site:
                 f"{chunks} chunks, so that its end is not yet known; call generate without prefill_chunk_size"
             )
         if not self.continues:
+            if naming:
+                check_columns(f"layer {self.layer}: {naming[0].kind}", self.length)
             return
         if self.edits or self.conv_edits or self.points.requested:
             self._check_padding()

@@ -31,6 +31,7 @@ from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.plan import attention_heads
 from ssm_interp.hooks.routing import host_forward
 from ssm_interp.hooks.rowsite import rows_at_work
+from ssm_interp.hooks.virtual import check_columns
 
 PREFIX = "ssm_interp-"
 MASKED = ("eager", "sdpa")
@@ -195,6 +196,8 @@ def _check_copy(module: nn.Module) -> None:
 def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> int:
     """Positions of the prompt, which is the first call; a later one has q queries and all k keys so far."""
     place = (id(module), layer)
+    if place not in edit.seen:
+        check_columns(f"layer {layer}: Knockout", q)
     prompt, seen = (q, 0) if k == q else edit.seen.get(place, (0, 0))
     if not prompt:
         raise InterventionError(
