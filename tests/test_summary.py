@@ -24,6 +24,7 @@ def frame(changes: Changes, empty: int = 0, **columns: Any) -> pd.DataFrame:
             "layer": layer,
             "window_start": layer,
             "window_size": 2,
+            "unasked": number % 3,
             "n_edges": 0 if number < empty else 3,
             "p_base": 0.5,
             "p": 0.5 * (1 + change / 100),
@@ -45,7 +46,8 @@ def test_summary_against_scipy() -> None:
     values = np.array(sample())
     logs = np.log1p(values / 100)
     row = summarise(frame({("subject", 3): values.tolist()}, empty=4)).iloc[0]
-    assert (row["n"], row["n_empty"], row["window_start"], row["window_size"], row["level"]) == (57, 4, 3, 2, 0.95)
+    assert (row["n"], row["n_empty"], row["n_first"]) == (57, 4, 38)
+    assert (row["window_start"], row["window_size"], row["level"]) == (3, 2, 0.95)
     for column, numbers in (("relative_change", values), ("logprob_difference", logs)):
         names = ["mean", "low", "high"] if column == "relative_change" else [column, f"{column}_low", f"{column}_high"]
         interval = stats.t.interval(0.95, 56, loc=numbers.mean(), scale=stats.sem(numbers))

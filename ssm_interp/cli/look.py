@@ -18,6 +18,7 @@ from ssm_interp.cli.options import (
     Columns,
     Device,
     Facts,
+    FullAnswer,
     ModelName,
     OfType,
     Revision,
@@ -31,7 +32,7 @@ from ssm_interp.flow import Study, token_map
 from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import HookError, attach
 from ssm_interp.hooks.check import check as check_model
-from ssm_interp.prompts import check_role, encode, load_prompts, with_ids
+from ssm_interp.prompts import check_role, encode, load_prompts, tokenize, warn_shared, with_ids
 
 Reduction = Literal["mean", "mean_abs", "norm"]
 
@@ -104,6 +105,7 @@ def heatmap(
     model: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="tiny-mamba2")] = None,
     facts: Facts = DEFAULT["facts"],
     column: Columns = None,
+    full_answer: FullAnswer = DEFAULT["full_answer"],
     target: Annotated[str, typer.Option(help="Role that no longer reads the token.")] = "last",
     window: Annotated[int | None, typer.Option(help="Layers per window.", show_default="three in eight")] = None,
     align: Alignment = DEFAULT["align"],
@@ -128,8 +130,20 @@ def heatmap(
     for name in model or ["tiny-mamba2"]:
         host, tokenizer = loaded(name, revision, dtype, device, device_map)
         with attach(host) as ssm:
+            if not full_answer:
+                warn_shared([tokenize(prompt, tokenizer) for prompt in prompts])
             maps += [
-                token_map(ssm, tokenizer, prompt, target=target, window=window, align=align, through=through, name=name)
+                token_map(
+                    ssm,
+                    tokenizer,
+                    prompt,
+                    target=target,
+                    window=window,
+                    align=align,
+                    through=through,
+                    full_answer=full_answer,
+                    name=name,
+                )
                 for prompt in prompts
             ]
     verb = wrote(out)
@@ -138,7 +152,8 @@ def heatmap(
         out.write_text(plots.heatmap_page(*maps, limit=limit), encoding="utf-8")
     else:
         plots.heatmap_figure(*maps, limit=limit).savefig(out, dpi=200)
-    typer.echo(f"{verb} {out}: {len(maps)} heat map{'s' if len(maps) > 1 else ''}, token -> {target}")
+    answers = ", ".join(dict.fromkeys(one.answer for one in maps))
+    typer.echo(f"{verb} {out}: {len(maps)} heat map{'s' if len(maps) > 1 else ''}, token -> {target}; asked: {answers}")
 
 
 def _one_map(

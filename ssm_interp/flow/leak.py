@@ -82,8 +82,8 @@ def leak(
         tokenizer: the model's own; a fast one.
         prompts: with distinct ids (or texts).
         sources: roles, or positions, no longer read.
-        options: as of `sweep`: targets, windows, align, answered_only, batch_size, max_memory, name, revision; but
-            features (the convolution feeds all of them together) and through.
+        options: as of `sweep`: targets, windows, align, answered_only, full_answer, batch_size, max_memory, name,
+            revision; but features (the convolution feeds all of them together) and through.
 
     Raises:
         TypeError: `features` or `through` among the options.

@@ -21,6 +21,8 @@ from ssm_interp.flow.windows import Align, FlowError
 METADATA = b"ssm_interp.flow"
 COLUMNS = [
     "prompt_id",
+    "answer",
+    "unasked",
     "model",
     "revision",
     "source",
@@ -50,6 +52,7 @@ class FlowRun:
         asked: how many prompts it was asked.
         kept: how many of them are in the table: those that it answered correctly, unless all were asked for.
         engine: how the answers were computed: as rows of one step, or by full forwards and why.
+        full_answer: whether every token of the answers was scored, not the first one alone.
     """
 
     model: str
@@ -59,6 +62,7 @@ class FlowRun:
     asked: int
     kept: int
     engine: str
+    full_answer: bool = False
 
     @property
     def x_label(self) -> str:
@@ -72,11 +76,13 @@ class FlowResult:
     """Every number of a sweep, or of several.
 
     Attributes:
-        frame: one row per prompt, source, target, feature group and window, with the columns `prompt_id`, `model`,
-            `revision`, `source`, `target`, `feature_group` ("all": all features); `layer`, the one that the window is
-            drawn at (its first or its centre); `window_start`, its first layer; `window_size`, w (centred windows have
-            fewer layers at the ends); `n_edges`, edges removed in each of them; `p_base`, `p`, `relative_change` in %,
-            `logprob_difference` (see `changes`); `hit`, whether the target is (still) the most likely token.
+        frame: one row per prompt, source, target, feature group and window, with the columns `prompt_id`; `answer`,
+            what it is asked for (`Paris`, or the first token of several, `"·P" of "Prague"`); `unasked`, how many
+            further tokens that answer has; `model`, `revision`, `source`, `target`, `feature_group` ("all": all
+            features); `layer`, the one that the window is drawn at (its first or its centre); `window_start`, its first
+            layer; `window_size`, w (centred windows have fewer layers at the ends); `n_edges`, edges removed in each of
+            them; `p_base`, `p`, `relative_change` in %, `logprob_difference` (see `changes`); `hit`, whether what is
+            asked for is (still) most likely.
         runs: how each model was swept.
 
     Raises:

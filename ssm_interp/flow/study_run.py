@@ -7,6 +7,7 @@ import logging
 import platform
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,7 +33,16 @@ from ssm_interp.flow.windows import NothingAnswered, windows
 from ssm_interp.hooks import Attachment, attach
 from ssm_interp.hooks.rows import default_memory
 from ssm_interp.models import load, load_outline, load_tokenizer
-from ssm_interp.prompts import Prompt, PromptError, load_prompts, pad, tokenize, with_ids
+from ssm_interp.prompts import (
+    Prompt,
+    PromptError,
+    SharedTokenWarning,
+    load_prompts,
+    pad,
+    tokenize,
+    warn_shared,
+    with_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +72,9 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
         OSError: the folder cannot be written.
         Any error, or KeyboardInterrupt, in the course of the work has a note on what is stored and how to go on.
 
+    Warns:
+        SharedTokenWarning: as `sweep`, once for all prompts, on rank 0.
+
     Cost: that of `sweep`; reading the weights once more for their sha256, about a second per GB. Memory for a shard.
 
     Example:
@@ -74,6 +87,8 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
         with attach(model) as ssm:
             check_fits(study, ssm)
             asked = facts.askable(tokenizer, say=peers.index == 0)
+            if not study.full_answer and peers.index == 0:
+                warn_shared([tokenize(prompt, tokenizer) for prompt in asked])
             names = {*study.features, *(edit.features for edit in study.held)}
             statistics = measured(ssm, [tokenize(prompt, tokenizer) for prompt in asked], names)
             groups = feature_groups(ssm, study.features, statistics=statistics, sets=study.groups)
@@ -222,7 +237,7 @@ class StudyFacts:
         good, rows = [], len(self.bad)
         for prompt in self.prompts:
             try:
-                tokenize(prompt, tokenizer)
+                tokenize(prompt, tokenizer, full_answer=self.study.full_answer)
                 good.append(prompt)
             except PromptError as error:
                 if not self.study.skip_bad:
@@ -276,22 +291,25 @@ class _Job:
     def _sweep(self, prompts: list[Prompt], max_memory: int, progress: Progress | None) -> FlowResult | None:
         study = self.study
         try:
-            return sweep(
-                self.ssm,
-                self.tokenizer,
-                prompts,
-                sources=study.sources,
-                targets=study.targets,
-                windows=study.windows,
-                align=study.align,
-                features=self.features,
-                through=study.through,
-                answered_only=study.answered_only,
-                batch_size=study.batch_size,
-                max_memory=max_memory,
-                progress=progress,
-                name=study.model,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SharedTokenWarning)  # was said of all shards together
+                return sweep(
+                    self.ssm,
+                    self.tokenizer,
+                    prompts,
+                    sources=study.sources,
+                    targets=study.targets,
+                    windows=study.windows,
+                    align=study.align,
+                    features=self.features,
+                    through=study.through,
+                    answered_only=study.answered_only,
+                    full_answer=study.full_answer,
+                    batch_size=study.batch_size,
+                    max_memory=max_memory,
+                    progress=progress,
+                    name=study.model,
+                )
         except NothingAnswered:
             return None
 

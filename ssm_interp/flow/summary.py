@@ -13,7 +13,7 @@ from scipy import special, stats
 from ssm_interp.flow.windows import FlowError
 
 KEYS = ["model", "source", "target", "feature_group", "layer", "window_start", "window_size"]
-MEASURED = ["n_edges", "p_base", "p", "relative_change", "logprob_difference", "hit"]
+MEASURED = ["unasked", "n_edges", "p_base", "p", "relative_change", "logprob_difference", "hit"]
 RESAMPLED_AT_ONCE = 256
 
 Interval = Literal["t", "bootstrap"]
@@ -31,7 +31,7 @@ def summarise(
     """Aggregate per-prompt rows over prompts, one row per model, source, target, feature group and window.
 
     Prompts in which the knockout has no edges (an empty role) count as no change, as in the paper; `n_empty` says how
-    many there are.
+    many there are; `n_first` says how many are asked for the first token of their answer alone.
 
     Args:
         frame: rows as in `FlowResult.frame`.
@@ -43,7 +43,7 @@ def summarise(
     Returns:
         The keys `model`, `source`, `target`, `feature_group`, `layer`, `window_start`, `window_size`, in the order in
         which they first occur; then
-        `level`; `n` prompts, `n_empty`;
+        `level`; `n` prompts, `n_empty`, `n_first`;
         `mean`, `low`, `high`: of the relative change in %, with its interval;
         `median`, `median_low`, `median_high`: of the same, with the interval between two order statistics that holds
         the level for any distribution (NaN for too few prompts: below 6 at 95 %);
@@ -65,7 +65,8 @@ def summarise(
         >>> summarise(result.frame, interval="bootstrap")[["source", "layer", "mean", "low", "high"]]  # doctest: +SKIP
     """
     _check(frame, level, interval, resamples)
-    groups = frame.assign(empty=frame["n_edges"] == 0).groupby(KEYS, sort=False, observed=True, dropna=False)
+    flags = {"empty": frame["n_edges"] == 0, "first": frame["unasked"] > 0}
+    groups = frame.assign(**flags).groupby(KEYS, sort=False, observed=True, dropna=False)
     n, hits = groups.size().to_numpy(), groups["hit"].sum().to_numpy()
     in_order, ends = np.argsort(groups.ngroup(), kind="stable"), np.cumsum(n)
 
@@ -84,6 +85,7 @@ def summarise(
             "level": level,
             "n": groups.size(),
             "n_empty": groups["empty"].sum(),
+            "n_first": groups["first"].sum(),
             "mean": groups["relative_change"].mean(),
             "low": change.low,
             "high": change.high,

@@ -2,7 +2,7 @@
 
 from ssm_interp.hooks.attach import attach, attached
 from ssm_interp.hooks.attachment import Attachment, Exposure, Run
-from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
+from ssm_interp.hooks.errors import HookError, InterventionError, SsmInterpWarning, UnsupportedModelError
 from ssm_interp.hooks.interventions import (
     EditAttention,
     Intervention,
@@ -28,6 +28,7 @@ __all__ = [
     "Run",
     "ScaleFeatures",
     "SetDelta",
+    "SsmInterpWarning",
     "UnsupportedModelError",
     "attach",
     "attached",

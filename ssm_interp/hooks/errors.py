@@ -1,4 +1,4 @@
-"""What can go wrong where the mathematics meets a model."""
+"""What can go wrong where the mathematics meets a model, and what it is to be warned of."""
 
 
 class HookError(ValueError):
@@ -11,3 +11,7 @@ class InterventionError(HookError):
 
 class UnsupportedModelError(HookError):
     """A model, or a version of its library, whose SSM operator cannot be hooked."""
+
+
+class SsmInterpWarning(UserWarning):
+    """Numbers are right, and may mean something else than one thinks. All warnings of this package are of this kind."""

@@ -225,7 +225,7 @@ def _maps(found: FlowResult, prompt: TokenizedPrompt, label: str) -> Iterator[To
     for (_, group), part in rows.groupby(["target", "feature_group"], sort=False):
         for size in run.windows:
             one = part if len(run.windows) == 1 else part[part["window_size"] == size]
-            drawn = TokenMap.of(one, prompt.tokens, subject=prompt.roles["subject"], answer=prompt.prompt.target)
+            drawn = TokenMap.of(one, prompt.tokens, subject=prompt.roles["subject"], answer=str(part["answer"].iloc[0]))
             title = f"{drawn.title}, windows of {size} layer{'' if size == 1 else 's'}"
             yield replace(drawn, title=f"{title}\nfeatures: {group}" if several else title)
 

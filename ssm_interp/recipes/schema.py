@@ -64,6 +64,7 @@ class Facts(Section):
         default=Study.model_fields["limit"].default, ge=0, description=Study.model_fields["limit"].description
     )
     seed: int = _of_study("seed")
+    full_answer: bool = _of_study("full_answer")
 
 
 class Knockout(Section):
@@ -229,6 +230,7 @@ class Recipe(Section):
             "skip_bad": self.facts.skip_bad,
             "limit": self.facts.limit,
             "seed": self.facts.seed,
+            "full_answer": self.facts.full_answer,
             "sources": knockout.sources,
             "targets": knockout.targets,
             "windows": self.sweep.windows,
