@@ -46,7 +46,7 @@ def _command(name: str) -> Any:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: its idle threads sleep, not spin
     from ssm_interp.hooks import SsmInterpWarning
 
-    warnings.simplefilter("default", SsmInterpWarning)  # each once, whatever the interpreter does with warnings
+    warnings.simplefilter("always", SsmInterpWarning)  # whatever the interpreter does with warnings
     function = getattr(import_module(f"ssm_interp.cli.{COMMANDS[name][0]}"), name)
     _quiet()
     own = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -103,15 +103,16 @@ class _Commands(TyperGroup):
 
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Warnings of this package are lines on stderr; those of others stay what they are."""
+    """Warnings of this package are lines on stderr, each once; those of others stay what they are."""
     with warnings.catch_warnings():
-        others = warnings.showwarning
+        others, said = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if category.__module__.startswith("ssm_interp."):
-                _complain(f"warning: {message}", None)
-            else:
+            if not category.__module__.startswith("ssm_interp."):
                 others(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                _complain(f"warning: {message}", None)
 
         warnings.showwarning = show
         yield

@@ -54,7 +54,7 @@ class LeakReport:
 
         Returns:
             The keys; `ssm`, `conv`, `ssm + conv`: mean relative change of the answer's probability in %; `leak` with
-            its t interval `low` to `high`: the mean of `by_prompt`'s; `n` prompts.
+            its interval `low` to `high` (bootstrap): the mean of `by_prompt`'s; `n` prompts.
         """
         changes = self.frame.groupby([*KEYS, "through"], sort=False)["relative_change"].mean().unstack("through")
         leak = mean_interval(self.by_prompt().groupby(KEYS, sort=False)["leak"], level)

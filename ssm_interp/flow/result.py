@@ -120,7 +120,7 @@ class FlowResult:
         """Means over prompts with intervals, and medians, per model, source, target, feature group and window.
 
         Args:
-            options: level, interval ("t" or "bootstrap"), resamples, seed; see `summarise`.
+            options: level, interval ("bootstrap" or "t"), resamples, seed; see `summarise`.
         """
         return summarise(self.frame, **options)
 

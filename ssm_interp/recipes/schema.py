@@ -102,7 +102,7 @@ class Metrics(Section):
     statistic: StatisticName = Field(
         default="mean", description="mean or median of the relative change, accuracy, or logprob_difference."
     )
-    interval: Interval = Field(default="t", description="Of means: t, or bootstrap.")
+    interval: Interval = Field(default="bootstrap", description="Of means: bootstrap, or t.")
     level: float = Field(default=0.95, gt=0, lt=1, description="Of the interval.")
     prompts: Literal["own", "common"] = Field(
         default="own", description="own: those that a model answers. common: those that all of the models answer."
