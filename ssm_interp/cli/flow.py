@@ -168,7 +168,7 @@ def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
         "still\nright %": f"{100 * row['accuracy']:.0f}",
         "in\nlayers": f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0]),
     }
-    return cells | ({"without\nsource": f"{row['n_empty']} of {row['n']}"} if some_empty else {})
+    return cells | ({"without\nedges": f"{row['n_empty']} of {row['n']}"} if some_empty else {})
 
 
 def _signed(percent: float) -> str:

@@ -28,11 +28,20 @@ from ssm_interp.cli.options import (
     loaded,
 )
 from ssm_interp.cli.output import console, picture, wrote
-from ssm_interp.flow import Study, token_map
+from ssm_interp.flow import Study, check_edges_exist, token_map
 from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import HookError, attach
 from ssm_interp.hooks.check import check as check_model
-from ssm_interp.prompts import check_role, encode, load_prompts, tokenize, warn_shared, with_ids
+from ssm_interp.prompts import (
+    Prompt,
+    TokenizedPrompt,
+    check_role,
+    encode,
+    load_prompts,
+    tokenize,
+    warn_shared,
+    with_ids,
+)
 
 Reduction = Literal["mean", "mean_abs", "norm"]
 
@@ -132,6 +141,7 @@ def heatmap(
         with attach(host) as ssm:
             if not full_answer:
                 warn_shared([tokenize(prompt, tokenizer) for prompt in prompts])
+            drawn = _with_edges([tokenize(prompt, tokenizer) for prompt in prompts], target)
             maps += [
                 token_map(
                     ssm,
@@ -144,7 +154,7 @@ def heatmap(
                     full_answer=full_answer,
                     name=name,
                 )
-                for prompt in prompts
+                for prompt in drawn
             ]
     verb = wrote(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +164,17 @@ def heatmap(
         plots.heatmap_figure(*maps, limit=limit).savefig(out, dpi=200)
     answers = ", ".join(dict.fromkeys(one.answer for one in maps))
     typer.echo(f"{verb} {out}: {len(maps)} heat map{'s' if len(maps) > 1 else ''}, token -> {target}; asked: {answers}")
+
+
+def _with_edges(rows: list[TokenizedPrompt], target: str) -> list[Prompt]:
+    """The prompts that have the target; says which have not."""
+    check_edges_exist(rows, range(max(map(len, rows))), [target])
+    without = [row.prompt.id or row.prompt.text for row in rows if not row.positions(target)]
+    if without:
+        typer.echo(
+            f"left out {len(without)} of {len(rows)} prompts, in which no token is {target}: {', '.join(without)}"
+        )
+    return [row.prompt for row in rows if row.positions(target)]
 
 
 def _one_map(

@@ -15,10 +15,11 @@ from ssm_interp.features.arguments import whole_number
 from ssm_interp.features.circuit_trials import Asked, EdgeGroup, Trials
 from ssm_interp.features.groups import ALL, FeatureError, check_attached, check_groups, feature_groups
 from ssm_interp.features.metrics import Metric
-from ssm_interp.hooks import Attachment, InterventionError, Knockout
+from ssm_interp.hooks import Attachment, InterventionError, Knockout, warn_hooked
 from ssm_interp.hooks.interventions import as_indices, as_number
 from ssm_interp.plots import circuit_figure, short
 from ssm_interp.prompts import Batch, warn_shared
+from ssm_interp.reprs import short_repr
 
 METRICS = {
     "logprob": "the answer's ln p (nats)",
@@ -63,6 +64,8 @@ class Circuit:
     trials: int
     log: pd.DataFrame
     first_tokens: int = 0
+
+    __repr__ = short_repr
 
     @property
     def faithfulness(self) -> float:
@@ -169,6 +172,7 @@ def find_circuit(
 
     Warns:
         SharedTokenWarning: prompts ask for a first token with which the answers of others begin too.
+        HookedWarning: hooks are on hook points, under which every trial runs.
 
     Cost: with k edge groups, up to 2k trials in each round, and a few rounds (k at most); a trial is a forward pass of
         the prompts with knockouts at its layers, and trials share forward passes. `Circuit.trials` counts them.
@@ -187,6 +191,7 @@ def find_circuit(
         raise FeatureError(f"{type(ssm.model).__name__} is in training mode; call model.eval() first")
     if progress is not None and not callable(progress):
         raise FeatureError(f"progress must be a function of (trials done, trials known), got {progress!r:.200}")
+    warn_hooked(ssm, "the circuit search")
     batch_size, allowed = whole_number(batch_size, "batch_size"), _tolerance(tolerance)
     where = _layers(ssm, layers, through)
     shares = _features(ssm, features, where, through)

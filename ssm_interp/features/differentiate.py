@@ -20,6 +20,7 @@ from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetD
 from ssm_interp.hooks.own import Watch, own_operators, watching
 from ssm_interp.hooks.points import ON_REQUEST
 from ssm_interp.hooks.site import active_edits, position_mask
+from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms
 
 Call = tuple[slice, Terms, Tensor]
@@ -47,6 +48,8 @@ class Question:
     positions: Positions
     layers: tuple[int, ...]
     edges: Mapping[int, Bool[Tensor, "b t s"]]
+
+    __repr__ = short_repr
 
     @staticmethod
     def of(ssm: Attachment, inputs: Any, metric: Metric, positions: Positions, layers: tuple[int, ...]) -> Question:

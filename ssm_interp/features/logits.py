@@ -20,6 +20,7 @@ from ssm_interp.features.metrics import logits_of, token_ids
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.features.stream import frozen_scale, graph_from, last_norm, written_share
 from ssm_interp.hooks import Attachment
+from ssm_interp.reprs import short_repr
 
 MEAN = "mean"
 
@@ -55,6 +56,8 @@ class LogitAttribution:
     parts: Mapping[str, Float[Tensor, "b l _ _"]]
     difference: Float[Tensor, " b"]
     model: str
+
+    __repr__ = short_repr
 
     @property
     def rest(self) -> Float[Tensor, " b"]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ssm_interp.features.arguments import chosen_layers, whole_texts
 from ssm_interp.features.groups import FeatureError
-from ssm_interp.hooks import Attachment, Run
+from ssm_interp.hooks import Attachment, Run, warn_hooked
 from ssm_interp.hooks.own import in_this_thread
 from ssm_interp.hooks.site import active_edits
+from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms
 from ssm_interp.scan.unified import Convolution
 
@@ -55,6 +56,8 @@ class MixerRecord:
     bias: Float[Tensor, " m"]
     output: Float[Tensor, "b t m"]
     activation: str
+
+    __repr__ = short_repr
 
     @cached_property
     def gate(self) -> Float[Tensor, "b t h p"]:
@@ -96,6 +99,9 @@ def record_mixers(ssm: Attachment, inputs: Any, *, layers: Any = None) -> dict[i
             whole texts by ids of the model (a filled cache among them); an output projection whose weights are not a
             plain matrix (quantised).
 
+    Warns:
+        HookedWarning: hooks are on hook points, so that the record is of the model under them.
+
     Cost: one forward without gradients, and per layer about ten tensors of the size of x.
 
     Example:
@@ -117,6 +123,7 @@ def run_recorded(
             "an edit is at work, under which a mixer's output is not M x and what follows it; leave the "
             "`with ssm.edit(...)` block first"
         )
+    warn_hooked(ssm, "the forward that is taken apart", stacklevel=3)
     projections: dict[int, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
         for layer in chosen:

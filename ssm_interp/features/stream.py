@@ -16,6 +16,7 @@ from ssm_interp.features.groups import FeatureError
 from ssm_interp.hooks import Attachment
 from ssm_interp.hooks.blocks import blocks_of
 from ssm_interp.hooks.own import in_this_thread
+from ssm_interp.reprs import short_repr
 
 
 @dataclass
@@ -29,6 +30,8 @@ class StreamEnd:
 
     entering: Tensor
     leaving: Tensor
+
+    __repr__ = short_repr
 
 
 def last_norm(ssm: Attachment) -> nn.Module:

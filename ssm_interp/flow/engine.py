@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssm_interp.flow.metrics import Outcome, outcome, outcome_of_all
+from ssm_interp.flow.named_edges import edge_count
 from ssm_interp.flow.windows import Window
 from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each
 from ssm_interp.prompts import Batch
+from ssm_interp.reprs import short_repr
 
 ALL_FEATURES = "all"
 
@@ -39,9 +41,12 @@ class Variant:
     features: Mapping[int, Any] | None = field(default=None, compare=False)
     through: tuple[str, ...] | None = None
 
+    __repr__ = short_repr
+
     def knockouts(self, batch: Batch) -> tuple[Knockout, ...]:
-        """The interventions on a batch: one for the window, or one per layer where features are chosen."""
-        if not self.window.layers:
+        """The interventions on a batch: one for the window, or one per layer where features are chosen; none where no
+        prompt of the batch has such an edge."""
+        if not self.window.layers or not any(edge_count(row, self.source, self.target) for row in batch.prompts):
             return ()
         edges = {
             "sources": batch.positions(self.source),
@@ -63,6 +68,9 @@ class Answers(NamedTuple):
     rows: list[int]
     logits: Float[Tensor, "m r v"]
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 Engine = Callable[[Attachment, Batch, Sequence[Variant]], Iterator[Answers]]
 """Yields the answers of every row under every variant, in any order, in pieces that fit into memory."""
@@ -75,6 +83,9 @@ class Scored(NamedTuple):
     rows: list[int]
     outcome: Outcome
     dtype: torch.dtype  # of the logits
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 Score = Callable[[Attachment, Batch, Sequence[Variant]], Iterator[Scored]]

@@ -16,6 +16,7 @@ from ssm_interp.flow.summary import KEYS, mean_interval, summarise
 from ssm_interp.flow.sweep import sweep
 from ssm_interp.hooks import Attachment
 from ssm_interp.prompts import Prompt
+from ssm_interp.reprs import short_repr
 
 THROUGH: Mapping[str, tuple[str, ...]] = {"ssm": ("ssm",), "conv": ("conv",), "ssm + conv": ("ssm", "conv")}
 
@@ -34,6 +35,8 @@ class LeakReport:
     """
 
     frame: pd.DataFrame
+
+    __repr__ = short_repr
 
     def by_prompt(self) -> pd.DataFrame:
         """One row per prompt and knockout.

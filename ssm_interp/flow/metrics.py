@@ -10,12 +10,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ssm_interp.reprs import short_repr
+
 
 class Outcome(NamedTuple):
     """What some rows of logits say about their targets."""
 
     logprob: Float[Tensor, "m r"]  # ln p of the target, float64
     hit: Bool[Tensor, "m r"]  # whether no token is more likely; of an answer of several tokens, in any of its places
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def outcome(logits: Float[Tensor, "m r v"], target_ids: Int[Tensor, " r"]) -> Outcome:

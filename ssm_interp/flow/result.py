@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ssm_interp import plots
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.windows import Align, FlowError
+from ssm_interp.reprs import short_repr
 
 METADATA = b"ssm_interp.flow"
 COLUMNS = [
@@ -94,6 +95,8 @@ class FlowResult:
 
     frame: pd.DataFrame
     runs: tuple[FlowRun, ...]
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if missing := [column for column in COLUMNS if column not in self.frame.columns]:

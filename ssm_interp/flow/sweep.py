@@ -27,10 +27,11 @@ from ssm_interp.flow.engine import (
     of_full_answer,
 )
 from ssm_interp.flow.metrics import changes
+from ssm_interp.flow.named_edges import check_edges_exist, edge_count
 from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, default_size
 from ssm_interp.flow.windows import windows as windows_over
-from ssm_interp.hooks import Attachment
+from ssm_interp.hooks import Attachment, warn_hooked
 from ssm_interp.prompts import (
     Batch,
     Prompt,
@@ -60,6 +61,7 @@ def sweep(
     through: str | Sequence[str] | None = None,
     answered_only: bool = True,
     full_answer: bool = False,
+    allow_no_edges: bool = False,
     batch_size: int = 32,
     max_memory: int | None = None,
     progress: Progress | None = None,
@@ -86,6 +88,8 @@ def sweep(
         full_answer: score every token of the target (the product of their probabilities, each given the right ones
             before it; answered correctly: each the most likely), not the first one alone. The edges knocked out are
             those of the prompt all the same. Takes a full forward pass per knockout.
+        allow_no_edges: whether knockouts may all be without any edge in these prompts, and change nothing: where the
+            prompts are a part of more.
         batch_size: prompts per forward pass; prompts of similar length go together.
         max_memory: bytes that the rows of a step may take; None: a quarter of what is free.
         progress: called with (done, total), counted in answers: prompts x knockouts.
@@ -99,11 +103,14 @@ def sweep(
         FlowError: no prompts; no role; no prompt answered correctly; a window that does not fit; a batch size below 1;
             a model in training mode; logits that are not numbers; full answers and an engine, which gives the logits at
             the last token alone.
+        NoEdgesError: no prompt has any of the edges source -> target (a kind of FlowError).
         FeatureError: a feature group that names no features for a layer.
         InterventionError: a stream or a feature that the model does not have.
 
     Warns:
         SharedTokenWarning: prompts ask for a first token with which the answers of others begin too.
+        NoEdgesWarning: some knockouts have no edges in any prompt, though others have.
+        HookedWarning: hooks are on hook points; which prompts are kept, and every number, is found under them.
 
     Cost: about one forward pass per prompt and one token per knockout; see `rows_engine`.
     Source: Mamba Knockout (Endy et al., ACL 2025), section 3.
@@ -130,6 +137,9 @@ def sweep(
         for place in places
     ]
     asked = _tokenized(prompts, tokenizer, full_answer)
+    warn_hooked(ssm, "the sweep")
+    if not allow_no_edges:
+        check_edges_exist(asked, sources, targets)
     if not full_answer:
         warn_shared(asked)
     clean, score, how = _scores(ssm, engine, max_memory, full_answer)
@@ -137,6 +147,8 @@ def sweep(
     kept = run.answered(asked, per_kept=1 + len(variants)) if answered_only else run.all_of(asked, 1 + len(variants))
     if not kept:
         raise NothingAnswered(len(asked), full_answer=full_answer)
+    if not allow_no_edges:
+        check_edges_exist(kept, sources, targets, warn=False)
     config = getattr(ssm.model, "config", None)
     model = name or ssm.name
     frame = run.knocked_out(kept, variants)
@@ -315,11 +327,8 @@ def _check_numbers(logprob: NDArray[np.float64], found: Scored, batch: Batch, va
 
 def _edges(batch: Batch, variants: Sequence[Variant]) -> list[list[int]]:
     """How many edges each variant removes in each row."""
-    counts: dict[tuple[str | int, str], list[int]] = {}
-    for variant in variants:
-        if (key := (variant.source, variant.target)) not in counts:
-            pairs = zip(batch.positions(variant.target), batch.positions(variant.source), strict=True)
-            counts[key] = [sum(s <= t for t in targets for s in sources) for targets, sources in pairs]
+    pairs = dict.fromkeys((variant.source, variant.target) for variant in variants)
+    counts = {pair: [edge_count(row, *pair) for row in batch.prompts] for pair in pairs}
     return [counts[variant.source, variant.target] for variant in variants]
 
 

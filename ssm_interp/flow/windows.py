@@ -17,6 +17,10 @@ class WindowError(FlowError):
     """A window of more layers than the model has, or of none."""
 
 
+class NoEdgesError(FlowError):
+    """A knockout of edges target <- source of which no prompt has a single one."""
+
+
 class NothingAnswered(FlowError):  # noqa: N818 - what happened, not a fault
     """The model answers none of the prompts correctly.
 

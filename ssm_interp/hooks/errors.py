@@ -15,3 +15,7 @@ class UnsupportedModelError(HookError):
 
 class SsmInterpWarning(UserWarning):
     """Numbers are right, and may mean something else than one thinks. All warnings of this package are of this kind."""
+
+
+class HookedWarning(SsmInterpWarning):
+    """Something is measured while hooks of the user's are on hook points, and so under them."""

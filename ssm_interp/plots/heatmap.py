@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells
 from ssm_interp.plots.style import ARROW, CHANGED, headline, picture, readable, short
+from ssm_interp.reprs import short_repr
 
 LABEL = "Change of the answer's probability"
 MOST_ACROSS = 3
@@ -51,6 +52,8 @@ class TokenMap:
     title: str = ""
     answer: str = ""
     p_base: float | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         shape = list(self.values.shape)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from ssm_interp.plots.style import ARROW, readable, short
+from ssm_interp.reprs import short_repr
 
 StatisticName = Literal["mean", "median", "accuracy", "logprob_difference"]
 APART = ["model", "source", "target", "feature_group"]
@@ -71,6 +72,8 @@ class Panel:
     down: tuple[str, ...]  # and from row to row
     rows: pd.DataFrame
 
+    __repr__ = short_repr
+
     @property
     def lane(self) -> tuple[str, ...]:
         """Words for its row of the grid: what is knocked out for which target, and what varies down."""
@@ -98,6 +101,8 @@ class Layout:
     shape: tuple[int, int]
     across: str
     wrapped: bool
+
+    __repr__ = short_repr
 
     def lowest(self, panel: Panel) -> bool:
         """Whether no other panel stands below this one."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.prompts.prompt import Prompt, PromptError
+from ssm_interp.reprs import short_repr
 
 ROLES = (
     "first",
@@ -64,6 +65,8 @@ class Encoding:
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
+
+    __repr__ = short_repr
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
@@ -119,6 +122,8 @@ class TokenizedPrompt:
     roles: Mapping[str, tuple[int, ...]]
     answer_ids: tuple[int, ...]
     answer_tokens: tuple[str, ...]
+
+    __repr__ = short_repr
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -237,6 +242,8 @@ class Batch:
     input_ids: Int[Tensor, "b t"]
     attention_mask: Int[Tensor, "b t"]
     target_ids: Int[Tensor, " b"]
+
+    __repr__ = short_repr
 
     def positions(self, role: str | int) -> list[list[int]]:
         """Columns of `input_ids` that play a role or are a position of the prompt, one list per row (maybe empty)."""

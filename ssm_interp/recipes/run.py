@@ -15,6 +15,7 @@ from ssm_interp import plots
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.flow import (
     FlowResult,
+    NoEdgesError,
     NothingAnswered,
     Study,
     WindowError,
@@ -30,6 +31,7 @@ from ssm_interp.plots import TokenMap
 from ssm_interp.prompts import PromptError, TokenizedPrompt, load_prompts, tokenize, with_ids
 from ssm_interp.recipes.lines import Key
 from ssm_interp.recipes.schema import HeatMap, Recipe, RecipeError
+from ssm_interp.reprs import short_repr
 
 Started = Callable[[str], Progress]
 """Called with the name of a study as it begins; gives what is told of its progress."""
@@ -48,6 +50,8 @@ class Findings:
     recipe: Recipe
     result: FlowResult
     maps: tuple[tuple[str, TokenMap], ...] = ()
+
+    __repr__ = short_repr
 
     @property
     def shown(self) -> FlowResult:
@@ -240,6 +244,7 @@ def _blaming(recipe: Recipe, place: int, label: str) -> Iterator[None]:
         FeatureError: ("operation",) if held else ("operation", place, "features"),
         InterventionError: ("operation",) if held else ("operation", place, "through"),
         PromptError: ("facts", "source"),
+        NoEdgesError: ("operation", place, "targets" if isinstance(recipe.plot, HeatMap) else "sources"),
         NothingAnswered: ("model", "names"),
     }
     try:
