@@ -164,7 +164,7 @@ def logit_attribution(
         logits, end = run.logits, ends[-1]
         with torch.enable_grad():
             difference = _difference(logits[:, column], ids, others)
-            slope = torch.autograd.grad(difference.sum(), end.leaving)[0][:, column]
+            slope = _slope(difference, end.leaving)[:, column]
         direction = frozen_scale(end, column) * slope  # b m: in the residual stream
     shares = written_share(ssm, given["input_ids"][:1, -1:])
     with precisely(direction.device):
@@ -188,6 +188,16 @@ def _attributed(
 
     parts = parts_at(record, column, by, groups_of(record, features), along)
     return parts | {"out_bias": (direction @ record.bias)[:, None, None]}
+
+
+def _slope(difference: Float[Tensor, " b"], leaving: Float[Tensor, "b t m"]) -> Float[Tensor, "b t m"]:
+    found = torch.autograd.grad(difference.sum(), leaving, allow_unused=True)[0] if difference.requires_grad else None
+    if found is None:
+        raise FeatureError(
+            "the output head gives no gradient (quantised layers have none), along which what a layer writes could be "
+            "attributed; load the model without quantisation"
+        )
+    return found
 
 
 def _others(other: Any) -> Int[Tensor, " r"] | str | None:
