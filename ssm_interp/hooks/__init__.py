@@ -2,7 +2,14 @@
 
 from ssm_interp.hooks.attach import attach, attached
 from ssm_interp.hooks.attachment import Attachment, Exposure, Run
-from ssm_interp.hooks.errors import HookError, InterventionError, MissingError, UnsupportedModelError
+from ssm_interp.hooks.errors import (
+    HookedWarning,
+    HookError,
+    InterventionError,
+    MissingError,
+    SsmInterpWarning,
+    UnsupportedModelError,
+)
 from ssm_interp.hooks.interventions import (
     EditAttention,
     Intervention,
@@ -11,6 +18,7 @@ from ssm_interp.hooks.interventions import (
     ScaleFeatures,
     SetDelta,
 )
+from ssm_interp.hooks.left_on import warn_hooked
 from ssm_interp.hooks.points import HookPoint, HookPoints
 from ssm_interp.hooks.rows import obstacle, run_each
 
@@ -21,6 +29,7 @@ __all__ = [
     "HookError",
     "HookPoint",
     "HookPoints",
+    "HookedWarning",
     "Intervention",
     "InterventionError",
     "Knockout",
@@ -29,9 +38,11 @@ __all__ = [
     "Run",
     "ScaleFeatures",
     "SetDelta",
+    "SsmInterpWarning",
     "UnsupportedModelError",
     "attach",
     "attached",
     "obstacle",
     "run_each",
+    "warn_hooked",
 ]

@@ -19,7 +19,7 @@ may be empty: a subject at the very beginning has no context.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.prompts.prompt import Prompt, PromptError
+from ssm_interp.reprs import short_repr
 
 ROLES = (
     "first",
@@ -64,6 +65,8 @@ class Encoding:
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
+
+    __repr__ = short_repr
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
@@ -109,29 +112,54 @@ class TokenizedPrompt:
         ids: token ids, special tokens of the tokenizer included.
         tokens: readable tokens, see `Encoding`.
         roles: positions of each role of `ROLES`, ascending.
-        target_id: the first token of the target, its leading space included.
+        answer_ids: the tokens of the target, its leading space included.
+        answer_tokens: the same, readable.
     """
 
     prompt: Prompt
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
     roles: Mapping[str, tuple[int, ...]]
-    target_id: int
+    answer_ids: tuple[int, ...]
+    answer_tokens: tuple[str, ...]
+
+    __repr__ = short_repr
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def target_id(self) -> int:
+        """The first token of the target, which is what is asked for unless the full answer is scored."""
+        return self.answer_ids[0]
+
+    @property
+    def asked(self) -> str:
+        """The target where it is one token; else its first token, of which target: `"·P" of "Prague"`."""
+        if len(self.answer_ids) == 1:
+            return self.prompt.target
+        return f'"{self.answer_tokens[0].replace(" ", "·")}" of "{self.prompt.target}"'
+
+    def continued(self) -> TokenizedPrompt:
+        """The prompt with its answer behind it, but for the answer's last token: what a model reads as its answer is
+        scored token by token. Roles and positions stay those of the prompt."""
+        ids, tokens = self.answer_ids[:-1], self.answer_tokens[:-1]
+        return replace(self, ids=self.ids + ids, tokens=self.tokens + tokens)
 
     def positions(self, role: str | int) -> tuple[int, ...]:
         """Positions of a role; PromptError, with the nearest valid name, if there is no such role. A position stands
         for itself, and for none where the prompt is too short."""
         if isinstance(role, int):
-            return (role,) if 0 <= role < len(self) else ()
+            return (role,) if 0 <= role < len(self.roles["all"]) else ()
         check_role(role)
         return self.roles[role]
 
 
-def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompt:
+def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, full_answer: bool = False) -> TokenizedPrompt:
     """Tokens, roles and target of a prompt.
+
+    Args:
+        full_answer: whether all tokens of the target are to be asked for, so that all must be known.
 
     Raises:
         PromptError: a slow tokenizer; no token covers the subject; the target does not start with a token of its own
@@ -146,7 +174,13 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPro
         raise PromptError(f"tokenize takes a Prompt, got {type(prompt).__name__}")
     encoding = encode(prompt.text, tokenizer)
     roles = _roles(prompt, encoding)
-    return TokenizedPrompt(prompt, encoding.ids, encoding.tokens, roles, _target_id(prompt, encoding, tokenizer))
+    ids, tokens = _answer(prompt, encoding, tokenizer)
+    if full_answer and tokenizer.unk_token_id in ids:
+        raise PromptError(
+            f"the target {prompt.target!r} of {prompt.text!r} cannot be asked for in full: the tokenizer does not know "
+            f"{tokens[ids.index(tokenizer.unk_token_id)]!r} in it (it becomes {tokenizer.unk_token!r})"
+        )
+    return TokenizedPrompt(prompt, encoding.ids, encoding.tokens, roles, ids, tokens)
 
 
 def _roles(prompt: Prompt, encoding: Encoding) -> dict[str, tuple[int, ...]]:
@@ -172,7 +206,10 @@ def _roles(prompt: Prompt, encoding: Encoding) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _target_id(prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -> int:
+def _answer(
+    prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The target's ids and readable tokens."""
     length, start = len(encoding.ids), len(prompt.text) + 1
     whole = encode(f"{prompt.text} {prompt.target}", tokenizer)
     problem = f"the target {prompt.target!r} does not start with a token of its own after {prompt.text!r}: "
@@ -189,7 +226,7 @@ def _target_id(prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenize
             f"{problem}the next token is {whole.tokens[length]!r} (characters {first} to {end}, the target starts at "
             f"{start}); use a tokenizer that keeps the space with the word"
         )
-    return target_id
+    return whole.ids[length:], whole.tokens[length:]
 
 
 @dataclass(frozen=True)
@@ -203,7 +240,7 @@ class Batch:
         prompts: one per row.
         input_ids: `[b, t]`.
         attention_mask: `[b, t]`, 0 at padding.
-        target_ids: `[b]`.
+        target_ids: the first token of each target, `[b]`.
     """
 
     prompts: tuple[TokenizedPrompt, ...]
