@@ -35,7 +35,7 @@ def summary(
         for layer in range(layers - size + 1)
     ]
     columns = ["model", "source", "target", "feature_group", "layer", "window_start", "window_size"]
-    frame = pd.DataFrame(keys, columns=columns).assign(n=12, level=0.95)
+    frame = pd.DataFrame(keys, columns=columns).assign(n=12, n_first=0, level=0.95)
     names = [("mean", "low", "high"), ("median", "median_low", "median_high")]
     names += [(name, f"{name}_low", f"{name}_high") for name in ("logprob_difference", "accuracy")]
     for value, low, high in names:

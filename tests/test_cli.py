@@ -129,6 +129,7 @@ def test_flow_takes_every_option_of_a_study(
         skip_bad=True,
         limit=5,
         seed=3,
+        full_answer=True,
         ids=[f"p{number}" for number in range(6)],
         sources=["subject", 0],
         targets=["last"],
@@ -142,9 +143,10 @@ def test_flow_takes_every_option_of_a_study(
     )
     kept = [name for name, field in Study.model_fields.items() if getattr(wanted, name) == field.default]
     assert kept == ["answered_only", "targets", "groups", "held"]  # for recipes, but for the targets
-    words = ["--column", "text=question", "--column", "id=n", "--skip-bad", "--max-memory", "2MB"]
+    words = ["--column", "text=question", "--column", "id=n", "--skip-bad", "--full-answer", "--max-memory", "2MB"]
     singular = {"sources": "source", "targets": "target", "windows": "window", "ids": "id"}
-    for name, value in wanted.model_dump(exclude={"columns", "skip_bad", "max_memory", *kept} - {"targets"}).items():
+    switches = {"columns", "skip_bad", "full_answer", "max_memory"}
+    for name, value in wanted.model_dump(exclude=switches | {*kept} - {"targets"}).items():
         for one in value if isinstance(value, tuple) else [value]:
             words += [f"--{singular.get(name, name).replace('_', '-')}", str(one)]
     result = run("flow", *words, "--out", tmp_path / "out")
@@ -339,7 +341,8 @@ def test_heatmap_draws_a_panel_for_each_prompt_and_model(
     words = ["heatmap", *ids, "--model", model, "--facts", prompts, "--window", 2]
     picture = run(*words, "--out", tmp_path / "new" / "map")
     assert picture.exit_code == 0, picture.output
-    assert picture.stdout == f"wrote {tmp_path / 'new' / 'map.png'}: 2 heat maps, token -> last\n"
+    asked = f"asked: {scene.prompts[0].target}, {scene.wrong[0].target}"
+    assert picture.stdout == f"wrote {tmp_path / 'new' / 'map.png'}: 2 heat maps, token -> last; {asked}\n"
     assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
     page = run(*words, "--out", tmp_path / "map.html", "--limit", 0.3)
     assert page.exit_code == 0, page.output

@@ -46,7 +46,7 @@ def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
     options = ["--model", "tiny-mamba1", "--steps", 2, "--top", 3, "--out", tmp_path / "e.csv"]
     result = run("edges", TEXT, "--target", "Paris", "--other", "Rome", *options)
     assert result.exit_code == 0, result.output
-    assert "logit(·P) - logit(·R) = " in result.stdout
+    assert 'logit("·P" of "Paris") - logit("·R" of "Rome") = ' in result.stdout
     assert "without any of them" in result.stdout
     assert result.stdout.count(" ← ") == 4  # the header, and three edges
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
@@ -55,20 +55,19 @@ def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
     assert "exact" not in frame
     result = run("edges", TEXT, "--target", "Paris", "--metric", "logprob", "--out", tmp_path / "p")
     assert result.exit_code == 0, result.output
-    assert "ln p(·P) = " in result.stdout
+    assert 'ln p("·P" of "Paris") = ' in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"e.csv", "e.png", "p.png", "p.parquet"}
 
 
 def test_it_says_what_the_model_answers_instead(tmp_path: Path) -> None:
     asked = ("edges", TEXT, "--model", "tiny-mamba1", "--out", tmp_path / "e.png", "--target")
     wrong, right = run(*asked, "London"), run(*asked, "Paris")
-    said = (
-        "tiny-mamba1 answers \N{MIDDLE DOT}P, not \N{MIDDLE DOT}L; what follows is about \N{MIDDLE DOT}L all the same"
-    )
-    assert wrong.stdout.startswith(f"{said}\nlogit(\N{MIDDLE DOT}L) - logit(\N{MIDDLE DOT}P) = ")
+    asked_for = '"·L" of "London"'
+    said = f"tiny-mamba1 answers ·P, not {asked_for}; what follows is about {asked_for} all the same"
+    assert wrong.stdout.startswith(f"{said}\nlogit({asked_for}) - logit(·P) = ")
     assert wrong.stdout.endswith(f"\nwrote {tmp_path / 'e.png'} and {tmp_path / 'e.parquet'} (550 edges)\n")
     assert right.exit_code == 0
-    assert right.stdout.startswith("logit(·P) - ")
+    assert right.stdout.startswith('logit("·P" of "Paris") - ')
     assert f"\noverwrote {tmp_path / 'e.png'} and {tmp_path / 'e.parquet'} (550 edges)" in right.stdout
 
 

@@ -178,7 +178,7 @@ def test_a_prompt_read_in_chunks_is_refused_where_its_end_matters(chunk: int) ->
     for name in ("jamba", "bamba"):  # of the pure Mambas transformers reads none in chunks
         model = build(name)
         options = {"max_new_tokens": 2, "do_sample": False}
-        with si.attach(model) as ssm:
+        with si.attach(model, own_operator=True) as ssm:
             for edit in (
                 si.Knockout(sources=[0], targets=-1),
                 si.Knockout(sources=[0], targets=-1, through="conv"),
@@ -227,3 +227,61 @@ def test_right_padded_states_are_not_gone_on_from() -> None:
                 model(input_ids=batch["input_ids"][:, :1], **cached(model, cache))
             cache = cache_of(model(**padded([6, 4]), use_cache=True))
             model(input_ids=batch["input_ids"][:, :1], **cached(model, cache))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "jamba"])  # until 5.23 a Mamba-1 is given no cache for its second prompt
+def test_guidance_reads_a_prompt_whose_positions_nobody_named(name: str) -> None:
+    model = build(name)
+    ids = inputs(1, PROMPT)["input_ids"]
+    options = {"max_new_tokens": 3, "do_sample": False, "guidance_scale": 1.5}
+    naming: list[si.Intervention] = [
+        si.Knockout(sources=[2, 3], targets=-1),
+        si.Knockout(sources=0),  # which the unconditional prompt, of one token, has too
+        si.Knockout(edges=[(-1, 2)]),
+        si.PatchState(position=3, state=0.0),
+        si.SetDelta(value=0.0, positions=0),
+    ]
+    naming += [si.Knockout(sources=0, through="attention")] if name == "jamba" else []
+    with si.attach(model) as ssm:
+        native = model.generate(ids, **options)
+        for edit in naming:
+            with ssm.edit(edit), pytest.raises(si.InterventionError, match="with guidance_scale .* second, uncond"):
+                model.generate(ids, **options)
+        with ssm.edit(si.Knockout()):  # everywhere, in both prompts
+            assert model.generate(ids, **options).shape == native.shape
+        with ssm.edit(naming[0]):
+            assert model.generate(ids, **options | {"guidance_scale": 1.0}).shape == native.shape
+        assert torch.equal(model.generate(ids, **options), native)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])  # in 5.15 the reset of attention's part leaves its length
+def test_a_reset_cache_holds_as_much_as_a_new_one(name: str) -> None:
+    ids = inputs(2, LENGTH)["input_ids"]
+    with si.attach(build(name)) as ssm, torch.no_grad():
+        cache = None
+        for sources in ([0, 1], [0, 1], [2], [1, 2]):
+            with ssm.edit(si.Knockout(sources=sources)):
+                options = {} if cache is None else cached(ssm.model, cache)
+                output = ssm.model(input_ids=ids[:, :PROMPT], use_cache=True, **options)
+                cache = cache_of(output)
+                rest = ssm.model(input_ids=ids[:, PROMPT : PROMPT + 1], **cached(ssm.model, cache)).logits
+                known = logits(ssm.model, {"input_ids": ids[:, : PROMPT + 1], "use_cache": False})[:, -1:]
+            assert relative_error(rest, known) <= 1e-4
+            assert {cache.layers[layer].number_of_states for layer in ssm.layers} == {2}
+            assert all(sorted(cache.layers[layer].recurrent_states) == [0, 1] for layer in ssm.layers)
+            cache.reset()
+        native = ssm.model(input_ids=ids[:, :PROMPT], use_cache=True, **cached(ssm.model, cache)).logits
+        assert torch.equal(native, logits(ssm.model, {"input_ids": ids[:, :PROMPT]}))
+        assert {cache.layers[layer].number_of_states for layer in ssm.layers} == {1}
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "zamba"])
+@pytest.mark.parametrize("own", [False, True])
+def test_states_stay_those_of_the_last_token_over_padding(name: str, own: bool) -> None:
+    batch = padded([6, 3], side="right")
+    with si.attach(build(name), own_operator=own) as ssm:
+        states = ssm.run(batch, read="state")["state"]
+        alone = ssm.run(tokens_of(batch, 1), read="state")["state"]
+        for layer in ssm.layers:
+            for column in (2, 3, 5):
+                assert relative_error(states[layer][1, column], alone[layer][0, -1]) <= 1e-5

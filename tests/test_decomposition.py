@@ -15,7 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.features import Decomposition, FeatureError, decompose, feature_groups, record_mixers
+from ssm_interp.features import (
+    Decomposition,
+    FeatureError,
+    decompose,
+    edge_attribution,
+    feature_groups,
+    log_probability,
+    logit_attribution,
+    record_mixers,
+)
+from ssm_interp.hooks import HookedWarning
 from ssm_interp.scan import attention
 
 GATED = ["mamba", "falcon_mamba", "jamba", "zamba"]  # the gate alone stands behind the operator
@@ -205,7 +215,8 @@ def by_hand(ssm: si.Attachment, layer: int, part: Tensor) -> Tensor:
 def test_a_hook_on_y_shows_up_in_the_rest() -> None:
     with si.attach(build("mamba")) as ssm:
         ssm.layers[1].hook_y.add_hook(lambda y, hook: 2 * y)
-        found = decompose(ssm, PROMPTS[0])
+        with pytest.warns(HookedWarning, match="under the hooks on hook_y of layer 1"):
+            found = decompose(ssm, PROMPTS[0])
         assert relative_error(total(found[0]), found[0].whole) < 1e-5
         assert found[1].rest.abs().max() > 0.1 * found[1].whole.abs().max()
 
@@ -239,7 +250,7 @@ def test_a_model_without_ssm_layers_is_refused() -> None:
         decompose(ssm, inputs())
 
 
-def test_a_projection_that_is_no_plain_matrix_is_refused() -> None:
+def test_a_projection_counts_for_what_it_does_not_for_how_it_keeps_its_weights() -> None:
     model = build("mamba")
     with si.attach(model) as ssm:
         packed = ssm.mixers[1].out_proj
@@ -247,8 +258,55 @@ def test_a_projection_that_is_no_plain_matrix_is_refused() -> None:
         del packed.weight
         packed.weight = weight.to(torch.int8)
         packed.forward = lambda states: torch.nn.functional.linear(states, weight)
-        with pytest.raises(FeatureError, match=r"layer 1: the output projection .*torch.int8.* without quantisation"):
-            decompose(ssm, inputs())
+        found = decompose(ssm, inputs())[1]
+        assert found.rest.abs().max() < 1e-5 * found.whole.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:quantized..linear_dynamic_fp16. an autograd kernel was not registered")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel")
+@pytest.mark.parametrize("name", ["bamba", "zamba2"])
+def test_a_projection_that_quantises_its_inputs_is_refused_and_one_of_packed_weights_is_not(name: str) -> None:
+    packed, quantised = (
+        torch.ao.quantization.quantize_dynamic(build(name), {torch.nn.Linear}, dtype=dtype)
+        for dtype in (torch.float16, torch.qint8)
+    )
+    with si.attach(packed) as ssm:  # their `weight` is a method
+        expected = mixer_outputs(ssm, inputs())
+        for layer, found in decompose(ssm, inputs()).items():
+            assert relative_error(total(found), expected[layer][:, [-1]]) < 1e-5
+            assert found.rest.abs().max() < 1e-5 * found.whole.abs().max()
+        with pytest.raises(FeatureError, match="the output head gives no gradient"):
+            logit_attribution(ssm, inputs(), 3)
+        with pytest.raises(FeatureError, match="the model's logits have no gradient .* quantised layers give none"):
+            edge_attribution(ssm, inputs(), log_probability(3))
+    message = r"layer \d: the output projection \(\w+\) is no matrix product: it is"
+    with si.attach(quantised) as ssm, pytest.raises(FeatureError, match=message):
+        decompose(ssm, inputs())
+
+
+class _Adapted(torch.nn.Module):
+    """As adapters do it: the weight is that of the layer below, the output is not its product alone."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.low = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.base(states) + self.low(states)
+
+
+def test_an_adapter_beside_the_projection_is_a_part_of_it() -> None:
+    with si.attach(build("mamba2")) as ssm:
+        plain = decompose(ssm, inputs())[1]
+        ssm.mixers[1].out_proj = _Adapted(ssm.mixers[1].out_proj)
+        found = decompose(ssm, inputs())[1]
+        assert found.rest.abs().max() < 1e-5 * found.whole.abs().max()
+        assert relative_error(found.parts["ssm"], plain.parts["ssm"]) > 1e-2
 
 
 def test_another_activation_has_no_view_by_inputs() -> None:

@@ -21,6 +21,7 @@ from ssm_interp.features import (
     log_probability,
     logit_difference,
 )
+from ssm_interp.hooks import HookedWarning
 from ssm_interp.prompts import pad, tokenize
 
 LENGTH = 7
@@ -165,6 +166,7 @@ def test_layers_are_those_asked_for() -> None:
     assert edge_attribution(ssm, given["input_ids"], METRIC, layers=2).layers == (2,)
 
 
+@pytest.mark.filterwarnings("ignore::ssm_interp.hooks.HookedWarning")
 @pytest.mark.parametrize("name", ["mamba", "bamba"])
 def test_edits_and_hooks_stay_at_work(name: str) -> None:
     ssm, given = double(name), inputs(2, LENGTH)
@@ -325,7 +327,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "inputs must be ids": {"inputs": "The capital of"},
     r"input_ids must be integers \[b t\], got torch.int64 \[4\]": {"inputs": torch.ones(4, dtype=torch.long)},
     "inputs hold past_key_values": {"inputs": inputs(2, 4) | {"past_key_values": object()}},
-    "attention_mask must be .* with a token in every row": {
+    "attention_mask must be .* with a token in every row; row 1": {
         "inputs": inputs(2, 4) | {"attention_mask": torch.tensor([[1] * 4, [0] * 4])}
     },
 }  # fmt: skip
@@ -382,7 +384,8 @@ def test_hooks_under_which_edges_have_no_single_worth() -> None:
     with ssm.layers[1].hook_attn.register_forward_hook(lambda module, args, attn: attn.tril(-1)):
         with pytest.raises(FeatureError, match="hook_attn of layer 1 is hooked"):
             edge_attribution(ssm, given, METRIC)
-        assert isinstance(edge_attribution(ssm, given, METRIC, layers=[0, 2]), EdgeAttribution)
+        with pytest.warns(HookedWarning, match="hook_attn of layer 1"):
+            assert isinstance(edge_attribution(ssm, given, METRIC, layers=[0, 2]), EdgeAttribution)
 
 
 def test_a_check_of_other_inputs_is_refused() -> None:

@@ -172,10 +172,30 @@ def test_wiping_the_state_is_knocking_out_all_edges_across() -> None:
 def test_patches_of_single_rows() -> None:
     ssm = exact_model("mamba2")
     case = inputs(2, LENGTH)
-    by_row = edited(ssm, case, si.PatchState(position=[2, -3], state=0.0, layers=0))
+    states = torch.randn(2, *(getattr(ssm.layers[0], name) for name in ("heads", "head_dim", "state_size")))
+    by_row = edited(ssm, case, si.PatchState(position=[[2], [-3]], state=states, layers=0))
     for row, position in enumerate((2, 5)):
-        alone = edited(ssm, case, si.PatchState(position=position, state=0.0, layers=0))
+        alone = edited(ssm, case, si.PatchState(position=position, state=states[row], layers=0))
         assert relative_error(by_row[row], alone[row]) <= EXACT
+    with pytest.raises(si.InterventionError, match="PatchState.position names the positions of 3 rows, but the batch"):
+        edited(ssm, case, si.PatchState(position=[[2], [3], [4]], state=0.0))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_patch_at_several_positions_is_one_at_each_in_every_row(name: str, rows: bool) -> None:
+    ssm = exact_model(name)
+    case = inputs(2, LENGTH)  # as many rows as positions: a flat list is none per row
+    shape = [getattr(ssm.layers[0], name) for name in ("heads", "head_dim", "state_size")]
+    state = torch.randn(*[2] * rows, *shape)
+    several = edited(ssm, case, si.PatchState(position=[-3, 2], state=state, layers=1))
+    each = [si.PatchState(position=position, state=state, layers=1) for position in (2, 5)]
+    assert relative_error(several, edited(ssm, case, *each)) <= EXACT
+    nested = si.PatchState(position=[[2, 5], [2, -3]], state=state, layers=1)
+    assert relative_error(several, edited(ssm, case, nested)) <= EXACT
+    assert relative_error(several, edited(ssm, case, each[0])) > 1e-6
+    apart = edited(ssm, case, si.PatchState(position=[[2], []], state=state, layers=1))
+    assert relative_error(apart[1], edited(ssm, case)[1]) <= EXACT
 
 
 def test_a_state_edit_by_a_hook_propagates() -> None:

@@ -51,6 +51,7 @@ def test_at_least_nine_in_ten_answers_are_right(name: str) -> None:
     assert shares["all"] >= 0.9, shares
 
 
+@pytest.mark.filterwarnings("ignore::ssm_interp.prompts.SharedTokenWarning")
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_some_window_passes_the_subject_to_the_last_token(name: str) -> None:
     model, tokenizer = si.load(name)

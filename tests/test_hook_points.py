@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support import logits, relative_error
@@ -173,6 +175,63 @@ def test_add_hook_levels_directions_and_permanence() -> None:
         assert seen[-1] == "y"
         point.remove_hooks("bwd")
         assert not point.has_hooks()
+
+
+def test_forgotten_hooks_are_seen_and_taken_off() -> None:
+    model = build("mamba")
+    native = logits(model, inputs())
+    with si.attach(model) as ssm:
+        assert repr(ssm) == "Attachment(MambaForCausalLM, SSM layers [0, 1, 2, 3])"
+        assert ssm.hooks == {}
+        ssm.layers[2].hook_x.add_hook(lambda x, hook: x * 2)
+        ssm.layers[0].hook_x.register_forward_pre_hook(lambda _m, args: (args[0] * 2,))
+        for points in ssm.layers.values():
+            points.hook_y.register_forward_hook(lambda _m, _a, _k, y: y * 2, with_kwargs=True, always_call=True)
+        ssm.layers[0].hook_x.add_hook(lambda gradient, hook: gradient, dir="bwd")
+        assert ssm.hooks == {("x", 0): 2, ("x", 2): 1, ("y", 0): 1, ("y", 1): 1, ("y", 2): 1, ("y", 3): 1}
+        assert "7 hooks on hook_x of layers [0, 2], hook_y of all layers" in repr(ssm)
+        assert "layer 0, 64 heads, state size 4; x has 2 hooks; y has 1 hook" in repr(ssm.layers[0])
+        assert "(hook_y): HookPoint(y, fires, has 1 hook)" in repr(ssm.layers[1])
+        assert relative_error(logits(model, inputs()), native) > 1e-3
+        ssm.reset_hooks()
+        assert ssm.hooks == {}
+        assert not any(points.asked.now for points in ssm.layers.values())
+        assert torch.equal(logits(model, inputs()), native)
+        assert repr(ssm.layers[0].hook_y) == "HookPoint(y, fires)"
+
+
+def test_permanent_hooks_and_exposures_survive_a_reset() -> None:
+    with si.attach(build("mamba2")) as ssm:
+        seen: list[int] = []
+        ssm.layers[1].hook_y.add_hook(lambda y, hook: seen.append(1), is_permanent=True)
+        ssm.layers[1].hook_y.add_hook(lambda y, hook: seen.append(2))
+        with ssm.expose("state", layers=0) as exposure:
+            assert repr(ssm).endswith("2 hooks on hook_y of layer 1, exposed: hook_state of layer 0)")
+            assert repr(exposure) == "Exposure(hook_state)"
+            ssm.reset_hooks()
+            assert ssm.layers[0].hook_state.exposed
+        logits(ssm.model, inputs())
+        assert seen == [1]
+        assert ssm.layers[1].asked.now
+        ssm.reset_hooks(including_permanent=True)
+        assert ssm.hooks == {}
+        assert not ssm.layers[1].asked.now
+    with pytest.raises(si.HookError, match="was detached"):
+        ssm.reset_hooks()
+
+
+def test_a_copy_calls_its_hooks_with_its_own_points() -> None:
+    model = build("mamba2")
+    seen: list[object] = []
+    with si.attach(model) as ssm:
+        ssm.layers[0].hook_y.add_hook(lambda y, hook: seen.append(hook))
+        copied = si.attached(copy.deepcopy(model))
+        logits(copied.model, inputs())
+        assert seen == [copied.layers[0].hook_y]
+        copied.reset_hooks()
+        assert ssm.hooks == {("y", 0): 1}
+        logits(copied.model, inputs())
+        assert len(seen) == 1
 
 
 def test_a_hook_of_another_shape_is_refused() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from random_terms import as_users_run_it
+from support import CACHES, cache_of, relative_error
 from tiny_flow import world
 from tiny_hosts import build, inputs
+from torch import nn
+from transformers import PreTrainedModel
 
 import ssm_interp as si
 from ssm_interp.features import (
@@ -61,6 +65,17 @@ def test_a_batch_of_prompts_is_taken_like_the_mapping_of_a_tokenizer(name: str) 
         assert torch.equal(TAKING[name](ssm, batch), TAKING[name](ssm, mapping))
 
 
+def test_a_model_is_called_with_a_batch_of_prompts_as_with_a_mapping() -> None:
+    tiny = world("mamba2", count=3)
+    batch = pad([tokenize(prompt, tiny.tokenizer) for prompt in tiny.prompts])
+    known = tiny.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert torch.equal(tiny.model(**batch).logits, known)
+    assert torch.equal(tiny.model(**batch.to("cpu"), use_cache=False).logits, known)
+    assert list(batch) == ["input_ids", "attention_mask"]
+    with pytest.raises(KeyError, match="holds input_ids and attention_mask for a model, not 'target_ids'"):
+        batch["target_ids"]
+
+
 IDS = inputs(2, 6)["input_ids"]
 BAD_INPUTS: list[tuple[Any, str]] = [
     ("a text", r"inputs must be ids \[b t\], the mapping .*, or a batch of prompts, got str"),
@@ -75,6 +90,12 @@ BAD_INPUTS: list[tuple[Any, str]] = [
     (IDS - 64, "have the token -.* in row 0, position 0, but the vocabulary"),
     ({"input_ids": IDS, "attention_mask": IDS[:, 1:]}, r"attention_mask must be .* \(\[2, 6\]\), got \[2, 5\]"),
     ({"input_ids": IDS, "attention_mask": [[1] * 6] * 2}, r"attention_mask must be .* got list"),
+    ({"input_ids": IDS, "attention_mask": IDS}, "must be 1 at tokens and 0 at padding; this one holds something else"),
+    ({"input_ids": IDS, "attention_mask": IDS.new_tensor([[1], [0]]).expand(2, 6)}, "in every row; row 1 is"),
+    (IDS.to(torch.uint8), r"must be torch.int64 or torch.int32, got torch.uint8; give ids.long\(\)"),
+    ({}, r"inputs must have input_ids \[b t\] \(or else inputs_embeds\); these have \[\]"),
+    ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 6, 32)}, "(must have input_ids|hold inputs_embeds)"),
+    ({"input_ids": IDS, "past_key_values": ((IDS, IDS),)}, "(must be a cache, which a .* got .*Tensor|hold past_key)"),
 ]
 
 
@@ -86,6 +107,93 @@ def test_inputs_that_are_none(given: Any, message: str) -> None:
             kind = si.HookError if name == "run" else FeatureError
             with pytest.raises(kind, match=message):
                 call(ssm, given)
+
+
+def test_embeddings_have_a_mask_too() -> None:
+    model = build("mamba2")
+    embeds = model.get_input_embeddings()(IDS).detach()
+    with si.attach(model) as ssm:
+        assert torch.equal(ssm.run({"inputs_embeds": embeds}).logits, ssm.run(IDS).logits)
+        with pytest.raises(si.HookError, match=r"as input_ids are \(\[2, 6\]\), got \[2, 5\]"):
+            ssm.run({"inputs_embeds": embeds}, attention_mask=torch.ones_like(IDS)[:, 1:])
+
+
+def test_what_a_tokenizer_says_of_a_text_is_left_out_where_nobody_takes_it() -> None:
+    said: dict[str, Any] = {"token_type_ids": torch.zeros_like(IDS), "offset_mapping": [[(0, 1)] * 6] * 2}
+    said["position_ids"] = torch.tensor([[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]])
+    with si.attach(build("mamba2")) as ssm:
+        assert torch.equal(ssm.run({"input_ids": IDS} | said).logits, ssm.run(IDS).logits)
+        for name, several in (("token_type_ids", [0, 0, 0, 1, 1, 1]), ("position_ids", [0, 1, 2, 0, 1, 2])):
+            with pytest.raises(si.HookError, match=f"takes no {name}, which here tell several texts of a row apart"):
+                ssm.run({"input_ids": IDS, name: torch.tensor([several] * 2)})
+
+
+UNKNOWN: list[tuple[dict[str, Any], str]] = [
+    ({"layer": [1]}, "Mamba2ForCausalLM takes no 'layer'; did you mean 'layers'"),
+    ({"layer": None}, "takes no 'layer'"),
+    ({"reads": "y"}, "takes no 'reads'; did you mean 'read'"),
+    ({"attention_masks": torch.ones_like(IDS)}, "did you mean 'attention_mask'"),
+    ({"fwd_hooks": []}, r"no 'fwd_hooks'. `run` takes inputs, read, layers; the model takes input_ids, .*labels"),
+    ({"input_ids": IDS}, "input_ids is given twice"),
+    ({"attention_mask": IDS}, "attention_mask must be 1 at tokens and 0 at padding"),
+    ({"attention_mask": IDS[:, 1:]}, r"attention_mask must be a tensor \[b t\]"),
+    ({"cache": object(), "past_key_values": object()}, "the cache is given twice"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNKNOWN, ids=[message[:40] for _, message in UNKNOWN])
+def test_options_that_nobody_takes(options: dict[str, Any], message: str) -> None:
+    with si.attach(build("mamba2")) as ssm, pytest.raises(si.HookError, match=message):
+        ssm.run(IDS, read="y", **options)
+
+
+@pytest.mark.parametrize("name", TAKING)
+def test_keys_that_nobody_takes(name: str) -> None:
+    with si.attach(build("mamba2")) as ssm, pytest.raises((si.HookError, FeatureError), match="takes no 'mask'"):
+        TAKING[name](ssm, {"input_ids": IDS, "mask": torch.ones_like(IDS)})
+
+
+def test_options_that_a_family_takes(host: PreTrainedModel) -> None:
+    with si.attach(host) as ssm:
+        assert len(ssm.run(IDS, output_hidden_states=True).output.hidden_states) > 3
+        assert isinstance(ssm.run(IDS, return_dict=False, use_cache=False).output, tuple)
+        with pytest.raises(si.HookError, match="did you mean 'output_hidden_states'"):
+            ssm.run(IDS, output_hidden_state=True)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_cache_goes_by_any_of_its_names(host: PreTrainedModel, wrapped: bool) -> None:
+    model = _Forwards(host) if wrapped else host
+    place = {"position_ids": torch.tensor([[5]])} if "position_ids" in signature(host.forward).parameters else {}
+    with si.attach(model) as ssm:
+        whole = ssm.run(IDS).logits[:, -1:]
+        for name in CACHES:
+            cache = cache_of(ssm.run(IDS[:, :5], use_cache=True).output)
+            assert relative_error(ssm.run(IDS[:, 5:], **{name: cache}, **place).logits, whole) < 1e-4
+
+
+def test_a_model_without_a_cache_takes_none() -> None:
+    with (
+        si.attach(_Ids(build("mamba2"))) as ssm,
+        pytest.raises(si.HookError, match="_Ids takes no 'cache_params'. .* the model takes input_ids$"),
+    ):
+        ssm.run(IDS, cache_params=object())
+
+
+class _Forwards(nn.Module):
+    """Hands everything on, as adapters and parallel wrappers do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([inner])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner[0](*args, **kwargs)
+
+
+class _Ids(_Forwards):
+    def forward(self, input_ids: Any) -> Any:  # type: ignore[override]
+        return super().forward(input_ids=input_ids)
 
 
 def test_ids_of_another_tokenizer_are_refused_by_rows_too() -> None:
@@ -218,6 +326,13 @@ BAD_CALLS: list[tuple[Any, str]] = [
     (lambda ssm: ssm.run(IDS, read=torch.tensor(1.5)), "hook points are named by text"),
     (lambda ssm: ssm.layers_with(torch.tensor(1.5)), "through must name streams"),
     (lambda ssm: ssm.layers[0].hook_x.add_hook(3), r"takes a function of \(tensor, hook point\), got 3"),
+    (lambda ssm: ssm.layers[0].hook_x.add_hook(lambda module, args, x: x), "takes a function of .*, which .* is not"),
+    (lambda ssm: ssm.layers[0].hook_x.add_hook(lambda x: x), "goes to register_forward_hook"),
+    (lambda ssm: ssm.run(IDS, read="x", layers=[]), r"points \['x'\] of no layers: None means all, \[0, 1, 2, 3\]"),
+    (lambda ssm: ssm.expose(), "expose takes the names of hook points"),
+    (lambda ssm: ssm.expose("attn", layers=()), "of no layers"),
+    (lambda ssm: ssm.places(["x"]), "through must name streams"),
+    (lambda ssm: ssm.check(si.Intervention(layers=0)), r"edit takes .*, got Intervention\(layers=\(0,\)\)"),
     (lambda ssm: ssm.layers[0].hook_x.remove_hooks("all"), "'fwd', 'bwd' or 'both', got 'all'"),
     (lambda ssm: si.attached(3), "int has no hook points"),
     (lambda ssm: check(3), "check takes a model, got int"),  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn import png
+from scipy import stats
 from tiny_flow import world
 
 import ssm_interp as si
@@ -46,7 +47,10 @@ def test_the_report_is_three_sweeps_and_what_they_leave(family: str) -> None:
     row = summary[(summary["source"] == "last") & (summary["layer"] == 1)].iloc[0]
     assert row["leak"] == pytest.approx(rows["leak"].mean())
     assert row["leak"] == pytest.approx(row["ssm"] - row["ssm + conv"])
-    assert row["low"] < row["leak"] < row["high"]
+    bootstrap = stats.bootstrap((rows["leak"],), np.mean, confidence_level=0.9, method="percentile", rng=0)
+    low, high = bootstrap.confidence_interval
+    assert low < row["leak"] < high
+    np.testing.assert_allclose([row["low"], row["high"]], [low, high], atol=0.05 * (high - low))
     assert row["n"] == len(rows)
 
 

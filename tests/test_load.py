@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,54 @@ def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         si.load(tmp_path / "file")
     with pytest.raises(si.LoadError, match="as a local folder it gives"):
         si.load(tmp_path)
+
+
+def like_a_model(folder: Path, config: str = "{}") -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my-mmaba", "there is no folder 'my-mmaba'; did you mean 'my-mamba'?"),
+        ("my-mamb", "there is no folder 'my-mamb'; did you mean 'my-mamba'?"),
+        ("models/other-mmaba", "'models/other-mmaba' is not a folder that holds a model; did you mean 'models/other"),
+        ("./my-mmaba", "'./my-mmaba' is not a folder that holds a model; did you mean 'my-mamba'?"),
+        ("tiny-mmaba1", "there is no model 'tiny-mmaba1'; did you mean the embedded 'tiny-mamba1'?"),
+        ("tiny_induction_mamba2", "did you mean the embedded 'tiny-induction-mamba2'?"),
+        ("state-spaces/mamba-130m", "the same weights in transformers' layout are 'state-spaces/mamba-130m-hf'"),
+        ("state-spaces/mamba-2.8b", "the same weights in transformers' layout are 'state-spaces/mamba-2.8b-hf'"),
+        ("state-spaces/mamba-2.8b-slimpj", "in the layout of the package mamba_ssm, .* has no converted ones"),
+        ("state-spaces/mamba2-1.3b", "mamba_ssm, .* no converted ones; 'AntonV/mamba2-1.3b-hf' has the same weights"),
+        ("state-spaces/mamba2attn-2.7b", "in the layout of the package mamba_ssm, .* has no converted ones"),
+        ("in-its-own-layout", "is in the layout of the package mamba_ssm .* has d_model and n_layer"),
+    ],
+)
+def test_what_cannot_be_a_hub_id_is_said_without_asking_the_hub(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my-mamba", "models/other-mamba"):
+        like_a_model(tmp_path / folder)
+    like_a_model(tmp_path / "in-its-own-layout", '{"d_model": 768, "n_layer": 24, "ssm_cfg": {}}')
+    begin = time.perf_counter()
+    for loader in (si.load, load_tokenizer, load_outline):
+        with pytest.raises(si.LoadError, match=message):
+            loader(name)
+    assert time.perf_counter() - begin < 1  # the hub, which nobody reaches here, takes half a minute to give up
+
+
+@pytest.mark.parametrize("name", ["gpt2-medium", "state-spaces/mamba-130m-hf", "someone/my-mamba", "my-mamba-chat"])
+def test_a_hub_id_is_asked_for_though_a_folder_or_another_id_is_like_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("gpt2-medium-tuned", "my-mamba", "state-spaces"):
+        like_a_model(tmp_path / folder)
+    with pytest.raises(si.LoadError, match=f"cannot load '{name}': .* as a hub id it gives"):
+        si.load(name)
 
 
 def test_a_tokenizer_alone(tmp_path: Path) -> None:

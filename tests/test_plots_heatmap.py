@@ -31,7 +31,7 @@ def test_a_row_per_token_and_a_column_per_window_with_the_numbers() -> None:
     assert image.get_clim() == (-0.2, 0.2)
     assert [text.get_text() for text in axes.get_yticklabels()] == ["·t0", "·t1"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "2"]
-    assert axes.get_title() == "tiny $x\nanswer: “Paris”, p = 0.812"
+    assert axes.get_title() == "tiny $x\nanswer: Paris, p = 0.812"
     plain, subject = axes.get_yticklabels()
     assert (subject.get_color(), subject.get_weight()) == (STYLES["subject"].colour, "bold")
     assert plain.get_weight() != "bold"
@@ -81,7 +81,7 @@ def test_from_the_rows_of_a_sweep() -> None:
     np.testing.assert_allclose(one.values, VALUES)
     assert (list(one.layers), one.p_base, one.subject) == ([0, 1, 2], 0.5, (1,))
     assert one.title == "m: token → last"
-    assert one.caption == "answer: “Rome”, p = 0.5"
+    assert one.caption == "answer: Rome, p = 0.5"
     padded = TokenMap.of(rows, ["a", "b", "c", "d", "e"])
     assert np.isnan(padded.values[2:]).all()
 

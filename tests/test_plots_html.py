@@ -124,7 +124,7 @@ def test_heat_maps_with_the_numbers() -> None:
     assert traces[0]["text"][0][0] == "token 0 ·&lt;b&gt;<br>window at layer 3<br>-0.25: 0.5 to 0.25"
     assert layout["yaxis"]["ticktext"] == ["·&lt;b&gt;", "<b>x</b>"]
     assert (layout["coloraxis"]["cmin"], layout["coloraxis"]["cmax"]) == (-0.25, 0.25)
-    assert layout["annotations"][0]["text"] == "one<br>answer: “Rome”, p = 0.5"
+    assert layout["annotations"][0]["text"] == "one<br>answer: Rome, p = 0.5"
     fixed = drawn(heatmap_page(one, limit=0.3))[1]
     assert (fixed["coloraxis"]["cmin"], fixed["coloraxis"]["cmax"]) == (-0.3, 0.3)
 

@@ -1,11 +1,14 @@
 """Prompts, and the files that hold them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from random_terms import as_users_run_it
 
 from ssm_interp.prompts import Fact, Prompt, PromptError, load_prompts, save_prompts, with_ids
 
@@ -35,6 +38,24 @@ def test_subject_span_is_where_the_subject_stands() -> None:
 def test_what_is_no_prompt_is_refused(text: str, subject: str, target: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         Prompt(text, subject, target)
+
+
+BAD: dict[str, Callable[[], Any]] = {
+    "a prompt's text must be text, got int": lambda: Prompt(3, "a", "b"),  # type: ignore[arg-type]
+    "a prompt's target must be text, got NoneType": lambda: Prompt("a b", "b", None),  # type: ignore[arg-type]
+    "a prompt's relation must be text, got int": lambda: Prompt("a b", "b", "c", relation=3),  # type: ignore[arg-type]
+    "and a Fact, got str and NoneType": lambda: Prompt.from_template("{} is", None),  # type: ignore[arg-type]
+    "a fact's subject must be text": lambda: Prompt.from_template("a {}", Fact("a", 1, "b")),  # type: ignore[arg-type]
+    "ids must be a sequence of str, got str": lambda: with_ids([FRANCE], "capital/France"),
+    "prompts must be a sequence of Prompt, got list": lambda: with_ids(["text"], ["a"]),  # type: ignore[list-item]
+    "no prompt 'a' among these 0$": lambda: with_ids([], ["a"]),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_no_text_is_refused(message: str) -> None:
+    with as_users_run_it(), pytest.raises(PromptError, match=message):
+        BAD[message]()
 
 
 def test_template_begins_with_a_capital_and_leaves_the_subject_alone() -> None:

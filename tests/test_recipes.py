@@ -120,7 +120,7 @@ def test_a_picture_of_streams_has_a_line_per_operation(tmp_path: Path) -> None:
     svg = findings.write(tmp_path / "out")[1]
     assert svg.name == "streams.svg"
     (figure,) = findings._figures().values()
-    assert figure.get_suptitle() == "tiny-mamba2   (6 prompts)"
+    assert figure.get_suptitle() == "tiny-mamba2   (6 prompts, 3 by first token)"
     summary = findings.summary()
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
     for name in ("ssm", "conv"):

@@ -48,7 +48,7 @@ def test_a_recipe_is_read_as_it_stands_with_defaults(tmp_path: Path) -> None:
     assert recipe.knockouts[0].sources == ["subject", "last"]
     assert recipe.knockouts[0].features == ["all"]
     assert (recipe.sweep.windows, recipe.sweep.align) == ([3], "left")
-    assert (recipe.metrics.statistic, recipe.metrics.interval, recipe.metrics.prompts) == ("mean", "t", "own")
+    assert (recipe.metrics.statistic, recipe.metrics.interval, recipe.metrics.prompts) == ("mean", "bootstrap", "own")
     assert recipe.plot.formats == ["png", "svg", "html"]
     study = recipe.study("tiny-mamba1", recipe.knockouts[0], batch_size=2)
     assert (study.model, study.facts, study.sources, study.targets) == (

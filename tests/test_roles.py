@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from random_terms import as_users_run_it
 from tiny_flow import word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, PythonBackend
@@ -193,3 +194,8 @@ def test_padding_shifts_the_roles() -> None:
     assert batch.to("cpu").target_ids.tolist() == [prompt.target_id for prompt in batch.prompts]
     with pytest.raises(PromptError, match="at least one prompt"):
         pad([])
+    with as_users_run_it():
+        with pytest.raises(PromptError, match="pad takes what tokenize.* gives, got Prompt"):
+            pad([Prompt("a dus", "dus", "rat")])  # type: ignore[list-item]
+        with pytest.raises(PromptError, match="tokenize takes a Prompt, got str"):
+            tokenize("a dus", word_tokenizer())  # type: ignore[arg-type]

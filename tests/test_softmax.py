@@ -159,6 +159,18 @@ def test_decode_and_generate_under_a_knockout_equal_full_forwards(name: str) -> 
                 assert torch.equal(best, generated[:, end])
 
 
+@pytest.mark.parametrize("name", ["llama", "bamba"])
+def test_a_prompt_in_chunks_is_refused(name: str) -> None:
+    ids = inputs(batch=1, length=LENGTH)["input_ids"]
+    model = build(name) if name == "bamba" else transformer(name)
+    given = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with si.attach(model) as ssm, ssm.edit(si.Knockout(sources=[2, 3], targets=-1, through="attention")):
+        for _ in range(2):  # also after another prompt under the same edit
+            model.generate(ids, **given)
+            with pytest.raises(si.InterventionError, match="`generate` reads in 2 chunks, so that its end is not yet"):
+                model.generate(ids, prefill_chunk_size=5, **given)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_target_that_is_left_with_nothing_reads_nothing(implementation: str) -> None:
     ids = inputs(batch=2, length=LENGTH)["input_ids"]

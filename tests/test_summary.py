@@ -24,6 +24,7 @@ def frame(changes: Changes, empty: int = 0, **columns: Any) -> pd.DataFrame:
             "layer": layer,
             "window_start": layer,
             "window_size": 2,
+            "unasked": number % 3,
             "n_edges": 0 if number < empty else 3,
             "p_base": 0.5,
             "p": 0.5 * (1 + change / 100),
@@ -44,8 +45,9 @@ def sample(n: int = 57, seed: int = 0) -> list[float]:
 def test_summary_against_scipy() -> None:
     values = np.array(sample())
     logs = np.log1p(values / 100)
-    row = summarise(frame({("subject", 3): values.tolist()}, empty=4)).iloc[0]
-    assert (row["n"], row["n_empty"], row["window_start"], row["window_size"], row["level"]) == (57, 4, 3, 2, 0.95)
+    row = summarise(frame({("subject", 3): values.tolist()}, empty=4), interval="t").iloc[0]
+    assert (row["n"], row["n_empty"], row["n_first"]) == (57, 4, 38)
+    assert (row["window_start"], row["window_size"], row["level"]) == (3, 2, 0.95)
     for column, numbers in (("relative_change", values), ("logprob_difference", logs)):
         names = ["mean", "low", "high"] if column == "relative_change" else [column, f"{column}_low", f"{column}_high"]
         interval = stats.t.interval(0.95, 56, loc=numbers.mean(), scale=stats.sem(numbers))
@@ -79,7 +81,7 @@ def test_the_accuracy_of_prompts_that_all_stay_right_has_an_interval_within_0_an
 def test_the_bootstrap_is_that_of_scipy_up_to_its_draws() -> None:
     values = np.random.default_rng(1).exponential(20, size=40) - 60
     rows = frame({("subject", 0): values.tolist()})
-    found = summarise(rows, interval="bootstrap", resamples=20_000).iloc[0]
+    found = summarise(rows, resamples=20_000).iloc[0]
     options = {"n_resamples": 20_000, "method": "percentile", "rng": np.random.default_rng(2)}
     for names, column in (
         (["low", "high"], "relative_change"),
@@ -87,7 +89,7 @@ def test_the_bootstrap_is_that_of_scipy_up_to_its_draws() -> None:
     ):
         low, high = stats.bootstrap((rows[column],), np.mean, **options).confidence_interval
         np.testing.assert_allclose(found[names].astype(float), [low, high], atol=0.03 * (high - low))
-    student = summarise(rows).iloc[0]
+    student = summarise(rows, interval="t").iloc[0]
     assert found["high"] - found["mean"] > found["mean"] - found["low"]  # skewed as the sample is; Student's t is not
     assert student["high"] - student["mean"] == pytest.approx(student["mean"] - student["low"])
 
@@ -160,3 +162,36 @@ def test_bad_input_is_refused() -> None:
         inspect.unwrap(summarise)(rows, interval="bca")  # past the tests' own check of annotations
     with pytest.raises(FlowError, match="at least one resample, got 0"):
         summarise(rows, interval="bootstrap", resamples=0)
+
+
+IMPOSSIBLE = [-100.0] * 2 + [-30.0]  # Student's t: -177 % to +24 %
+
+
+@pytest.mark.parametrize("interval", ["t", "bootstrap"])
+def test_no_interval_goes_beyond_what_is_possible(interval: Any) -> None:
+    """A change of a probability is at least -100 %, and at most what takes it to 1 (here from 0.5, or from 0.999)."""
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(IMPOSSIBLE), scale=stats.sem(IMPOSSIBLE))
+    assert low < -170 and high > 20
+    few = frame({("subject", 0): IMPOSSIBLE, ("last", 0): [-99.0, 0.1, 0.0]})
+    few.loc[few["source"] == "last", "p_base"] = 0.999
+    rows = summarise(few, interval=interval)
+    assert (rows["low"] >= -100).all() and (rows["low"] < rows["mean"]).all()
+    assert rows["high"][1] <= 100 * (1 / 0.999 - 1) and (rows["high"] > rows["mean"]).all()
+    assert rows["logprob_difference_high"][1] <= -np.log(0.999)
+
+
+def test_by_default_an_interval_lies_within_what_single_prompts_show_and_is_the_same_each_time() -> None:
+    draws = np.random.default_rng(0).uniform(-100, 30, size=(50, 4))
+    rows = frame({("subject", layer): list(row) for layer, row in enumerate(draws)})
+    summary = summarise(rows)
+    assert (summary["low"] >= draws.min(1)).all() and (summary["high"] <= draws.max(1)).all()
+    pd.testing.assert_frame_equal(summary, summarise(rows), check_exact=True)
+    pd.testing.assert_frame_equal(summary, summarise(rows, interval="bootstrap", resamples=2000, seed=0))
+
+
+@pytest.mark.parametrize("interval", ["t", "bootstrap"])
+@pytest.mark.parametrize("value", [-7.1, 0.1, -100 / 3])
+def test_equal_prompts_have_an_interval_of_no_width(interval: Any, value: float) -> None:
+    row = summarise(frame({("subject", 0): [value] * 7}), interval=interval).iloc[0]
+    np.testing.assert_allclose([row["low"], row["high"]], value, rtol=1e-12)
+    assert interval == "t" or row["low"] == row["high"] == value

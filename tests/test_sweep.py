@@ -16,6 +16,7 @@ from ssm_interp.features import FeatureError
 from ssm_interp.flow import CLEAN, Answers, FlowError, FlowResult, FlowRun, Variant, default_size, sweep, windows
 from ssm_interp.flow.engine import full_forwards, rows_engine
 from ssm_interp.flow.result import COLUMNS
+from ssm_interp.hooks import HookedWarning
 from ssm_interp.prompts import Batch, Prompt, PromptError, tokenize
 
 FAMILIES = ("mamba1", "mamba2")
@@ -157,7 +158,8 @@ def test_the_plain_engine_gives_the_same_table_and_says_why(scene: World) -> Non
     fast = swept(scene, **options)
     with si.attach(scene.model) as ssm:
         ssm.layers[1].hook_y.add_hook(lambda y, hook: None)
-        plain = sweep(ssm, scene.tokenizer, scene.prompts + scene.wrong, **options)
+        with pytest.warns(HookedWarning, match="the sweep runs under the hooks on hook_y of layer 1"):
+            plain = sweep(ssm, scene.tokenizer, scene.prompts + scene.wrong, **options)
     assert plain.runs[0].engine == "full forwards: hook_y of layer 1 is hooked or exposed"
     numbers = ["p_base", "p", "relative_change", "logprob_difference"]
     pd.testing.assert_frame_equal(fast.frame.drop(columns=numbers), plain.frame.drop(columns=numbers))

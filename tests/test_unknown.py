@@ -137,7 +137,7 @@ def test_hybrids_with_other_mixers_are_refused_by_layer_and_class(name: str) -> 
     with si.attach(model, allow_unknown=True) as ssm:
         assert {layer: type(found[0]).__name__ for layer, found in ssm.unknown.items()} == dict.fromkeys(layers, kind)
         assert list(ssm.attention) == [layer for layer in range(4) if layer not in layers]
-        assert re.search(f"attention layers .*; not covered: {named}", repr(ssm))
+        assert re.search(f"attention layers .*, not covered: {named}", repr(ssm))
         assert not torch.equal(edited(ssm, inputs(), si.Knockout(sources=1, targets=-1)), logits(model, inputs()))
     assert ssm.unknown == {}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -42,6 +44,9 @@ class _Later(TyperCommand):
 def _command(name: str) -> Any:
     """The command itself, whose module brings torch and transformers with it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: its idle threads sleep, not spin
+    from ssm_interp.hooks import SsmInterpWarning
+
+    warnings.simplefilter("always", SsmInterpWarning)  # whatever the interpreter does with warnings
     function = getattr(import_module(f"ssm_interp.cli.{COMMANDS[name][0]}"), name)
     _quiet()
     own = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -68,6 +73,10 @@ class _Commands(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         options["standalone_mode"] = False
+        with _warnings_in_a_line():
+            sys.exit(self._run(given, *positional, **options) or 0)
+
+    def _run(self, given: list[str], *positional: Any, **options: Any) -> Any:
         try:
             code = super().main([word for word in given if word != "--debug"] or ["--help"], *positional, **options)
             if code == INTERRUPTED:  # before a command was at work
@@ -83,13 +92,30 @@ class _Commands(TyperGroup):
                 raise
             _complain(f"error: {explained() if explained else _message(error)}", error)
             code = 2
-        sys.exit(code or 0)
+        return code
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:  # typer keeps nothing of it but the exit code
             raise typer.Abort from error
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings of this package are lines on stderr, each once; those of others stay what they are."""
+    with warnings.catch_warnings():
+        others, said = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not category.__module__.startswith("ssm_interp."):
+                others(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                _complain(f"warning: {message}", None)
+
+        warnings.showwarning = show
+        yield
 
 
 def _message(error: Exception) -> str:

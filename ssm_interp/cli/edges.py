@@ -86,21 +86,22 @@ def edges(
     host, tokenizer = loaded(model, revision, dtype, device, device_map)
     row = tokenize(asked, tokenizer)
     rival = None if other is None else _rival(asked, row, other, tokenizer)
-    ids = torch.tensor([row.ids], device=device_of(host))
+    ids, asked_for = torch.tensor([row.ids], device=device_of(host)), row.asked
     with attach(host) as ssm:
         likely = _likely(ssm, ids)
         number: Metric = log_probability(row.target_id)
-        label = f"ln p({_word(tokenizer, row.target_id)})"
+        label = f"ln p({asked_for})"
         if metric == "difference":
-            against = next(token for token in likely if token != row.target_id) if rival is None else rival
+            against = next(token for token in likely if token != row.target_id) if rival is None else rival.target_id
             number = logit_difference(row.target_id, against)
-            label = f"logit({_word(tokenizer, row.target_id)}) - logit({_word(tokenizer, against)})"
+            wrong = _word(tokenizer, against) if rival is None else rival.asked
+            label = f"logit({asked_for}) - logit({wrong})"
         found = edge_attribution(ssm, ids, number, steps=steps)
         checked = check_edges(ssm, ids, number, found, top=check, random=check) if check else None
     frame = _with_exact(found.frame(row.tokens), checked)
     if likely[0] != row.target_id:
-        wanted, said = (_word(tokenizer, token) for token in (row.target_id, likely[0]))
-        typer.echo(f"{model} answers {said}, not {wanted}; what follows is about {wanted} all the same")
+        said = _word(tokenizer, likely[0])
+        typer.echo(f"{model} answers {said}, not {asked_for}; what follows is about {asked_for} all the same")
     _print(found, row, frame, label, top)
     if checked is not None:
         _print_correlation(checked)
@@ -124,12 +125,12 @@ def _prompt(words: str, target: str | None, facts: str, columns: dict[str, str] 
         raise
 
 
-def _rival(asked: Prompt, row: TokenizedPrompt, other: str, tokenizer: Any) -> int:
-    found = tokenize(replace(asked, target=other), tokenizer).target_id
-    if found == row.target_id:
+def _rival(asked: Prompt, row: TokenizedPrompt, other: str, tokenizer: Any) -> TokenizedPrompt:
+    found = tokenize(replace(asked, target=other), tokenizer)
+    if found.target_id == row.target_id:
         raise FeatureError(
             f"--other {other}: it begins with the same token as the answer {asked.target!r}, "
-            f"{_word(tokenizer, found)!r}, so their logits do not differ; give an answer with another first token"
+            f"{_word(tokenizer, found.target_id)!r}, so their logits do not differ; give one with another first token"
         )
     return found
 

@@ -18,6 +18,7 @@ from ssm_interp.cli.options import (
     Device,
     Facts,
     Features,
+    FullAnswer,
     Ids,
     Limit,
     MaxMemory,
@@ -50,6 +51,7 @@ def flow(
     limit: Limit = DEFAULT["limit"],
     seed: Seed = DEFAULT["seed"],
     id: Ids = None,
+    full_answer: FullAnswer = DEFAULT["full_answer"],
     source: Sources = None,
     target: Targets = None,
     window: Windows = None,
@@ -91,7 +93,8 @@ def run_studies(asked: Sequence[Study], out: Path) -> None:
         results = []
         with progress_bar(shown=peers.index == 0) as progress:
             for study in asked:
-                task = progress.add_task(study.model, total=None)
+                full = ", full answers: a forward per knockout" if study.full_answer else ""
+                task = progress.add_task(f"{study.model}{full}", total=None)
 
                 def report(done: int, total: int, task: Any = task) -> None:
                     progress.update(task, completed=done, total=total)
@@ -129,7 +132,7 @@ def print_flow(result: FlowResult) -> None:
     for run in result.runs:
         sizes = ", ".join(map(str, run.windows))
         typer.echo(
-            f"\n{run.model}: {run.kept} of {run.asked} prompts answered correctly and kept; "
+            f"\n{run.model}: {run.kept} of {run.asked} prompts answered correctly and kept{_asked_for(result, run)}; "
             f"windows of {sizes} of {len(run.layers)} layers"
         )
         rows = drops[drops["model"] == run.model]
@@ -143,6 +146,18 @@ def print_flow(result: FlowResult) -> None:
         console().print(table)
 
 
+def _asked_for(result: FlowResult, run: FlowRun) -> str:
+    """What of the answers was asked for, where some have several tokens."""
+    if run.full_answer:
+        return ", every token of the answer asked for"
+    rows = result.frame[result.frame["model"] == run.model].drop_duplicates("prompt_id")
+    partly = rows[rows["unasked"] > 0]
+    if partly.empty:
+        return ""
+    example = partly["answer"].iloc[0]
+    return f", {len(partly)} of them asked for the first token of their answer alone (such as {example}; --full-answer)"
+
+
 def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
     places = windows(run.layers, row["window_size"], run.align)
     layers = next(place.layers for place in places if place.at == row["layer"])
@@ -153,7 +168,7 @@ def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
         "still\nright %": f"{100 * row['accuracy']:.0f}",
         "in\nlayers": f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0]),
     }
-    return cells | ({"without\nsource": f"{row['n_empty']} of {row['n']}"} if some_empty else {})
+    return cells | ({"without\nedges": f"{row['n_empty']} of {row['n']}"} if some_empty else {})
 
 
 def _signed(percent: float) -> str:

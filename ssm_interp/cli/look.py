@@ -18,6 +18,7 @@ from ssm_interp.cli.options import (
     Columns,
     Device,
     Facts,
+    FullAnswer,
     ModelName,
     OfType,
     Revision,
@@ -27,11 +28,20 @@ from ssm_interp.cli.options import (
     loaded,
 )
 from ssm_interp.cli.output import console, picture, wrote
-from ssm_interp.flow import Study, token_map
+from ssm_interp.flow import Study, check_edges_exist, token_map
 from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import HookError, attach
 from ssm_interp.hooks.check import check as check_model
-from ssm_interp.prompts import check_role, encode, load_prompts, with_ids
+from ssm_interp.prompts import (
+    Prompt,
+    TokenizedPrompt,
+    check_role,
+    encode,
+    load_prompts,
+    tokenize,
+    warn_shared,
+    with_ids,
+)
 
 Reduction = Literal["mean", "mean_abs", "norm"]
 
@@ -104,6 +114,7 @@ def heatmap(
     model: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="tiny-mamba2")] = None,
     facts: Facts = DEFAULT["facts"],
     column: Columns = None,
+    full_answer: FullAnswer = DEFAULT["full_answer"],
     target: Annotated[str, typer.Option(help="Role that no longer reads the token.")] = "last",
     window: Annotated[int | None, typer.Option(help="Layers per window.", show_default="three in eight")] = None,
     align: Alignment = DEFAULT["align"],
@@ -128,9 +139,22 @@ def heatmap(
     for name in model or ["tiny-mamba2"]:
         host, tokenizer = loaded(name, revision, dtype, device, device_map)
         with attach(host) as ssm:
+            if not full_answer:
+                warn_shared([tokenize(prompt, tokenizer) for prompt in prompts])
+            drawn = _with_edges([tokenize(prompt, tokenizer) for prompt in prompts], target)
             maps += [
-                token_map(ssm, tokenizer, prompt, target=target, window=window, align=align, through=through, name=name)
-                for prompt in prompts
+                token_map(
+                    ssm,
+                    tokenizer,
+                    prompt,
+                    target=target,
+                    window=window,
+                    align=align,
+                    through=through,
+                    full_answer=full_answer,
+                    name=name,
+                )
+                for prompt in drawn
             ]
     verb = wrote(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +162,19 @@ def heatmap(
         out.write_text(plots.heatmap_page(*maps, limit=limit), encoding="utf-8")
     else:
         plots.heatmap_figure(*maps, limit=limit).savefig(out, dpi=200)
-    typer.echo(f"{verb} {out}: {len(maps)} heat map{'s' if len(maps) > 1 else ''}, token -> {target}")
+    answers = ", ".join(dict.fromkeys(one.answer for one in maps))
+    typer.echo(f"{verb} {out}: {len(maps)} heat map{'s' if len(maps) > 1 else ''}, token -> {target}; asked: {answers}")
+
+
+def _with_edges(rows: list[TokenizedPrompt], target: str) -> list[Prompt]:
+    """The prompts that have the target; says which have not."""
+    check_edges_exist(rows, range(max(map(len, rows))), [target])
+    without = [row.prompt.id or row.prompt.text for row in rows if not row.positions(target)]
+    if without:
+        typer.echo(
+            f"left out {len(without)} of {len(rows)} prompts, in which no token is {target}: {', '.join(without)}"
+        )
+    return [row.prompt for row in rows if row.positions(target)]
 
 
 def _one_map(

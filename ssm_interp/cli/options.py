@@ -27,6 +27,7 @@ Columns = Annotated[
 ]
 SkipBad = Annotated[bool, option("skip_bad", "--skip-bad")]
 Limit = Annotated[int, option("limit", min=0)]
+FullAnswer = Annotated[bool, option("full_answer", "--full-answer")]
 Seed = Annotated[int, option("seed")]
 Ids = Annotated[list[str] | None, option("ids", "--id", show_default="all")]
 Alignment = Annotated[Align, option("align")]

@@ -33,6 +33,9 @@ def run(
     facts: Annotated[str | None, _instead("Ask these facts instead.", "--facts")] = None,
     column: Columns = None,
     limit: Annotated[int | None, _instead("Ask so many prompts; 0: all.", "--limit", min=0)] = None,
+    full_answer: Annotated[
+        bool | None, _instead("Score every token of an answer, not its first one alone.", "--full-answer")
+    ] = None,
     window: Annotated[list[int] | None, _instead("Layers per window.", "--window")] = None,
     prompt: Annotated[list[str] | None, _instead("Prompts of a heat map, by id.", "--prompt")] = None,
     device: Annotated[str | None, option("device", show_default="auto")] = None,
@@ -55,6 +58,7 @@ def run(
         "facts.source": facts,
         "facts.columns": columns_of(column) if column or not facts else {},
         "facts.limit": limit,
+        "facts.full_answer": full_answer,
         "sweep.windows": window,
         "plot.prompts": prompt,
     }

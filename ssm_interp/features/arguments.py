@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,22 +29,20 @@ def whole_texts(ssm: Attachment, inputs: Any) -> tuple[dict[str, Any], Bool[Tens
         FeatureError: no ids of the model; a cache, packed sequences, or anything else by which a row is not one whole
             text; a mask of another shape, or without a token in some row.
     """
+    named = inputs if isinstance(inputs, Mapping) else {}
+    if unfit := [name for name in UNFIT if named.get(name) is not None]:
+        raise FeatureError(f"the inputs hold {unfit[0]}, but a row must be one whole text, as ids; leave it out")
     try:
         refuse_virtual_tokens(ssm.model, "a row must be one whole text, column by column")
         given = as_inputs(inputs, ssm.model)
     except HookError as error:
         raise FeatureError(str(error)) from None
-    if unfit := [name for name in UNFIT if name in given]:
-        raise FeatureError(f"the inputs hold {unfit[0]}, but a row must be one whole text, as ids; leave it out")
     if "input_ids" not in given:
         raise FeatureError(f"inputs must have input_ids [b t]; these have {list(given)}")
     ids = given["input_ids"]
     mask = given.get("attention_mask", torch.ones_like(ids))
-    if mask.shape != ids.shape or not mask.bool().any(1).all():
-        raise FeatureError(
-            f"attention_mask must be [b t] = {list(ids.shape)}, as input_ids, with a token in every row; got "
-            f"{list(mask.shape)} with {mask.bool().flatten(1).sum(1).tolist()} tokens"
-        )
+    if mask.shape != ids.shape:
+        raise FeatureError(f"attention_mask must be [b t] = {list(ids.shape)}, as input_ids, got {list(mask.shape)}")
     return given, mask.bool()
 
 

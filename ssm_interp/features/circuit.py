@@ -15,10 +15,11 @@ from ssm_interp.features.arguments import whole_number
 from ssm_interp.features.circuit_trials import Asked, EdgeGroup, Trials
 from ssm_interp.features.groups import ALL, FeatureError, check_attached, check_groups, feature_groups
 from ssm_interp.features.metrics import Metric
-from ssm_interp.hooks import Attachment, InterventionError, Knockout
+from ssm_interp.hooks import Attachment, InterventionError, Knockout, warn_hooked
 from ssm_interp.hooks.interventions import as_indices, as_number
 from ssm_interp.plots import circuit_figure, short
-from ssm_interp.prompts import Batch
+from ssm_interp.prompts import Batch, warn_shared
+from ssm_interp.reprs import short_repr
 
 METRICS = {
     "logprob": "the answer's ln p (nats)",
@@ -46,6 +47,7 @@ class Circuit:
         trials: how many sets of knockouts were tried, each on every prompt.
         log: a row per round and group that was still there: round, layer, source, target, feature_group, metric (with
             that group removed too), change (of the metric from `clean`), removed (whether the round removed it).
+        first_tokens: how many of the prompts were asked for the first token alone of an answer that has several.
     """
 
     groups: tuple[EdgeGroup, ...]
@@ -61,6 +63,9 @@ class Circuit:
     prompts: int
     trials: int
     log: pd.DataFrame
+    first_tokens: int = 0
+
+    __repr__ = short_repr
 
     @property
     def faithfulness(self) -> float:
@@ -100,7 +105,8 @@ class Circuit:
 
     @property
     def _counted(self) -> str:
-        return f"{self.prompts} prompt{'' if self.prompts == 1 else 's'}"
+        first = f", {self.first_tokens} by first token" if self.first_tokens else ""
+        return f"{self.prompts} prompt{'' if self.prompts == 1 else 's'}{first}"
 
     @property
     def _size(self) -> str:
@@ -146,8 +152,8 @@ def find_circuit(
         roles: who the positions are: roles or single positions of the prompts of a batch, or a name for each set of
             columns, as a Knockout takes positions; None: `fact_roles`. Every position but padding must have exactly
             one role.
-        metric: "logprob", "probability" or "accuracy" of the prompts' targets, or a function from the logits at the
-            last token `[b v]` (float64) to a number per prompt `[b]`.
+        metric: "logprob", "probability" or "accuracy" of the first tokens of the prompts' targets, or a function from
+            the logits at the last token `[b v]` (float64) to a number per prompt `[b]`.
         layers: in which edges are removed, one or a sequence; None: all that have the streams.
         features: groups of features, as `flow.sweep` takes them, no two with the same feature; the edges of features
             that are in none stay in place. None: all features together.
@@ -163,6 +169,10 @@ def find_circuit(
             batch size below 1; a model in training mode.
         InterventionError: a layer, stream or feature that the model does not have; a position outside of a prompt.
         PromptError: an unknown role.
+
+    Warns:
+        SharedTokenWarning: prompts ask for a first token with which the answers of others begin too.
+        HookedWarning: hooks are on hook points, under which every trial runs.
 
     Cost: with k edge groups, up to 2k trials in each round, and a few rounds (k at most); a trial is a forward pass of
         the prompts with knockouts at its layers, and trials share forward passes. `Circuit.trials` counts them.
@@ -181,11 +191,14 @@ def find_circuit(
         raise FeatureError(f"{type(ssm.model).__name__} is in training mode; call model.eval() first")
     if progress is not None and not callable(progress):
         raise FeatureError(f"progress must be a function of (trials done, trials known), got {progress!r:.200}")
+    warn_hooked(ssm, "the circuit search")
     batch_size, allowed = whole_number(batch_size, "batch_size"), _tolerance(tolerance)
     where = _layers(ssm, layers, through)
     shares = _features(ssm, features, where, through)
     asked = Asked.of(ssm, inputs, roles)
     trials = Trials(ssm, asked, shares, through, metric, batch_size)
+    prompts = inputs.prompts if isinstance(inputs, Batch) and isinstance(metric, str) else ()
+    warn_shared(prompts)
     everything = [
         EdgeGroup(layer, source, target, name)
         for layer in where
@@ -210,6 +223,7 @@ def find_circuit(
         prompts=len(asked.mask),
         trials=trials.count,
         log=pd.DataFrame(search.log, columns=LOG),
+        first_tokens=sum(len(row.answer_ids) > 1 for row in prompts),
     )
 
 

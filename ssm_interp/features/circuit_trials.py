@@ -19,6 +19,7 @@ from ssm_interp.hooks import Attachment, Knockout
 from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.positions import position_mask
 from ssm_interp.prompts import Batch
+from ssm_interp.reprs import short_repr
 
 METRICS: Mapping[str, Callable[[Tensor], Metric]] = {
     "logprob": log_probability,
@@ -91,6 +92,8 @@ class Asked:
     mask: Int[Tensor, "b t"]
     roles: Mapping[str, Bool[Tensor, "b t"]]
     targets: Int[Tensor, " b"] | None
+
+    __repr__ = short_repr
 
     @staticmethod
     def of(ssm: Attachment, inputs: Any, roles: Any) -> Asked:
@@ -263,6 +266,9 @@ class Trials:
             "targets": [self.columns[target][row] for row in rows] * len(roles),
             "through": self.through,
         }
+        pairs = zip(edges["targets"], read, strict=True)
+        if not any(sources and targets and max(targets) >= min(sources) for targets, sources in pairs):
+            return []  # in these rows the sources come after the targets
         if features is None:
             return [Knockout(**edges, layers=layers)]
         return [Knockout(**edges, layers=layer, features=features[layer]) for layer in layers]

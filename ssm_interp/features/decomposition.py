@@ -15,6 +15,7 @@ from ssm_interp.features.arguments import chosen_layers, columns, whole_texts
 from ssm_interp.features.groups import ALL, FeatureError, Groups, check_groups
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
+from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms, attention_rows
 from ssm_interp.scan.unified import unified_rows
 
@@ -59,6 +60,8 @@ class Decomposition:
     groups: tuple[str, ...]
     parts: Mapping[str, Float[Tensor, "b r ..."]]
     whole: Float[Tensor, "b r ..."]
+
+    __repr__ = short_repr
 
     @property
     def rest(self) -> Float[Tensor, "b r ..."]:
@@ -162,6 +165,9 @@ class Group(NamedTuple):
     name: str
     dims: Bool[Tensor, "h n"]
     heads: Bool[Tensor, " h"]
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @property
     def whole_heads(self) -> bool:

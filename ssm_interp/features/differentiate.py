@@ -21,6 +21,7 @@ from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.own import Watch, own_operators, watching
 from ssm_interp.hooks.points import ON_REQUEST
 from ssm_interp.hooks.positions import position_mask
+from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms
 
 Call = tuple[slice, Terms, Tensor]
@@ -48,6 +49,8 @@ class Question:
     positions: Positions
     layers: tuple[int, ...]
     edges: Mapping[int, Bool[Tensor, "b t s"]]
+
+    __repr__ = short_repr
 
     @staticmethod
     def of(ssm: Attachment, inputs: Any, metric: Metric, positions: Positions, layers: tuple[int, ...]) -> Question:
@@ -77,20 +80,30 @@ class Question:
         """The metric with all edges of the layers scaled, and layer -> its operator calls.
 
         Raises:
-            FeatureError: the metric does not depend on the logits.
+            FeatureError: the metric does not depend on the logits, or these not on the layers.
         """
         with self._captured(scale) as captured:
-            value = measure(self.metric, self.logits())
+            logits = self.logits()
+            value = measure(self.metric, logits)
         ys = [call["y"] for calls in captured.values() for call in calls]
         gradients = torch.autograd.grad(value.sum(), ys, allow_unused=True) if value.requires_grad else [None]
         if all(gradient is None for gradient in gradients):
             raise FeatureError(
-                "the metric does not depend on the logits through anything that can be differentiated: compute it from "
-                "the tensor that it is given, without .item(), .detach(), argmax or numpy"
+                "the model's logits have no gradient with respect to its SSM layers: quantised layers give none; load "
+                "the model without quantisation"
+                if self._metric_has_gradient(logits)
+                else "the metric does not depend on the logits through anything that can be differentiated: compute it "
+                "from the tensor that it is given, without .item(), .detach(), argmax or numpy"
             )
         at_y = iter(gradients)
         found = {layer: self._calls(layer, calls, [next(at_y) for _ in calls]) for layer, calls in captured.items()}
         return value.detach(), found
+
+    def _metric_has_gradient(self, logits: Float[Tensor, "b *t v"]) -> bool:
+        """Whether the metric depends on such logits by itself."""
+        given = logits.detach().requires_grad_()
+        value = self.metric(given)
+        return value.requires_grad and torch.autograd.grad(value.sum(), given, allow_unused=True)[0] is not None
 
     def logits(self) -> Float[Tensor, "b *t v"]:
         """The logits that the metric gets, of one forward."""

@@ -18,7 +18,8 @@ from ssm_interp.features.differentiate import Question
 from ssm_interp.features.edges import EdgeAttribution
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.features.metrics import Metric, Positions, measure
-from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each
+from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each, warn_hooked
+from ssm_interp.reprs import short_repr
 
 FAST_INPUTS = {"input_ids", "attention_mask"}
 
@@ -36,6 +37,8 @@ class EdgeCheck:
     """
 
     frame: pd.DataFrame
+
+    __repr__ = short_repr
 
     def correlation(self, chosen: str | None = None, at_least: float = 0.0) -> float:
         """Spearman's rank correlation of attribution and exact effect; NaN where there is none to be had.
@@ -90,6 +93,7 @@ def check_edges(
     top, random = whole_number(top, "top", least=0), whole_number(random, "random", least=0)
     seed = whole_number(seed, "seed", least=0)
     question = Question.of(ssm, inputs, metric, positions, found.layers)
+    warn_hooked(ssm, "the check")
     if found.mask.shape != question.mask.shape or not torch.equal(found.mask, question.mask):
         raise FeatureError(
             f"the attribution is of inputs {list(found.mask.shape)} with {int(found.mask.sum())} tokens, but these are "
@@ -108,17 +112,19 @@ def check_edges(
     exact = np.full(len(chosen), np.nan)
     with torch.no_grad():
         for row, part in chosen.groupby("row"):
-            knockouts = [_knockout(found, edge) for edge in part.to_dict("records")]
-            exact[part.index] = list(_effects(question, int(row), knockouts))
+            knockouts = {edge: _knockout(found, edges) for edge, edges in part.to_dict("index").items()}
+            acting = {edge: knockout for edge, knockout in knockouts.items() if knockout is not None}
+            exact[part.index] = 0.0
+            exact[list(acting)] = list(_effects(question, int(row), list(acting.values())))
     return EdgeCheck(chosen.assign(exact=exact))
 
 
-def _knockout(found: EdgeAttribution, edge: dict[str, Any]) -> Knockout:
-    """The knockout of an edge, in its row alone."""
+def _knockout(found: EdgeAttribution, edge: dict[Any, Any]) -> Knockout | None:
+    """The knockout of an edge, in its row alone; None of a group that has no features in the edge's layer."""
     group = (found.features or {}).get(edge.get("group", ""))
     features = None if group is None else group.get(edge["layer"])
     if group is not None and features is None:
-        return Knockout(sources=[()] * len(found.mask), targets=[()] * len(found.mask), layers=edge["layer"])
+        return None
     rows = range(len(found.mask))
     sources, targets = ([(edge[name],) if row == edge["row"] else () for row in rows] for name in ("source", "target"))
     return Knockout(sources=sources, targets=targets, layers=edge["layer"], features=features)

@@ -19,7 +19,7 @@ from ssm_interp.features.arguments import chosen_layers, row_tokens, whole_numbe
 from ssm_interp.features.differentiate import Question
 from ssm_interp.features.groups import FeatureError, Groups, PlainGroups, check_groups
 from ssm_interp.features.metrics import Metric, Positions
-from ssm_interp.hooks import Attachment, HookPoints
+from ssm_interp.hooks import Attachment, HookPoints, warn_hooked
 from ssm_interp.hooks.interventions import as_index
 from ssm_interp.hooks.plan import feature_mask
 from ssm_interp.scan import edge_products
@@ -201,6 +201,9 @@ def edge_attribution(
             features, of states, of the matrix); hooks on hook_write, hook_state or hook_attn; a cache or packed
             sequences among the inputs; steps below 1.
 
+    Warns:
+        HookedWarning: hooks are on other hook points, under which the gradient is taken.
+
     Cost: a forward and a backward from the logits down to the first of the layers, for each step, and per layer a
         product of L^2 H P N (Mamba-1) or L^2 H P (Mamba-2) multiplications, for each group in proportion to its heads.
         Memory O(layers groups L^2) beside what the backward needs. On the CPU the library's own operator runs in the
@@ -218,6 +221,7 @@ def edge_attribution(
     groups = None if features is None else _groups(ssm, features, chosen)
     masks = None if groups is None else _group_masks(ssm, groups, chosen)
     question = Question.of(ssm, inputs, metric, positions, chosen)
+    warn_hooked(ssm, "the attribution")
     total, clean, without = None, None, None
     for scale, weight in _nodes(steps):
         value, products = _products(question, masks, scale)

@@ -20,6 +20,7 @@ from ssm_interp.features.metrics import logits_of, token_ids
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.features.stream import frozen_scale, graph_from, last_norm, written_share
 from ssm_interp.hooks import Attachment
+from ssm_interp.reprs import short_repr
 
 MEAN = "mean"
 
@@ -55,6 +56,8 @@ class LogitAttribution:
     parts: Mapping[str, Float[Tensor, "b l _ _"]]
     difference: Float[Tensor, " b"]
     model: str
+
+    __repr__ = short_repr
 
     @property
     def rest(self) -> Float[Tensor, " b"]:
@@ -161,7 +164,7 @@ def logit_attribution(
         logits, end = run.logits, ends[-1]
         with torch.enable_grad():
             difference = _difference(logits[:, column], ids, others)
-            slope = torch.autograd.grad(difference.sum(), end.leaving)[0][:, column]
+            slope = _slope(difference, end.leaving)[:, column]
         direction = frozen_scale(end, column) * slope  # b m: in the residual stream
     shares = written_share(ssm, given["input_ids"][:1, -1:])
     with precisely(direction.device):
@@ -185,6 +188,16 @@ def _attributed(
 
     parts = parts_at(record, column, by, groups_of(record, features), along)
     return parts | {"out_bias": (direction @ record.bias)[:, None, None]}
+
+
+def _slope(difference: Float[Tensor, " b"], leaving: Float[Tensor, "b t m"]) -> Float[Tensor, "b t m"]:
+    found = torch.autograd.grad(difference.sum(), leaving, allow_unused=True)[0] if difference.requires_grad else None
+    if found is None:
+        raise FeatureError(
+            "the output head gives no gradient (quantised layers have none), along which what a layer writes could be "
+            "attributed; load the model without quantisation"
+        )
+    return found
 
 
 def _others(other: Any) -> Int[Tensor, " r"] | str | None:

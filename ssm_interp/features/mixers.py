@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_interp.features.arguments import chosen_layers, whole_texts
 from ssm_interp.features.groups import FeatureError
-from ssm_interp.hooks import Attachment, Run
+from ssm_interp.hooks import Attachment, Run, warn_hooked
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.own import in_this_thread
+from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms
 from ssm_interp.scan.unified import Convolution
 
@@ -56,6 +57,8 @@ class MixerRecord:
     output: Float[Tensor, "b t m"]
     activation: str
 
+    __repr__ = short_repr
+
     @cached_property
     def gate(self) -> Float[Tensor, "b t h p"]:
         """What each feature is multiplied by behind the operator: the gate, and where there is one, the norm's scale.
@@ -93,8 +96,11 @@ def record_mixers(ssm: Attachment, inputs: Any, *, layers: Any = None) -> dict[i
 
     Raises:
         FeatureError: a model without SSM layers; an unknown layer; an edit at work in this thread; inputs that are not
-            whole texts by ids of the model (a filled cache among them); an output projection whose weights are not a
-            plain matrix (quantised).
+            whole texts by ids of the model (a filled cache among them); an output projection that quantises its inputs,
+            so that it is no matrix product.
+
+    Warns:
+        HookedWarning: hooks are on hook points, so that the record is of the model under them.
 
     Cost: one forward without gradients, and per layer about ten tensors of the size of x.
 
@@ -117,6 +123,7 @@ def run_recorded(
             "an edit is at work, under which a mixer's output is not M x and what follows it; leave the "
             "`with ssm.edit(...)` block first"
         )
+    warn_hooked(ssm, "the forward that is taken apart", stacklevel=3)
     projections: dict[int, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
         for layer in chosen:
@@ -152,24 +159,17 @@ def _record(ssm: Attachment, run: Run, layer: int, inner: Tensor, output: Tensor
             stack.enter_context(align_module_device(part))  # an offloaded layer has its weights elsewhere
         A = kept(-torch.exp(module.A_log.float()), h, -1)  # as every host computes it
         skip = kept(module.D, h, 1)
-        projection = module.out_proj
-        if not projection.weight.dtype.is_floating_point or projection.weight.shape != (output.shape[-1], h * p):
-            raise FeatureError(
-                f"layer {layer}: the output projection ({type(projection).__name__}) keeps its weight as "
-                f"{projection.weight.dtype} {list(projection.weight.shape)}; a plain matrix [{output.shape[-1]}, "
-                f"{h * p}] is needed. Load the model without quantisation"
-            )
-        weight = kept(projection.weight, -1, h, p)
-        bias = weight.new_zeros(len(weight)) if projection.bias is None else kept(projection.bias, -1)
+        matrix, offset = _projection(module.out_proj, layer, inner, output)
+        weight, bias = kept(matrix, -1, h, p), kept(offset, -1)
         taps = kept(module.conv1d.weight[: h * p].flip(-1), h, p, -1)
-        offset = weight.new_zeros(h, p) if module.conv1d.bias is None else kept(module.conv1d.bias[: h * p], h, p)
+        shift = weight.new_zeros(h, p) if module.conv1d.bias is None else kept(module.conv1d.bias[: h * p], h, p)
     terms = Terms(*(tensor.detach().to(dtype) for tensor in (x, dt, A, B, C)))
     return MixerRecord(
         layer=layer,
         terms=terms,
         y=kept(y, *x.shape),
         inputs=kept(run["conv", layer][..., : h * p], *x.shape),
-        convolution=Convolution(taps, offset),
+        convolution=Convolution(taps, shift),
         skip=skip,
         inner=kept(inner, *x.shape),
         weight=weight,
@@ -177,3 +177,27 @@ def _record(ssm: Attachment, run: Run, layer: int, inner: Tensor, output: Tensor
         output=kept(output, *output.shape),
         activation=str(module.activation),
     )
+
+
+def _projection(module: nn.Module, layer: int, inner: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight `[m d]` and bias `[m]` of an output projection; of one that keeps them in another form (quantised, an
+    adapter beside it), what it does to the identity and to nothing.
+
+    Raises:
+        FeatureError: what it does is no matrix product, as where it quantises its inputs.
+    """
+    held = getattr(module, "weight", None)
+    if type(module) is nn.Linear and type(held) is nn.Parameter and held.is_floating_point():
+        return held, held.new_zeros(len(held)) if module.bias is None else module.bias
+    width = inner.shape[-1]
+    rows = torch.cat([torch.eye(width, dtype=inner.dtype, device=inner.device), inner.new_zeros(1, width)])
+    *columns, bias = module.forward(rows).detach().to(torch.promote_types(output.dtype, torch.float32))
+    weight = (torch.stack(columns) - bias).T
+    off = float((inner.to(weight) @ weight.T + bias - output).abs().max() / output.abs().max().clamp(min=1e-30))
+    if off > max(1e-4, 8 * torch.finfo(output.dtype).eps):
+        raise FeatureError(
+            f"layer {layer}: the output projection ({type(module).__name__}) is no matrix product: it is {off:.1%} off "
+            "the nearest one, as where inputs are quantised. Load the model without quantisation, or with that of the "
+            "weights alone"
+        )
+    return weight, bias

@@ -27,7 +27,7 @@ from ssm_interp.features.groups import (
     decay_rates,
     unknown_statistic,
 )
-from ssm_interp.hooks import Attachment
+from ssm_interp.hooks import Attachment, warn_hooked
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.interventions import as_list
 from ssm_interp.hooks.own import Watch, watching
@@ -147,6 +147,7 @@ def spectrum(
     """
     wanted = _wanted(ssm, inputs, statistics)
     batch_size = whole_number(batch_size, "batch_size")
+    warn_hooked(ssm, "the spectrum")
     name = name or ssm.name
     norms = {DECAY_NORM: decay_norms(ssm)}
     if not set(wanted) - {DECAY_NORM}:

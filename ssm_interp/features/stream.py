@@ -16,6 +16,7 @@ from ssm_interp.features.groups import FeatureError
 from ssm_interp.hooks import Attachment
 from ssm_interp.hooks.blocks import blocks_of
 from ssm_interp.hooks.own import in_this_thread
+from ssm_interp.reprs import short_repr
 
 
 @dataclass
@@ -29,6 +30,8 @@ class StreamEnd:
 
     entering: Tensor
     leaving: Tensor
+
+    __repr__ = short_repr
 
 
 def last_norm(ssm: Attachment) -> nn.Module:
@@ -51,7 +54,7 @@ def last_norm(ssm: Attachment) -> nn.Module:
     ]
     if len(norms) != 1:
         raise FeatureError(f"{name} has {len(norms)} norms beside its blocks; direct logit attribution needs the last")
-    _check_scales(norms[0], head.weight.shape[-1])
+    _check_scales(norms[0])
     return norms[0]
 
 
@@ -152,9 +155,9 @@ def frozen_scale(end: StreamEnd, column: int) -> Float[Tensor, "b m"]:
 
 
 @torch.no_grad()
-def _check_scales(norm: Any, width: int) -> None:
+def _check_scales(norm: Any) -> None:
     with align_module_device(norm):  # an offloaded one has its weights elsewhere
-        one = torch.zeros(1, 1, width, dtype=norm.weight.dtype, device=norm.weight.device)
+        one = torch.zeros(1, 1, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
         one[..., 0] = 1
         elsewhere = norm(one)[..., 1:]
     if (elsewhere != 0).any():

@@ -17,6 +17,7 @@ from ssm_interp.features.arguments import chosen_layers, columns, indices, row_t
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
+from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms, attention, attention_rows
 from ssm_interp.scan.attention import Reduction
 from ssm_interp.scan.blocks import SLAB_BYTES
@@ -72,6 +73,8 @@ class AttentionView:
     values: Float[Tensor, "b *c r s"]
     bias: Float[Tensor, "b *c r"] | None
     model: str
+
+    __repr__ = short_repr
 
     def plot(self, tokens: Sequence[Any], *, row: int = 0, **options: Any) -> Figure:
         """Heat map of a row of the batch: `plots.attention_figure`.

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ssm_interp.flow.metrics import Outcome, outcome, outcome_of_all
+from ssm_interp.flow.named_edges import edge_count
 from ssm_interp.flow.windows import Window
 from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each
 from ssm_interp.prompts import Batch
+from ssm_interp.reprs import short_repr
 
 ALL_FEATURES = "all"
 
@@ -38,9 +41,12 @@ class Variant:
     features: Mapping[int, Any] | None = field(default=None, compare=False)
     through: tuple[str, ...] | None = None
 
+    __repr__ = short_repr
+
     def knockouts(self, batch: Batch) -> tuple[Knockout, ...]:
-        """The interventions on a batch: one for the window, or one per layer where features are chosen."""
-        if not self.window.layers:
+        """The interventions on a batch: one for the window, or one per layer where features are chosen; none where no
+        prompt of the batch has such an edge."""
+        if not self.window.layers or not any(edge_count(row, self.source, self.target) for row in batch.prompts):
             return ()
         edges = {
             "sources": batch.positions(self.source),
@@ -62,9 +68,53 @@ class Answers(NamedTuple):
     rows: list[int]
     logits: Float[Tensor, "m r v"]
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 Engine = Callable[[Attachment, Batch, Sequence[Variant]], Iterator[Answers]]
 """Yields the answers of every row under every variant, in any order, in pieces that fit into memory."""
+
+
+class Scored(NamedTuple):
+    """What some rows of a batch say about their answers under some variants."""
+
+    variants: list[int]
+    rows: list[int]
+    outcome: Outcome
+    dtype: torch.dtype  # of the logits
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+
+Score = Callable[[Attachment, Batch, Sequence[Variant]], Iterator[Scored]]
+"""Yields what every row says about its answer under every variant, in any order."""
+
+
+def of_first_token(engine: Engine) -> Score:
+    """Score the first token of each answer, with an engine's logits."""
+
+    def score(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Scored]:
+        for found in engine(ssm, batch, variants):
+            logits = found.logits
+            yield Scored(found.variants, found.rows, outcome(logits, batch.target_ids[found.rows]), logits.dtype)
+
+    return score
+
+
+def of_full_answer(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Scored]:
+    """Score all tokens of each answer: their joint probability, each given the right ones before it.
+
+    Args:
+        batch: of prompts with their answers behind them, see `TokenizedPrompt.continued`. Edges are those of the
+            prompt: what the answer's later tokens read stays as it is.
+
+    Cost: len(variants) forward passes of the batch.
+    """
+    answers = [row.answer_ids for row in batch.prompts]
+    for number, logits in enumerate(_forwards(ssm, batch, variants)):
+        yield Scored([number], list(range(len(answers))), outcome_of_all(logits, answers), logits.dtype)
 
 
 def full_forwards(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Answers]:
@@ -72,14 +122,20 @@ def full_forwards(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) ->
 
     Cost: len(variants) forward passes of the batch; memory of one.
     """
+    for number, logits in enumerate(_forwards(ssm, batch, variants)):
+        yield Answers([number], list(range(len(batch.prompts))), logits[None, :, -1])
+
+
+def _forwards(ssm: Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Float[Tensor, "b t v"]]:
+    """The logits of the batch under each variant."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     takes = inspect.signature(ssm.model.forward).parameters
     if "position_ids" in takes and not batch.attention_mask.all():  # else padding would move learned positions
         inputs["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-    for number, variant in enumerate(variants):
+    for variant in variants:
         with torch.no_grad(), ssm.edit(*variant.knockouts(batch)):
             output = ssm.model(**inputs, use_cache=False)
-        yield Answers([number], list(range(len(batch.prompts))), output.logits[None, :, -1])
+        yield output.logits
 
 
 def rows_engine(max_memory: int | None = None) -> Engine:

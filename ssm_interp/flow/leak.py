@@ -16,6 +16,7 @@ from ssm_interp.flow.summary import KEYS, mean_interval, summarise
 from ssm_interp.flow.sweep import sweep
 from ssm_interp.hooks import Attachment
 from ssm_interp.prompts import Prompt
+from ssm_interp.reprs import short_repr
 
 THROUGH: Mapping[str, tuple[str, ...]] = {"ssm": ("ssm",), "conv": ("conv",), "ssm + conv": ("ssm", "conv")}
 
@@ -34,6 +35,8 @@ class LeakReport:
     """
 
     frame: pd.DataFrame
+
+    __repr__ = short_repr
 
     def by_prompt(self) -> pd.DataFrame:
         """One row per prompt and knockout.
@@ -54,7 +57,7 @@ class LeakReport:
 
         Returns:
             The keys; `ssm`, `conv`, `ssm + conv`: mean relative change of the answer's probability in %; `leak` with
-            its t interval `low` to `high`: the mean of `by_prompt`'s; `n` prompts.
+            its interval `low` to `high` (bootstrap): the mean of `by_prompt`'s; `n` prompts.
         """
         changes = self.frame.groupby([*KEYS, "through"], sort=False)["relative_change"].mean().unstack("through")
         leak = mean_interval(self.by_prompt().groupby(KEYS, sort=False)["leak"], level)
@@ -82,8 +85,8 @@ def leak(
         tokenizer: the model's own; a fast one.
         prompts: with distinct ids (or texts).
         sources: roles, or positions, no longer read.
-        options: as of `sweep`: targets, windows, align, answered_only, batch_size, max_memory, name, revision; but
-            features (the convolution feeds all of them together) and through.
+        options: as of `sweep`: targets, windows, align, answered_only, full_answer, batch_size, max_memory, name,
+            revision; but features (the convolution feeds all of them together) and through.
 
     Raises:
         TypeError: `features` or `through` among the options.

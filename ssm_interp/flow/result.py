@@ -17,10 +17,13 @@ from matplotlib.figure import Figure
 from ssm_interp import plots
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.windows import Align, FlowError
+from ssm_interp.reprs import short_repr
 
 METADATA = b"ssm_interp.flow"
 COLUMNS = [
     "prompt_id",
+    "answer",
+    "unasked",
     "model",
     "revision",
     "source",
@@ -50,6 +53,7 @@ class FlowRun:
         asked: how many prompts it was asked.
         kept: how many of them are in the table: those that it answered correctly, unless all were asked for.
         engine: how the answers were computed: as rows of one step, or by full forwards and why.
+        full_answer: whether every token of the answers was scored, not the first one alone.
     """
 
     model: str
@@ -59,6 +63,7 @@ class FlowRun:
     asked: int
     kept: int
     engine: str
+    full_answer: bool = False
 
     @property
     def x_label(self) -> str:
@@ -72,11 +77,13 @@ class FlowResult:
     """Every number of a sweep, or of several.
 
     Attributes:
-        frame: one row per prompt, source, target, feature group and window, with the columns `prompt_id`, `model`,
-            `revision`, `source`, `target`, `feature_group` ("all": all features); `layer`, the one that the window is
-            drawn at (its first or its centre); `window_start`, its first layer; `window_size`, w (centred windows have
-            fewer layers at the ends); `n_edges`, edges removed in each of them; `p_base`, `p`, `relative_change` in %,
-            `logprob_difference` (see `changes`); `hit`, whether the target is (still) the most likely token.
+        frame: one row per prompt, source, target, feature group and window, with the columns `prompt_id`; `answer`,
+            what it is asked for (`Paris`, or the first token of several, `"·P" of "Prague"`); `unasked`, how many
+            further tokens that answer has; `model`, `revision`, `source`, `target`, `feature_group` ("all": all
+            features); `layer`, the one that the window is drawn at (its first or its centre); `window_start`, its first
+            layer; `window_size`, w (centred windows have fewer layers at the ends); `n_edges`, edges removed in each of
+            them; `p_base`, `p`, `relative_change` in %, `logprob_difference` (see `changes`); `hit`, whether what is
+            asked for is (still) most likely.
         runs: how each model was swept.
 
     Raises:
@@ -88,6 +95,8 @@ class FlowResult:
 
     frame: pd.DataFrame
     runs: tuple[FlowRun, ...]
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if missing := [column for column in COLUMNS if column not in self.frame.columns]:
@@ -114,7 +123,7 @@ class FlowResult:
         """Means over prompts with intervals, and medians, per model, source, target, feature group and window.
 
         Args:
-            options: level, interval ("t" or "bootstrap"), resamples, seed; see `summarise`.
+            options: level, interval ("bootstrap" or "t"), resamples, seed; see `summarise`.
         """
         return summarise(self.frame, **options)
 

@@ -116,6 +116,9 @@ class Study(BaseModel):
     seed: int = Field(0, description="Of that draw.")
     ids: tuple[str, ...] | None = Field(None, min_length=1, description="Ask the prompts with these ids alone.")
     answered_only: bool = Field(True, description="Leave out the prompts that the model answers wrongly.")
+    full_answer: bool = Field(
+        False, description="Score every token of an answer, not its first one alone; a full forward per knockout."
+    )
     sources: tuple[Source, ...] = Field(
         ("subject", "relation", "first", "last"), min_length=1, description="Roles, or positions, no longer read."
     )

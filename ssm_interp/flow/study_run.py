@@ -7,6 +7,7 @@ import logging
 import platform
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import ssm_interp
 from ssm_interp.features import feature_groups
 from ssm_interp.flow.engine import CLEAN, full_forwards
+from ssm_interp.flow.named_edges import check_edges_exist
 from ssm_interp.flow.result import FlowResult
 from ssm_interp.flow.study import Study, StudyError
 from ssm_interp.flow.study_held import check_held, held_on, measured
@@ -29,10 +31,18 @@ from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_store import Store, digest
 from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, check_distinct, device_of, sweep
 from ssm_interp.flow.windows import NothingAnswered, windows
-from ssm_interp.hooks import Attachment, attach
+from ssm_interp.hooks import Attachment, SsmInterpWarning, attach
 from ssm_interp.hooks.rows import default_memory
 from ssm_interp.models import load, load_outline, load_tokenizer
-from ssm_interp.prompts import Prompt, PromptError, load_prompts, pad, tokenize, with_ids
+from ssm_interp.prompts import (
+    Prompt,
+    PromptError,
+    load_prompts,
+    pad,
+    tokenize,
+    warn_shared,
+    with_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +72,9 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
         OSError: the folder cannot be written.
         Any error, or KeyboardInterrupt, in the course of the work has a note on what is stored and how to go on.
 
+    Warns:
+        SharedTokenWarning, NoEdgesWarning: as `sweep`, once for all prompts, on rank 0.
+
     Cost: that of `sweep`; reading the weights once more for their sha256, about a second per GB. Memory for a shard.
 
     Example:
@@ -74,8 +87,12 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
         with attach(model) as ssm:
             check_fits(study, ssm)
             asked = facts.askable(tokenizer, say=peers.index == 0)
+            rows = [tokenize(prompt, tokenizer) for prompt in asked]
+            check_edges_exist(rows, study.sources, study.targets, warn=peers.index == 0)
+            if not study.full_answer and peers.index == 0:
+                warn_shared(rows)
             names = {*study.features, *(edit.features for edit in study.held)}
-            statistics = measured(ssm, [tokenize(prompt, tokenizer) for prompt in asked], names)
+            statistics = measured(ssm, rows, names)
             groups = feature_groups(ssm, study.features, statistics=statistics, sets=study.groups)
             job = _Job(study, ssm, tokenizer, asked, groups)
             identity = {
@@ -111,7 +128,8 @@ def check_study(study: Study) -> None:
         ssm_interp.flow.windows.WindowError: a window of 99 layers does not fit: this model has 10 of them; give 1 to 10
     """
     tokenizer = load_tokenizer(study.model, revision=study.revision)
-    StudyFacts(study).askable(tokenizer, say=False)
+    asked = StudyFacts(study).askable(tokenizer, say=False)
+    check_edges_exist([tokenize(prompt, tokenizer) for prompt in asked], study.sources, study.targets, warn=False)
     with attach(load_outline(study.model, revision=study.revision)) as ssm:
         check_fits(study, ssm)
 
@@ -222,7 +240,7 @@ class StudyFacts:
         good, rows = [], len(self.bad)
         for prompt in self.prompts:
             try:
-                tokenize(prompt, tokenizer)
+                tokenize(prompt, tokenizer, full_answer=self.study.full_answer)
                 good.append(prompt)
             except PromptError as error:
                 if not self.study.skip_bad:
@@ -276,22 +294,26 @@ class _Job:
     def _sweep(self, prompts: list[Prompt], max_memory: int, progress: Progress | None) -> FlowResult | None:
         study = self.study
         try:
-            return sweep(
-                self.ssm,
-                self.tokenizer,
-                prompts,
-                sources=study.sources,
-                targets=study.targets,
-                windows=study.windows,
-                align=study.align,
-                features=self.features,
-                through=study.through,
-                answered_only=study.answered_only,
-                batch_size=study.batch_size,
-                max_memory=max_memory,
-                progress=progress,
-                name=study.model,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SsmInterpWarning)  # was said of all shards together
+                return sweep(
+                    self.ssm,
+                    self.tokenizer,
+                    prompts,
+                    sources=study.sources,
+                    targets=study.targets,
+                    windows=study.windows,
+                    align=study.align,
+                    features=self.features,
+                    through=study.through,
+                    answered_only=study.answered_only,
+                    full_answer=study.full_answer,
+                    allow_no_edges=True,
+                    batch_size=study.batch_size,
+                    max_memory=max_memory,
+                    progress=progress,
+                    name=study.model,
+                )
         except NothingAnswered:
             return None
 

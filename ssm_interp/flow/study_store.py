@@ -136,7 +136,7 @@ class Store:
         records = [self.records[name] for name in self.names]
         asked, kept = (sum(record[key] for record in records) for key in ("asked", "kept"))
         if not kept:
-            raise NothingAnswered(asked)
+            raise NothingAnswered(asked, full_answer=self.identity["options"]["full_answer"])
         runs = [_run(record["run"]) for record in records if record["kept"]]
         engine = "; ".join(dict.fromkeys(run.engine for run in runs))
         tables = [self._read(name) for name in self.names if self.records[name]["kept"]]

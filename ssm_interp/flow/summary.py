@@ -13,7 +13,8 @@ from scipy import special, stats
 from ssm_interp.flow.windows import FlowError
 
 KEYS = ["model", "source", "target", "feature_group", "layer", "window_start", "window_size"]
-MEASURED = ["n_edges", "p_base", "p", "relative_change", "logprob_difference", "hit"]
+MEASURED = ["unasked", "n_edges", "p_base", "p", "relative_change", "logprob_difference", "hit"]
+RESAMPLES = 2000
 RESAMPLED_AT_ONCE = 256
 
 Interval = Literal["t", "bootstrap"]
@@ -26,24 +27,31 @@ class _Bounds(NamedTuple):
 
 
 def summarise(
-    frame: pd.DataFrame, *, level: float = 0.95, interval: Interval = "t", resamples: int = 2000, seed: int = 0
+    frame: pd.DataFrame,
+    *,
+    level: float = 0.95,
+    interval: Interval = "bootstrap",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Aggregate per-prompt rows over prompts, one row per model, source, target, feature group and window.
 
     Prompts in which the knockout has no edges (an empty role) count as no change, as in the paper; `n_empty` says how
-    many there are.
+    many there are; `n_first` says how many are asked for the first token of their answer alone.
 
     Args:
         frame: rows as in `FlowResult.frame`.
         level: of every interval, between 0 and 1.
-        interval: of the means: `"t"`, Student's t; or `"bootstrap"`, percentiles of the means of resampled prompts.
+        interval: of the means: `"bootstrap"`, percentiles of the means of resampled prompts, which lie between the
+            smallest and the largest prompt, as skewed as they are; or `"t"`, Student's t, which is symmetric, and cut
+            off at what is possible: no change is below -100 %, nor beyond the change to p = 1.
         resamples: how often the bootstrap draws the prompts anew, with replacement.
         seed: of those draws. A row's interval depends on its own prompts and the seed alone.
 
     Returns:
         The keys `model`, `source`, `target`, `feature_group`, `layer`, `window_start`, `window_size`, in the order in
         which they first occur; then
-        `level`; `n` prompts, `n_empty`;
+        `level`; `n` prompts, `n_empty`, `n_first`;
         `mean`, `low`, `high`: of the relative change in %, with its interval;
         `median`, `median_low`, `median_high`: of the same, with the interval between two order statistics that holds
         the level for any distribution (NaN for too few prompts: below 6 at 95 %);
@@ -52,7 +60,7 @@ def summarise(
         `p_base`, `p`: means;
         `accuracy`, `accuracy_low`, `accuracy_high`: the share of prompts still answered correctly, with Wilson's
         interval.
-        The interval of a mean is not defined (NaN) for a single prompt.
+        The interval of a mean is not defined (NaN) for a single prompt, and has no width where all are equal.
 
     Raises:
         FlowError: missing columns; no rows; a level not between 0 and 1; no such interval; fewer than 1 resample.
@@ -65,7 +73,8 @@ def summarise(
         >>> summarise(result.frame, interval="bootstrap")[["source", "layer", "mean", "low", "high"]]  # doctest: +SKIP
     """
     _check(frame, level, interval, resamples)
-    groups = frame.assign(empty=frame["n_edges"] == 0).groupby(KEYS, sort=False, observed=True, dropna=False)
+    flags = {"empty": frame["n_edges"] == 0, "first": frame["unasked"] > 0}
+    groups = frame.assign(**flags).groupby(KEYS, sort=False, observed=True, dropna=False)
     n, hits = groups.size().to_numpy(), groups["hit"].sum().to_numpy()
     in_order, ends = np.argsort(groups.ngroup(), kind="stable"), np.cumsum(n)
 
@@ -75,8 +84,13 @@ def summarise(
     def of_mean(column: str) -> _Bounds:
         if interval == "bootstrap":
             return _bootstrap(samples(column), level, resamples, seed)
-        return _student(groups[column].mean().to_numpy(), groups[column].std(ddof=1).to_numpy(), n, level)
+        found = _student(groups[column].mean().to_numpy(), groups[column].std(ddof=1).to_numpy(), n, level)
+        least, most = possible[column]
+        ceiling = most.groupby(groups.ngroup()).mean().to_numpy()
+        return _Bounds(*(bound.clip(least, ceiling) for bound in found))
 
+    base = frame["p_base"].astype(float).clip(lower=np.finfo(float).tiny)
+    possible = {"relative_change": (-100.0, 100 * (1 / base - 1)), "logprob_difference": (-np.inf, -np.log(base))}
     change, logprob = of_mean("relative_change"), of_mean("logprob_difference")
     median, accuracy = _order_statistics(samples("relative_change"), level), _wilson(hits, n, level)
     return pd.DataFrame(
@@ -84,6 +98,7 @@ def summarise(
             "level": level,
             "n": groups.size(),
             "n_empty": groups["empty"].sum(),
+            "n_first": groups["first"].sum(),
             "mean": groups["relative_change"].mean(),
             "low": change.low,
             "high": change.high,
@@ -104,9 +119,10 @@ def summarise(
 
 
 def mean_interval(groups: SeriesGroupBy, level: float) -> pd.DataFrame:
-    """`mean`, `low`, `high` (Student's t) and `n` of each group."""
-    found = groups.agg(mean="mean", deviation="std", n="size")
-    bounds = _student(found["mean"].to_numpy(), found["deviation"].to_numpy(), found["n"].to_numpy(), level)
+    """`mean`, `low`, `high` (percentiles of the means of resamples) and `n` of each group."""
+    found = groups.agg(mean="mean", n="size")
+    samples = groups.apply(lambda values: values.to_numpy(float)).tolist()
+    bounds = _bootstrap(samples, level, RESAMPLES, seed=0)
     return found.assign(low=bounds.low, high=bounds.high)[["mean", "low", "high", "n"]]
 
 
@@ -138,7 +154,8 @@ def _bootstrap(samples: list[Numbers], level: float, resamples: int, seed: int) 
         draw, share = np.random.default_rng(seed), np.full(n, 1 / n)
         pieces = [min(RESAMPLED_AT_ONCE, resamples - done) for done in range(0, resamples, RESAMPLED_AT_ONCE)]
         means = np.concatenate([draw.multinomial(n, share, size=piece) / n @ columns for piece in pieces])
-        bounds[:, which] = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        quantiles = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        bounds[:, which] = quantiles.clip(columns.min(0), columns.max(0))  # rounding: the means of equal numbers differ
     return _Bounds(*bounds)
 
 

@@ -14,13 +14,34 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.features import FeatureError, feature_groups
-from ssm_interp.flow.engine import ALL_FEATURES, CLEAN, Answers, Engine, Variant, choose_engine, full_forwards
-from ssm_interp.flow.metrics import changes, outcome
+from ssm_interp.flow.engine import (
+    ALL_FEATURES,
+    CLEAN,
+    Engine,
+    Score,
+    Scored,
+    Variant,
+    choose_engine,
+    full_forwards,
+    of_first_token,
+    of_full_answer,
+)
+from ssm_interp.flow.metrics import changes
+from ssm_interp.flow.named_edges import check_edges_exist, edge_count
 from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, default_size
 from ssm_interp.flow.windows import windows as windows_over
-from ssm_interp.hooks import Attachment
-from ssm_interp.prompts import Batch, Prompt, PromptError, TokenizedPrompt, check_role, pad, tokenize
+from ssm_interp.hooks import Attachment, warn_hooked
+from ssm_interp.prompts import (
+    Batch,
+    Prompt,
+    PromptError,
+    TokenizedPrompt,
+    check_role,
+    pad,
+    tokenize,
+    warn_shared,
+)
 
 Progress = Callable[[int, int], None]
 FeatureGroups = Mapping[str, Mapping[int, Sequence[int] | Sequence[tuple[int, int]]] | None]
@@ -39,6 +60,8 @@ def sweep(
     features: FeatureGroups | Sequence[str] | None = None,
     through: str | Sequence[str] | None = None,
     answered_only: bool = True,
+    full_answer: bool = False,
+    allow_no_edges: bool = False,
     batch_size: int = 32,
     max_memory: int | None = None,
     progress: Progress | None = None,
@@ -62,6 +85,11 @@ def sweep(
         through: the streams in which edges are removed: "ssm", "conv", "attention", or several; None: "ssm" where the
             model has SSM layers, else "attention". Windows run over the layers that have one of them.
         answered_only: leave out the prompts whose target is not the model's most likely next token.
+        full_answer: score every token of the target (the product of their probabilities, each given the right ones
+            before it; answered correctly: each the most likely), not the first one alone. The edges knocked out are
+            those of the prompt all the same. Takes a full forward pass per knockout.
+        allow_no_edges: whether knockouts may all be without any edge in these prompts, and change nothing: where the
+            prompts are a part of more.
         batch_size: prompts per forward pass; prompts of similar length go together.
         max_memory: bytes that the rows of a step may take; None: a quarter of what is free.
         progress: called with (done, total), counted in answers: prompts x knockouts.
@@ -73,9 +101,16 @@ def sweep(
     Raises:
         PromptError: an unknown role; prompts with the same id; a prompt that this tokenizer cannot tokenize as asked.
         FlowError: no prompts; no role; no prompt answered correctly; a window that does not fit; a batch size below 1;
-            a model in training mode; logits that are not numbers.
+            a model in training mode; logits that are not numbers; full answers and an engine, which gives the logits at
+            the last token alone.
+        NoEdgesError: no prompt has any of the edges source -> target (a kind of FlowError).
         FeatureError: a feature group that names no features for a layer.
         InterventionError: a stream or a feature that the model does not have.
+
+    Warns:
+        SharedTokenWarning: prompts ask for a first token with which the answers of others begin too.
+        NoEdgesWarning: some knockouts have no edges in any prompt, though others have.
+        HookedWarning: hooks are on hook points; which prompts are kept, and every number, is found under them.
 
     Cost: about one forward pass per prompt and one token per knockout; see `rows_engine`.
     Source: Mamba Knockout (Endy et al., ACL 2025), section 3.
@@ -101,16 +136,43 @@ def sweep(
         for group, chosen in groups.items()
         for place in places
     ]
-    asked = _tokenized(prompts, tokenizer)
-    chosen_engine, how = (engine, "given") if engine else choose_engine(ssm, max_memory)
-    run = _Run(ssm, chosen_engine, batch_size, progress)
+    asked = _tokenized(prompts, tokenizer, full_answer)
+    warn_hooked(ssm, "the sweep")
+    if not allow_no_edges:
+        check_edges_exist(asked, sources, targets)
+    if not full_answer:
+        warn_shared(asked)
+    clean, score, how = _scores(ssm, engine, max_memory, full_answer)
+    run = _Run(ssm, clean, score, batch_size, progress)
     kept = run.answered(asked, per_kept=1 + len(variants)) if answered_only else run.all_of(asked, 1 + len(variants))
+    if not kept:
+        raise NothingAnswered(len(asked), full_answer=full_answer)
+    if not allow_no_edges:
+        check_edges_exist(kept, sources, targets, warn=False)
     config = getattr(ssm.model, "config", None)
     model = name or ssm.name
     frame = run.knocked_out(kept, variants)
-    frame.insert(1, "model", model)
-    frame.insert(2, "revision", revision or getattr(config, "_commit_hash", None) or "")
-    return FlowResult(frame, (FlowRun(model, layers, sizes, align, len(asked), len(kept), how),))
+    answers = [row.prompt.target if full_answer else row.asked for row in kept]
+    frame.insert(1, "answer", answers * len(variants))
+    frame.insert(2, "unasked", [0 if full_answer else len(row.answer_ids) - 1 for row in kept] * len(variants))
+    frame.insert(3, "model", model)
+    frame.insert(4, "revision", revision or getattr(config, "_commit_hash", None) or "")
+    return FlowResult(frame, (FlowRun(model, layers, sizes, align, len(asked), len(kept), how, full_answer),))
+
+
+def _scores(
+    ssm: Attachment, engine: Engine | None, max_memory: int | None, full_answer: bool
+) -> tuple[Score, Score, str]:
+    """How to score clean runs and knockouts, and a word on how."""
+    if full_answer:
+        if engine is not None:
+            raise FlowError(
+                "an engine gives the logits at the last token alone, and full_answer needs those at every token of the "
+                "answer: give one or the other"
+            )
+        return of_full_answer, of_full_answer, "full forwards: every token of the answer is scored"
+    chosen, how = (engine, "given") if engine else choose_engine(ssm, max_memory)
+    return of_first_token(full_forwards), of_first_token(chosen), how
 
 
 def _check_types(ssm: Any, prompts: Any) -> None:
@@ -164,11 +226,14 @@ def _check(model: nn.Module, sources: Sequence[str | int], targets: Sequence[str
         raise FlowError(f"{type(model).__name__} is in training mode; call .eval() on it first")
 
 
-def _tokenized(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedPrompt]:
+def _tokenized(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, full_answer: bool
+) -> list[TokenizedPrompt]:
     if not prompts:
         raise FlowError("a sweep needs at least one prompt, got none")
     check_distinct(prompts)
-    return [tokenize(prompt, tokenizer) for prompt in prompts]
+    rows = [tokenize(prompt, tokenizer, full_answer=full_answer) for prompt in prompts]
+    return [row.continued() for row in rows] if full_answer else rows
 
 
 def check_distinct(prompts: Sequence[Prompt]) -> None:
@@ -185,19 +250,17 @@ def _id(prompt: Prompt) -> str:
 class _Run:
     """Batches of prompts through an engine, with a count of what is done."""
 
-    def __init__(self, ssm: Attachment, engine: Engine, batch_size: int, progress: Progress | None) -> None:
-        self.ssm, self.engine, self.batch_size, self.progress = ssm, engine, batch_size, progress
+    def __init__(self, ssm: Attachment, clean: Score, score: Score, batch_size: int, progress: Progress | None) -> None:
+        self.ssm, self.clean, self.score, self.batch_size, self.progress = ssm, clean, score, batch_size, progress
         self.done = self.total = 0
 
     def answered(self, prompts: list[TokenizedPrompt], per_kept: int) -> list[TokenizedPrompt]:
-        """The prompts whose target is the most likely next token, in their order."""
+        """The prompts whose answer is most likely, in their order; maybe none."""
         self.total = len(prompts)
         right: set[int] = set()
         for indices, batch in self._batches(prompts):
-            hit = self._outcomes(full_forwards, batch, [CLEAN])[1][0]
+            hit = self._outcomes(self.clean, batch, [CLEAN])[1][0]
             right |= {index for index, is_hit in zip(indices, hit, strict=True) if is_hit}
-        if not right:
-            raise NothingAnswered(len(prompts))
         self.total += per_kept * len(right)
         return [prompt for index, prompt in enumerate(prompts) if index in right]
 
@@ -216,7 +279,7 @@ class _Run:
         logprob, hit = np.empty((1 + shape[0], shape[1])), np.empty((1 + shape[0], shape[1]), dtype=bool)
         n_edges = np.empty(shape, dtype=np.int64)
         for indices, batch in self._batches(prompts):
-            logprob[:, indices], hit[:, indices] = self._outcomes(self.engine, batch, [CLEAN, *variants])
+            logprob[:, indices], hit[:, indices] = self._outcomes(self.score, batch, [CLEAN, *variants])
             n_edges[:, indices] = _edges(batch, variants)
         found = {key: values.ravel() for key, values in changes(logprob[1:], logprob[:1]).items()}
         return _labels(prompts, variants).assign(n_edges=n_edges.ravel(), **found, hit=hit[1:].ravel())
@@ -229,14 +292,14 @@ class _Run:
             yield indices, pad([prompts[index] for index in indices]).to(device)
 
     def _outcomes(
-        self, engine: Engine, batch: Batch, variants: Sequence[Variant]
+        self, score: Score, batch: Batch, variants: Sequence[Variant]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """ln p of the target, and whether it is the most likely token, `[variant, row]`."""
+        """ln p of the answer, and whether it is most likely, `[variant, row]`."""
         logprob = np.full((len(variants), len(batch.prompts)), np.nan)
         hit = np.zeros(logprob.shape, dtype=bool)
-        for found in engine(self.ssm, batch, variants):
+        for found in score(self.ssm, batch, variants):
             where = np.ix_(found.variants, found.rows)
-            logprobs, hits = outcome(found.logits, batch.target_ids[found.rows])
+            logprobs, hits = found.outcome
             logprob[where], hit[where] = logprobs.cpu().numpy(), hits.cpu().numpy()
             _check_numbers(logprob[where], found, batch, variants)
             self.done += logprobs.numel()
@@ -250,7 +313,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
 
 
-def _check_numbers(logprob: NDArray[np.float64], found: Answers, batch: Batch, variants: Sequence[Variant]) -> None:
+def _check_numbers(logprob: NDArray[np.float64], found: Scored, batch: Batch, variants: Sequence[Variant]) -> None:
     if not np.isnan(logprob).any():
         return
     which, row = np.argwhere(np.isnan(logprob))[0]
@@ -258,17 +321,14 @@ def _check_numbers(logprob: NDArray[np.float64], found: Answers, batch: Batch, v
     where = f"with {variant.source} -> {variant.target} knocked out in layers {variant.window.layers}"
     raise FlowError(
         f"the model's logits are not numbers {where if variant.window.layers else 'as it is'} "
-        f"for the prompt {batch.prompts[found.rows[row]].prompt.text!r}; try a wider dtype than {found.logits.dtype}"
+        f"for the prompt {batch.prompts[found.rows[row]].prompt.text!r}; try a wider dtype than {found.dtype}"
     )
 
 
 def _edges(batch: Batch, variants: Sequence[Variant]) -> list[list[int]]:
     """How many edges each variant removes in each row."""
-    counts: dict[tuple[str | int, str], list[int]] = {}
-    for variant in variants:
-        if (key := (variant.source, variant.target)) not in counts:
-            pairs = zip(batch.positions(variant.target), batch.positions(variant.source), strict=True)
-            counts[key] = [sum(s <= t for t in targets for s in sources) for targets, sources in pairs]
+    pairs = dict.fromkeys((variant.source, variant.target) for variant in variants)
+    counts = {pair: [edge_count(row, *pair) for row in batch.prompts] for pair in pairs}
     return [counts[variant.source, variant.target] for variant in variants]
 
 

@@ -32,7 +32,7 @@ def token_map(
         target: role that no longer reads the token.
         window: layers per window; None: three in eight of the layers.
         name: the model's name in the title.
-        options: as of `sweep`: align, through, max_memory, engine.
+        options: as of `sweep`: align, through, full_answer, max_memory, engine.
 
     Returns:
         p - p_base of the prompt's target, `[token, window]`; NaN where a token comes after all targets.
@@ -59,6 +59,7 @@ def token_map(
         name=name,
         **options,
     )
-    found = TokenMap.of(result.frame, row.tokens, subject=row.roles["subject"], answer=prompt.target)
+    answer = str(result.frame["answer"].iloc[0])
+    found = TokenMap.of(result.frame, row.tokens, subject=row.roles["subject"], answer=answer)
     (size,) = result.runs[0].windows
     return replace(found, title=f"{found.title}, windows of {size} layer{'' if size == 1 else 's'}")

@@ -2,7 +2,14 @@
 
 from ssm_interp.hooks.attach import attach, attached
 from ssm_interp.hooks.attachment import Attachment, Exposure, Run
-from ssm_interp.hooks.errors import HookError, InterventionError, UnsupportedModelError
+from ssm_interp.hooks.errors import (
+    HookedWarning,
+    HookError,
+    InterventionError,
+    MissingError,
+    SsmInterpWarning,
+    UnsupportedModelError,
+)
 from ssm_interp.hooks.interventions import (
     EditAttention,
     Intervention,
@@ -11,6 +18,7 @@ from ssm_interp.hooks.interventions import (
     ScaleFeatures,
     SetDelta,
 )
+from ssm_interp.hooks.left_on import warn_hooked
 from ssm_interp.hooks.points import HookPoint, HookPoints
 from ssm_interp.hooks.rows import obstacle, run_each
 
@@ -21,16 +29,20 @@ __all__ = [
     "HookError",
     "HookPoint",
     "HookPoints",
+    "HookedWarning",
     "Intervention",
     "InterventionError",
     "Knockout",
+    "MissingError",
     "PatchState",
     "Run",
     "ScaleFeatures",
     "SetDelta",
+    "SsmInterpWarning",
     "UnsupportedModelError",
     "attach",
     "attached",
     "obstacle",
     "run_each",
+    "warn_hooked",
 ]

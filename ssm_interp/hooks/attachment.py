@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
 from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering, has_no_weights
+from ssm_interp.hooks.bylayer import ByLayer
 from ssm_interp.hooks.callers import keeping_mask
-from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.hooks.describe import describe
+from ssm_interp.hooks.errors import HookError, InterventionError, MissingError
 from ssm_interp.hooks.inputs import as_inputs
-from ssm_interp.hooks.interventions import STREAMS, Intervention, Knockout, as_index, as_indices, as_list, as_streams
+from ssm_interp.hooks.interventions import (
+    KINDS,
+    STREAMS,
+    Intervention,
+    Knockout,
+    as_index,
+    as_indices,
+    as_list,
+    as_streams,
+)
 from ssm_interp.hooks.own import Watch, asking, watching
-from ssm_interp.hooks.points import HEAD_AXIS, HookPoint
-from ssm_interp.hooks.routing import HookedMixer, restore_mixer
+from ssm_interp.hooks.points import HookPoint
+from ssm_interp.hooks.routing import HookedMixer, class_without_hooks, restore_mixer
 from ssm_interp.hooks.softmax import knockable
-from ssm_interp.hooks.unknown import names_of, unknown_mixers
+from ssm_interp.hooks.unknown import Unknown, names_of, unknown_mixers
 from ssm_interp.hooks.virtual import names_positions, refuse_virtual_tokens
 
 _exposing = Lock()
@@ -45,7 +55,10 @@ class Run:
     reads: dict[tuple[str, int], Tensor]
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name} of layer {layer}: {list(read.shape)}" for (name, layer), read in self.reads.items())
+        read: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for (name, layer), tensor in self.reads.items():
+            read.setdefault((name, tuple(tensor.shape)), []).append(layer)
+        shapes = ", ".join(f"{name} of {_layers(at)}: {list(shape)}" for (name, shape), at in read.items())
         logits = getattr(self.output, "logits", None)
         gave = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else type(self.output).__name__
         return f"Run({gave}; read {shapes or 'nothing'})"
@@ -73,7 +86,16 @@ class Run:
                     return found
             case (str() as name, layer) if (short := (name.removeprefix("hook_"), as_index(layer))) in self.reads:
                 return self.reads[short]
-        raise KeyError(f"{key!r} was not read; read were {sorted(self.reads)}. Name it in run(..., read=[...])")
+        names = list(dict.fromkeys(name for name, _ in self.reads))
+        layers = sorted({layer for _, layer in self.reads})
+        raise MissingError(
+            f"{describe(key)} was not read; read were {', '.join(names) or 'nothing'} of layers {layers}. Name it in "
+            "run(..., read=[...], layers=[...])"
+        )
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {list(layers)}"
 
 
 class Attachment:
@@ -91,10 +113,14 @@ class Attachment:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
-        self.layers = {index: mixer.ssm for index, mixer in self.mixers.items()}
-        self.attention = attention_layers(model)
-        self.unknown = unknown_mixers(model)
+        mixers = {mixer.layer_idx: mixer for mixer in model.modules() if isinstance(mixer, HookedMixer)}
+        self._know(mixers, attention_layers(model), unknown_mixers(model))
+
+    def _know(self, mixers: dict[int, HookedMixer], attention: dict[int, nn.Module], unknown: Unknown) -> None:
+        self.mixers = ByLayer.of("SSM", mixers)
+        self.layers = ByLayer.of("SSM", {index: mixer.ssm for index, mixer in mixers.items()})
+        self.attention = ByLayer.of("attention", attention)
+        self.unknown = unknown
 
     def __enter__(self) -> Attachment:
         return self
@@ -104,9 +130,55 @@ class Attachment:
 
     def __repr__(self) -> str:
         kinds: dict[str, Any] = {"SSM": self.layers, "attention": self.attention}
-        state = ", ".join(f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers)
-        missing = f"; not covered: {names_of(self.unknown)}" if self.unknown else ""
-        return f"Attachment({type(self.model).__name__}, {state or 'detached'}{missing})"
+        state = [f"{kind} layers {list(layers)}" for kind, layers in kinds.items() if layers] or ["detached"]
+        if self.unknown:
+            state.append(f"not covered: {names_of(self.unknown)}")
+        if number := sum(self.hooks.values()):
+            state.append(f"{number} hook{'s' * (number > 1)} on {self._where(self.hooks)}")
+        if exposed := [at for at, point in self._all_points() if point.exposed]:
+            state.append(f"exposed: {self._where(exposed)}")
+        return f"Attachment({type(self.model).__name__}, {', '.join(state)})"
+
+    def _all_points(self) -> Iterator[tuple[tuple[str, int], HookPoint]]:
+        for layer, points in self.layers.items():
+            yield from (((point.name, layer), point) for point in points.points())
+
+    def _where(self, points: Iterable[tuple[str, int]]) -> str:
+        found: dict[str, list[int]] = {}
+        for name, layer in points:
+            found.setdefault(name, []).append(layer)
+        every = {name: len(self.layers) > 1 and len(layers) == len(self.layers) for name, layers in found.items()}
+        return ", ".join(
+            f"hook_{name} of {'all layers' if every[name] else _layers(layers)}" for name, layers in found.items()
+        )
+
+    @property
+    def hooks(self) -> dict[tuple[str, int], int]:
+        """How many hooks are on the points that have some, by (name, layer).
+
+        Example:
+            >>> ssm.layers[3].hook_dt.add_hook(lambda dt, hook: dt * 2)
+            >>> ssm.hooks
+            {('dt', 3): 1}
+        """
+        return {at: point.hooks for at, point in self._all_points() if point.hooks}
+
+    def reset_hooks(self, including_permanent: bool = False) -> None:
+        """Take every hook off every point: those of `add_hook` and PyTorch's own.
+
+        What `expose` asked for goes on firing until its `close`; hooks on other modules of the model stay.
+
+        Args:
+            including_permanent: those of `add_hook(..., is_permanent=True)` too.
+
+        Example:
+            >>> ssm.reset_hooks()
+            >>> ssm.hooks
+            {}
+        """
+        self._check_attached()
+        for points in self.layers.values():
+            points.reset_hooks(including_permanent)
 
     @property
     def name(self) -> str:
@@ -144,11 +216,12 @@ class Attachment:
         the attention modules."""
         convolutions = {layer: points.hook_conv for layer, points in self.layers.items()}
         found: dict[str, Any] = {"ssm": self.layers, "conv": convolutions, "attention": self.attention}
-        return [place for stream in streams for place in found[stream].values()]
+        return [place for stream in as_streams(streams) or () for place in found[stream].values()]
 
     @contextmanager
     def edit(self, *interventions: Intervention) -> Iterator[None]:
-        """Put interventions to work inside the `with` block, in this thread, beside those already at work.
+        """Put interventions to work inside the `with` block, beside those already at work: in this thread, in those
+        that it starts inside, and in copies of the model made inside.
 
         Their order does not matter; see `HookPoints` for what several edits at one layer mean.
 
@@ -189,16 +262,18 @@ class Attachment:
             inputs: `input_ids` `[b t]`, the mapping (a dict) that a tokenizer returns, or a batch of prompts.
             read: hook points, one or a sequence: conv, x, dt, B, C, write, state, attn, y, z.
             layers: of which layers; None: of all SSM layers.
-            options: passed on to the model.
+            options: passed on to the model, which must name them; a cache by any of the names that versions of
+                transformers have for it.
 
         Returns:
-            The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Zamba's heads,
-            computed in several operator calls, are put together. Other threads may use the model meanwhile.
+            The output and the tensors, with their gradient graph unless `torch.no_grad()` is on. Where a mask says that
+            rows are padded on the right, their states stay those of the last token over the padding. Other threads may
+            use the model meanwhile.
 
         Raises:
-            HookError: an unknown hook point or layer; inputs that are empty, or neither ids nor a mapping; ids that are
-                no integers `[b t]` of the vocabulary; a mask that is not theirs; what is read has other columns than
-                the ids (a model that puts virtual tokens in front).
+            HookError: an unknown hook point or layer; an input or option that the model does not take; inputs that are
+                empty, or neither ids nor a mapping; ids that are no integers `[b t]` of the vocabulary; a mask that is
+                not theirs; what is read has other columns than the ids (a model that puts virtual tokens in front).
 
         Example:
             >>> ssm.run(inputs, read=["attn", "state"], layers=[3])["attn", 3].shape
@@ -206,17 +281,18 @@ class Attachment:
         self._check_attached()
         if has_no_weights(self.model):
             raise HookError(f"{type(self.model).__name__} cannot be run: its weights are on the device meta")
-        given = as_inputs(inputs, self.model)
+        given = as_inputs(inputs, self.model, options)
         points = {key: point for point, key in self._points(read, layers)}
         if points:
             refuse_virtual_tokens(self.model, "what is read has a column per position")
         caught: dict[tuple[str, int], list[Tensor]] = {key: [] for key in points}
         with watching(Watch(point, caught[key].append) for key, point in points.items()):
-            output = self.model(**given | options)
-        reads = {
-            key: found[0] if len(found) == 1 else torch.cat(found, HEAD_AXIS[key[0]]) for key, found in caught.items()
-        }
-        _check_columns_of(reads, (given | options).get("input_ids"))
+            output = self.model(**given)
+        for (name, layer), found in caught.items():
+            if len(found) != 1:
+                raise HookError(f"hook_{name} of layer {layer} fired {len(found)} times in this call, not once")
+        reads = {key: found[0] for key, found in caught.items()}
+        _check_columns_of(reads, given.get("input_ids"))
         return Run(output, reads)
 
     def expose(self, *names: str, layers: Any = None) -> Exposure:
@@ -225,27 +301,33 @@ class Attachment:
         It holds until `Exposure.close`, or to the end of a `with` block.
 
         Raises:
-            HookError: an unknown hook point or layer.
+            HookError: no hook point; an unknown one, or an unknown layer.
 
         Example:
             >>> with ssm.expose("attn", layers=[3]), wrapped.trace(ids):
             ...     attn = wrapped.backbone.layers[3].mixer.ssm.hook_attn.output.save()
         """
         self._check_attached()
+        if not names:
+            raise HookError('expose takes the names of hook points, as in ssm.expose("attn", "state", layers=[3])')
         return Exposure([point for point, _ in self._points(names, layers)])
 
     def detach(self) -> None:
         """Give every mixer back its class and forward, and drop the hook points with all hooks on them.
 
+        What was done to a mixer meanwhile (a parametrisation, pruning, an adapter, another dtype or device) stays.
+
         Raises:
-            HookError: an edit is at work in this thread; leave its `with` block first.
+            HookError: an edit is at work in this thread; leave its `with` block first. Somebody made another class of a
+                mixer's, which cannot do without the hooked one.
         """
         if any(active_edits(place) for place in self.places()):
             raise HookError("cannot detach inside `with ssm.edit(...)`: leave that block first")
-        for mixer in self.mixers.values():
-            if isinstance(mixer, HookedMixer):
-                restore_mixer(mixer)
-        self.mixers, self.layers, self.attention, self.unknown = {}, {}, {}, {}
+        hooked = [mixer for mixer in self.mixers.values() if isinstance(mixer, HookedMixer)]
+        classes = [class_without_hooks(mixer) for mixer in hooked]
+        for mixer, without_hooks in zip(hooked, classes, strict=True):
+            restore_mixer(mixer, without_hooks)
+        self._know({}, {}, {})
 
     @contextmanager
     def _attention_knockable(self) -> Iterator[None]:
@@ -261,6 +343,9 @@ class Attachment:
         names = as_list(read)
         if missing := [layer for layer in chosen if layer not in self.layers]:
             raise HookError(f"no SSM layer {missing[0]}; the SSM layers of this model are {list(self.layers)}")
+        if names and not chosen:
+            there = f"None means all, {list(self.layers)}" if self.layers else "this model has no SSM layers"
+            raise HookError(f"hook points {describe(names)} of no layers: {there}")
         points = [(self.layers[layer].point(name), layer) for name in names for layer in chosen]
         return [(point, (point.name, layer)) for point, layer in points]
 
@@ -271,15 +356,16 @@ class Attachment:
             InterventionError: something else than an intervention; a stream, layer, head or state dimension that the
                 model does not have.
         """
-        if not isinstance(intervention, Intervention):
-            raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {intervention!r}")
+        if not isinstance(intervention, KINDS):
+            got = describe(intervention)
+            raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {got}")
         kind = intervention.kind
         streams = self._streams(intervention)
         known = self.layers_with(streams)
         layers = known if intervention.layers is None else intervention.layers
         if missing := [layer for layer in layers if layer not in known]:
             raise InterventionError(
-                f"{kind}: no such layer {missing}; this model has {list(known)} ({', '.join(streams)})"
+                f"{kind}: no such layer {describe(missing)}; this model has {list(known)} ({', '.join(streams)})"
             )
         if "conv" in streams and intervention.features is not None:
             raise InterventionError(
@@ -332,6 +418,10 @@ class Exposure:
     def __init__(self, points: list[HookPoint]) -> None:
         self._points = points
         self._count(1)
+
+    def __repr__(self) -> str:
+        names = dict.fromkeys(f"hook_{point.name}" for point in self._points)
+        return f"Exposure({', '.join(names) or 'closed'})"
 
     def close(self) -> None:
         """Stop asking for these points; those that another exposure asks for go on firing."""

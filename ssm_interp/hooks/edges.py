@@ -28,7 +28,7 @@ def edges_of(edit: Knockout, batch: int, length: int, mask: Tensor | None) -> li
     Raises:
         InterventionError: a position that does not exist; edges of which none exists in any row.
     """
-    what = describe(edit)
+    what = naming(edit)
     if edit.edges is not None:
         return list(_listed(edit.edges, batch, length, mask, what))
     targets, sources = (
@@ -77,7 +77,7 @@ def _listed(
         yield masks[0], masks[1]
 
 
-def describe(edit: Knockout) -> str:
+def naming(edit: Knockout) -> str:
     """A knockout by the edges that it names."""
     given = {name: getattr(edit, name) for name in ("edges", "sources", "targets")}
     return f"Knockout({', '.join(f'{name}={value!r:.100}' for name, value in given.items() if value is not None)})"

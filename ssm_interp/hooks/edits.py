@@ -263,8 +263,7 @@ class LayerEdits:
 
     def _find_cuts(self, operands: Operands) -> Iterator[Cut]:
         for edit in [] if self.site.continues else self._of(PatchState):
-            rows = edit.position if len(edit.position) == 1 else tuple((row,) for row in edit.position)
-            where = self.site.positions(rows, "PatchState.position").to(self.device)
+            where = self.site.positions(edit.position, "PatchState.position").to(self.device)
             state = self._patch(edit, operands)
             for position in where.any(0).nonzero()[:, 0].tolist():
                 yield Cut(position, where[:, position], self._features(edit), state)

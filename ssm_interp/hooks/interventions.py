@@ -11,6 +11,7 @@ from typing import Any, ClassVar, SupportsFloat, TypeAlias
 import torch
 from torch import Tensor
 
+from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.errors import InterventionError
 
 FlatPositions: TypeAlias = tuple[int, ...]
@@ -23,7 +24,7 @@ or None."""
 Indices: TypeAlias = Any
 """An int, a sequence of ints, or None; kept as a tuple or None."""
 Features: TypeAlias = Any
-"""Heads or (head, state dimension) pairs, one or a sequence, or None; kept as a tuple or None."""
+"""A head, a sequence of heads, a sequence of (head, state dimension) pairs, or None; kept as a tuple or None."""
 Pairs: TypeAlias = Any
 """A sequence of (target, source) pairs; kept as a tuple of tuples."""
 Streams: TypeAlias = Any
@@ -32,19 +33,21 @@ Streams: TypeAlias = Any
 STREAMS = ("ssm", "conv", "attention")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Intervention:
     """One edit of the SSM layers, as data.
 
-    Positions are columns of `input_ids`; negative ones count from the end of the prompt, which is the first call on a
-    cache. One integer or a sequence names the same positions in every row of the batch, a sequence of sequences those
-    of each row (an empty one: none). None means every position, generated ones included.
+    Positions are columns of `input_ids`; negative ones count back from each row's last token, as a mask tells it. The
+    prompt is the first call on a cache. One integer or a flat sequence names the same positions in every row of the
+    batch, a sequence of sequences those of each row (an empty one: none); `[3, 4]` is both positions in every row,
+    `[[3], [4]]` is 3 in the first row and 4 in the second. None means every position, generated ones included.
 
     A feature is a head (in Mamba-1 a channel), given by its index, or a (head, state dimension) pair.
 
     Attributes:
         layers: model layer indices; None: every SSM layer.
-        features: heads or (head, state dimension) pairs; None: all.
+        features: one head or a sequence of them, or a sequence of (head, state dimension) pairs: `[(0, 5)]` is one
+            pair, `(0, 5)` two heads. None: all.
     """
 
     layers: Indices = None
@@ -72,15 +75,15 @@ class Intervention:
             InterventionError: an unknown kind, an unknown or missing field, or a value that the field does not take.
         """
         if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
-            raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {data!r}")
+            raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {describe(data)}")
         given = dict(data)
         kind = given.pop("kind", None)
-        kinds = {subclass.kind: subclass for subclass in Intervention.__subclasses__()}
+        kinds = {subclass.kind: subclass for subclass in KINDS}
         if kind not in kinds:
-            raise InterventionError(f"unknown kind of intervention {kind!r}; there are {sorted(kinds)}")
+            raise InterventionError(f"unknown kind of intervention {describe(kind)}; there are {sorted(kinds)}")
         known = {field.name for field in fields(kinds[kind])}
         if unknown := given.keys() - known:
-            raise InterventionError(f"{kind} has no field {sorted(unknown)}; it has {sorted(known)}")
+            raise InterventionError(f"{kind} has no field {sorted(map(str, unknown))}; it has {sorted(known)}")
         try:
             return kinds[kind](**given)
         except TypeError as error:
@@ -89,11 +92,16 @@ class Intervention:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Intervention) and self.to_dict() == other.to_dict()
 
+    def __repr__(self) -> str:
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        shown = (f"{name}={describe(value)}" for name, (value, default) in values.items() if value is not default)
+        return f"{self.kind}({', '.join(shown)})"
+
     def __hash__(self) -> int:
         return hash((self.kind, self.layers, self.features))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Knockout(Intervention):
     """Remove edges target <- source: the targets no longer read what the sources wrote (nothing is re-normalised).
 
@@ -110,7 +118,7 @@ class Knockout(Intervention):
         sources: positions that are no longer read.
         targets: positions that no longer read them. None: also every generated position.
         edges: (target, source) pairs, in place of `sources` and `targets`; one with its source after its target does
-            not exist, and changes nothing.
+            not exist. When none exists in any row of a prompt, the forward raises; when some do not, it warns.
         through: the streams that edges are removed from: "ssm", "conv" (the convolution before the SSM),
             "attention" (softmax), or several. None: "ssm" in a model that has SSM layers, else "attention".
 
@@ -146,45 +154,56 @@ class Knockout(Intervention):
             object.__setattr__(self, "edges", _pairs(self.edges, "Knockout.edges", "(target, source)"))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class PatchState(Intervention):
-    """Replace the state after `position`; every later position, and the reading at it, goes on from there.
+    """Replace the state after a position, or after several; later positions, and the reading there, go on from it.
 
     Attributes:
-        position: where; one integer, or one per row of the batch.
-        state: the new state, `[h, p, n]` or `[b, h, p, n]`, or one number for all of it (0.0 wipes it).
+        position: where: one integer or a sequence, the same in every row of the batch, or one sequence per row.
+        state: the new state, `[h, p, n]` or (for each row) `[b, h, p, n]`, or one number for all of it (0.0 wipes it);
+            at several positions the same at each. For different ones give several PatchState.
 
     Cost: the layer runs through the library's own recurrence, O(L H P N).
 
     Raises:
-        InterventionError: a state that is neither a number nor such a tensor.
+        InterventionError: no position; a state that is neither a number nor such a tensor.
 
     Example:
         >>> donor = ssm.run(other, read=["state"], layers=[3])["state", 3][:, -1]
         >>> PatchState(position=-1, state=donor, layers=[3])
+        >>> PatchState(position=[3, 4], state=0.0)              # wiped after 3, and again after 4, in every row
+        >>> PatchState(position=[[3], [5]], state=0.0)          # two rows, each its own position
     """
 
-    position: Indices
+    position: Positions
     state: Any
     kind: ClassVar[str] = "PatchState"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "position", _positions(self.position, self.kind, "position"))
-        if self.position is None or (self.position and isinstance(self.position[0], tuple)):
-            raise InterventionError("PatchState.position must be one integer, or one integer per row of the batch")
+        if not self.position or set(self.position) == {()}:
+            raise InterventionError(
+                "PatchState.position must name a position: an integer, a sequence of integers (the same in every row), "
+                "or one such sequence per row"
+            )
         try:
             state = self.state if isinstance(self.state, Tensor) else torch.as_tensor(self.state, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
-            raise InterventionError(f"PatchState.state must be a number or a tensor, got {self.state!r}") from None
+            raise InterventionError(
+                f"PatchState.state must be a number, or a tensor [h p n] or [b h p n], got {describe(self.state)}; of "
+                'what `run` read at every position one is run["state", layer][:, position]'
+            ) from None
         if state.ndim not in (0, 3, 4):
             raise InterventionError(f"PatchState.state must be a number, [h p n] or [b h p n], got {list(state.shape)}")
+        if state.is_meta or state.is_complex() or torch.bool in (state.dtype, torch.as_tensor(self.state).dtype):
+            raise InterventionError(f"PatchState.state must be real numbers, got {state.dtype} on {state.device.type}")
         if not state.isfinite().all():
             raise InterventionError("PatchState.state has entries that are not finite (nan or inf)")
         object.__setattr__(self, "state", state)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class SetDelta(Intervention):
     """Set the effective step dt of some positions: 0 makes a position neither write nor decay the state.
 
@@ -213,7 +232,7 @@ class SetDelta(Intervention):
         _only_heads(self)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ScaleFeatures(Intervention):
     """Multiply what the features give to y at some positions (0 silences them, 1 changes nothing).
 
@@ -238,7 +257,7 @@ class ScaleFeatures(Intervention):
         object.__setattr__(self, "factor", as_number(self.factor, "ScaleFeatures.factor"))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class EditAttention(Intervention):
     """Change single entries of the SSM attention matrix: y gains (M' - M) x.
 
@@ -267,8 +286,12 @@ class EditAttention(Intervention):
         object.__setattr__(self, "edges", _pairs(self.edges, "EditAttention.edges", "(target, source)"))
         object.__setattr__(self, "value", as_number(self.value, "EditAttention.value"))
         if self.mode not in ("set", "add", "scale"):
-            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {self.mode!r}")
+            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {describe(self.mode)}")
         _only_heads(self)
+
+
+KINDS = (Knockout, PatchState, SetDelta, ScaleFeatures, EditAttention)
+"""All that `Attachment.edit` knows how to put to work."""
 
 
 def as_streams(streams: Any) -> tuple[str, ...] | None:
@@ -281,7 +304,8 @@ def as_streams(streams: Any) -> tuple[str, ...] | None:
         return None
     given = as_list(streams)
     if not given or any(stream not in STREAMS for stream in given):
-        raise InterventionError(f"through must name streams, out of {', '.join(map(repr, STREAMS))}; got {streams!r}")
+        there = ", ".join(map(repr, STREAMS))
+        raise InterventionError(f"through must name streams, out of {there}; got {describe(streams)}")
     return tuple(stream for stream in STREAMS if stream in given)
 
 
@@ -297,7 +321,7 @@ def as_number(value: Any, name: str) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise InterventionError(f"{name} must be a finite number, got {value!r}")
+        raise InterventionError(f"{name} must be a finite number, got {describe(value)}")
     return number
 
 
@@ -327,12 +351,12 @@ def as_indices(values: Any, name: str) -> FlatPositions | None:
         return (alone,)
     found = [as_index(value) for value in as_list(values)]
     if None in found:
-        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {values!r:.200}")
+        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {describe(values)}")
     return tuple(value for value in found if value is not None)
 
 
 def as_features(values: Any, name: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:
-    """Heads or (head, state dimension) pairs, one or a sequence, as a tuple; None stays None.
+    """One head, a sequence of heads, or a sequence of (head, state dimension) pairs, as a tuple; None stays None.
 
     Raises:
         InterventionError: none; anything else.
@@ -366,14 +390,14 @@ def _positions(values: Any, kind: str, name: str) -> FlatPositions | RowPosition
         return as_indices(rows, what)
     except InterventionError:
         raise InterventionError(
-            f"{what} must be an integer, a sequence of integers, or one such sequence per row, got {values!r:.200}"
+            f"{what} must be an integer, a sequence of integers, or one such sequence per row, got {describe(values)}"
         ) from None
 
 
 def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
     found = [[as_index(value) for value in as_list(row)] for row in as_list(values)]
     if any(len(pair) != 2 or None in pair for pair in found):
-        raise InterventionError(f"{name} must be pairs {what} of integers, got {values!r:.200}")
+        raise InterventionError(f"{name} must be pairs {what} of integers, got {describe(values)}")
     return tuple((first, second) for first, second in found if first is not None and second is not None)
 
 

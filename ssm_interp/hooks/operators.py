@@ -270,6 +270,7 @@ class ChunkScan(Operator):
             output = output + (self._D[..., None] if self._D.ndim == 1 else self._D) * x.to(y.dtype)
         if z is not None:
             output = output * F.silu(z)
+        output = output.contiguous()  # hosts take a view of it
         return (output, state) if self._wants_state else output
 
 

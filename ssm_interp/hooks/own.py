@@ -69,6 +69,10 @@ class Asked:
         self.now = False
         self.blocks = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, which no block is about."""
+        return {"now": self.now, "blocks": 0}
+
 
 _asking = Lock()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_interp.hooks.edges import describe, no_edge, reading
+from ssm_interp.hooks.edges import naming, no_edge, reading
 from ssm_interp.hooks.errors import InterventionError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.positions import position_mask
@@ -110,7 +110,7 @@ def resolve(
     named = {cell for found in cells.values() for cell in found.values() if plan.is_named(cell)}
     if named and not any(plan.reading(cell).any() for cell in named):
         first = next(knockout for knockouts in variants for knockout in knockouts)
-        raise InterventionError(no_edge(describe(first), mask.shape[1]))
+        raise InterventionError(no_edge(naming(first), mask.shape[1]))
     return plan
 
 

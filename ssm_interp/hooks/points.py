@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.own import Asked, Key, has_own_operator, watches
 
@@ -19,7 +21,6 @@ Direction = Literal["fwd", "bwd", "both"]
 ALWAYS = ("conv", "x", "dt", "B", "C", "y", "z")
 ON_REQUEST = ("write", "state", "attn")
 FIRING_ORDER = ("conv", "x", "dt", "B", "C", "write", "state", "attn", "y", "z")
-HEAD_AXIS = {"x": 2, "dt": 2, "B": 2, "C": 2, "write": 2, "state": 2, "attn": 1, "y": 2, "z": 2}
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class HookPoint(nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: the hooks; nobody could close an exposure of it."""
+        return self.__dict__ | {"exposures": 0}
+
     @property
     def exposed(self) -> bool:
         return self.exposures > 0
@@ -69,6 +74,14 @@ class HookPoint(nn.Module):
     def has_hooks(self) -> bool:
         """Whether any hook, PyTorch's own or one of `add_hook`, is attached."""
         return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
+
+    @property
+    def hooks(self) -> int:
+        """How many hooks there are, PyTorch's own and those of `add_hook`."""
+        return sum(map(len, self._hook_tables()))
+
+    def _hook_tables(self) -> list[dict[int, Any]]:
+        return [self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks]
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         return self._ask(super().register_forward_hook(*args, **kwargs))
@@ -104,18 +117,22 @@ class HookPoint(nn.Module):
             prepend: run before the hooks that are there.
 
         Raises:
-            HookError: no function; an unknown direction.
+            HookError: no function, or one of other arguments; an unknown direction.
         """
         if not callable(hook):
-            raise HookError(f"add_hook on hook_{self.name} takes a function of (tensor, hook point), got {hook!r:.200}")
-        if dir == "fwd":
-            handle = self.register_forward_hook(lambda _module, _args, output: hook(output, self), prepend=prepend)
-        elif dir == "bwd":
-            handle = self.register_full_backward_hook(
-                lambda _module, _grad_input, grad_output: _as_tuple(hook(_only(grad_output), self)), prepend=prepend
+            got = describe(hook)
+            raise HookError(f"add_hook on hook_{self.name} takes a function of (tensor, hook point), got {got}")
+        if not _takes_two(hook):
+            raise HookError(
+                f"add_hook on hook_{self.name} takes a function of (tensor, hook point), which {describe(hook)} is "
+                "not; one of PyTorch's, of (module, args, output), goes to register_forward_hook"
             )
+        if dir == "fwd":
+            handle = self.register_forward_hook(_OfOutput(hook), prepend=prepend)
+        elif dir == "bwd":
+            handle = self.register_full_backward_hook(_OfGradient(hook), prepend=prepend)
         else:
-            raise HookError(f"add_hook on hook_{self.name}: dir must be 'fwd' or 'bwd', got {dir!r}")
+            raise HookError(f"add_hook on hook_{self.name}: dir must be 'fwd' or 'bwd', got {describe(dir)}")
         self._added.append(_Added(handle, dir, is_permanent, level))
         return handle
 
@@ -126,7 +143,8 @@ class HookPoint(nn.Module):
             HookError: an unknown direction.
         """
         if dir not in get_args(Direction):
-            raise HookError(f"remove_hooks on hook_{self.name}: dir must be 'fwd', 'bwd' or 'both', got {dir!r:.200}")
+            got = describe(dir)
+            raise HookError(f"remove_hooks on hook_{self.name}: dir must be 'fwd', 'bwd' or 'both', got {got}")
         kept = []
         for added in self._added:
             selected = dir in ("both", added.direction) and level in (None, added.level)
@@ -136,17 +154,52 @@ class HookPoint(nn.Module):
                 kept.append(added)
         self._added = kept
 
+    def reset_hooks(self, including_permanent: bool = False) -> None:
+        """Take off every hook, PyTorch's own too; those of `add_hook(..., is_permanent=True)` only if told so."""
+        self._added = [added for added in self._added if added.permanent and not including_permanent]
+        kept = {added.handle.id for added in self._added}
+        ways = (self._forward_hooks_with_kwargs, self._forward_hooks_always_called, self._forward_pre_hooks_with_kwargs)
+        for table in (*self._hook_tables(), *ways):
+            for key in table.keys() - kept:
+                del table[key]
+
     def extra_repr(self) -> str:
-        return f"{self.name}, {'fires' if self.name in ALWAYS or self.requested else 'fires when exposed or hooked'}"
+        fires = "fires" if self.name in ALWAYS or self.requested else "fires when exposed or hooked"
+        return f"{self.name}, {fires}" + (f", has {_number(self.hooks)}" if self.hooks else "")
 
 
-def _only(gradients: Any) -> Tensor:
-    (gradient,) = gradients
-    return gradient  # type: ignore[no-any-return]
+def _takes_two(hook: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(hook).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin, which does not say
+        return True
+    return True
 
 
-def _as_tuple(gradient: Tensor | None) -> tuple[Tensor] | None:
-    return None if gradient is None else (gradient,)
+def _number(hooks: int) -> str:
+    return f"{hooks} hook{'s' * (hooks > 1)}"
+
+
+@dataclass(frozen=True)
+class _OfOutput:
+    """A hook of `add_hook` as PyTorch calls it; a copied or unpickled point calls it with itself."""
+
+    hook: HookFunction
+
+    def __call__(self, point: Any, _args: Any, output: Tensor) -> Tensor | None:
+        return self.hook(output, point)
+
+
+@dataclass(frozen=True)
+class _OfGradient:
+    hook: HookFunction
+
+    def __call__(self, point: Any, _grad_input: Any, grad_output: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        (gradient,) = grad_output
+        found = self.hook(gradient, point)
+        return None if found is None else (found,)
 
 
 class HookPoints(nn.Module):
@@ -160,7 +213,8 @@ class HookPoints(nn.Module):
     `hook_attn` [b h t s] (dt folded in: unedited, y = attn @ x; knockouts act behind it), `hook_y` [b t h p] (M x,
     before D-skip and gate), and in the Mamba-1 family `hook_z` [b t h p] (the gate, before its SiLU; elsewhere it never
     reaches the operator). Edits of conv act on all that is made of it, those of x, dt, B, C and write on the
-    recurrence; an edit of state at t acts from t on; an edit of attn adds (attn' - attn) x; an edit of y comes last.
+    recurrence; an edited state is the state, from which later
+    positions go on; an edit of attn adds (attn' - attn) x; an edit of y comes last.
 
     Attributes:
         layer: index of the layer in the model.
@@ -219,7 +273,7 @@ class HookPoints(nn.Module):
             HookError: no such point in this mixer.
         """
         if not isinstance(name, str):
-            raise HookError(f"hook points are named by text (x, dt, ..., attn), got {name!r:.200}")
+            raise HookError(f"hook points are named by text (x, dt, ..., attn), got {describe(name)}")
         key = name if name.startswith("hook_") else f"hook_{name}"
         if (point := self._modules.get(key)) is not None:
             return point  # type: ignore[return-value]
@@ -237,5 +291,13 @@ class HookPoints(nn.Module):
         """All hook points, in firing order."""
         yield from self._modules.values()  # type: ignore[misc]
 
+    def reset_hooks(self, including_permanent: bool = False) -> None:
+        """Take every hook off every point, as `HookPoint.reset_hooks` does."""
+        for point in self.points():
+            point.reset_hooks(including_permanent)
+        self.look_again()
+
     def extra_repr(self) -> str:
-        return f"layer {self.layer}, {self.heads} heads, state size {self.state_size}"
+        size = f"layer {self.layer}, {self.heads} heads, state size {self.state_size}"
+        hooked = [f"{point.name} has {_number(point.hooks)}" for point in self.points() if point.hooks]
+        return "; ".join([size, *hooked])

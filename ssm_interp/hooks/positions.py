@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ssm_interp.hooks.callers import check_guidance
 from ssm_interp.hooks.errors import InterventionError
 from ssm_interp.hooks.interventions import FlatPositions, RowPositions
 
@@ -22,27 +23,34 @@ def position_mask(
             last column.
 
     Raises:
-        InterventionError: a position outside the prompt or inside padding, or another number of rows.
+        InterventionError: a position outside the prompt or inside padding, or another number of rows; the second prompt
+            of guidance.
     """
     if positions is None:
         return torch.ones(batch, length, dtype=torch.bool)
+    check_guidance(what)
     chosen = torch.zeros(batch, length, dtype=torch.bool)
+    ends = _ends(mask, batch, length)
     if positions and isinstance(positions[0], tuple):
-        ends, kept = _ends(mask, batch, length)
-        for row, named in enumerate(_rows(positions, batch, what)):
-            for position in named:
-                chosen[row, _column(position, row, ends[row], length, what, kept)] = True
-        return chosen
-    for position in cast(FlatPositions, positions):
-        chosen[torch.arange(batch), column_of(position, batch, length, what, mask)] = True
+        rows = list(_rows(positions, batch, what))
+    else:
+        rows = [cast(FlatPositions, positions)]
+        if mask is None:  # every row alike
+            chosen[:, _columns(rows[0], 0, ends, length, what, None)] = True
+            return chosen
+        rows = rows * batch
+    for row, named in enumerate(rows):
+        chosen[row, _columns(named, row, ends, length, what, mask)] = True
     return chosen
 
 
 def column_of(position: int, batch: int, length: int, what: str, mask: Tensor | None = None) -> Tensor:
     """The column of one position in each row, `[b]`; arguments and errors as for `position_mask`."""
-    rows = 1 if mask is None else batch  # without a mask all are alike
-    ends, kept = _ends(mask, rows, length)
-    return torch.tensor([_column(position, row, ends[row], length, what, kept) for row in range(rows)]).expand(batch)
+    check_guidance(what)
+    ends = _ends(mask, batch, length)
+    if mask is None:
+        return _columns((position,), 0, ends, length, what, None).expand(batch)
+    return torch.cat([_columns((position,), row, ends, length, what, mask) for row in range(batch)])
 
 
 def right_padded(mask: Tensor | None) -> list[int]:
@@ -50,28 +58,35 @@ def right_padded(mask: Tensor | None) -> list[int]:
     return [] if mask is None or mask.ndim != 2 else (mask[:, -1] == 0).nonzero()[:, 0].tolist()
 
 
-def _ends(mask: Tensor | None, batch: int, length: int) -> tuple[list[int], list[list[bool]] | None]:
-    """How many columns each row has up to its last token, and which of its columns are tokens."""
+def _ends(mask: Tensor | None, batch: int, length: int) -> list[int]:
+    """How many columns each row has up to its last token."""
     if mask is None:
-        return [length] * batch, None
-    kept = mask.bool().cpu()[torch.arange(batch) % len(mask)]
+        return [length] * batch
+    kept = mask.bool().cpu()
     last = torch.where(kept, torch.arange(1, kept.shape[1] + 1), 0).amax(1)
-    return torch.where(last == 0, length, last).tolist(), kept.tolist()
+    ends: list[int] = torch.where(last == 0, length, last)[torch.arange(batch) % len(mask)].tolist()
+    return ends
 
 
-def _column(position: int, row: int, end: int, length: int, what: str, kept: list[list[bool]] | None) -> int:
-    column = position if position >= 0 else end + position
-    if not 0 <= column < length:
+def _columns(
+    positions: FlatPositions, row: int, ends: list[int], length: int, what: str, mask: Tensor | None
+) -> Tensor:
+    """The columns of some positions of one row."""
+    named, end = torch.tensor(positions, dtype=torch.long), ends[row]
+    columns = torch.where(named < 0, end + named, named)
+    outside = (columns < 0) | (columns >= length)
+    if outside.any():
         tokens = f", {end} up to the last token of row {row}" if end < length else ""
         raise InterventionError(
-            f"{what} names position {position}, but the prompt has {length} positions{tokens} "
+            f"{what} names position {int(named[outside][0])}, but the prompt has {length} positions{tokens} "
             f"(0 to {length - 1}, or -{end} to -1)"
         )
-    if kept is not None and not kept[row][column]:
+    if mask is not None and not (kept := mask[row % len(mask)].bool().cpu()[columns]).all():
         raise InterventionError(
-            f"{what} names position {position} of row {row}, which is padding; positions are columns of input_ids"
+            f"{what} names position {int(named[~kept][0])} of row {row}, which is padding; "
+            "positions are columns of input_ids"
         )
-    return column
+    return columns
 
 
 def _rows(positions: RowPositions, batch: int, what: str) -> Sequence[FlatPositions]:

@@ -48,8 +48,30 @@ def record_of(cache: Any, layer: int) -> Record | None:
     place = cache.layers[layer]
     filled = place.has_previous_state[0]
     if not filled:
+        _forget(place)
         setattr(place, _NAME, Record())
     return getattr(place, _NAME, None)
+
+
+def _forget(place: Any) -> None:
+    """Drop the states that were kept before a cache was reset."""
+    before: Record | None = getattr(place, _NAME, None)
+    for slot in before.slots.values() if before else ():
+        for entries in _entries(place):
+            del entries[slot]
+        place.number_of_states -= 1
+
+
+def _entries(place: Any) -> tuple[dict[int, Any], ...]:
+    """Of each state of a cache layer: itself, that of its convolution, and what is known about the two."""
+    return (
+        place.recurrent_states,
+        place.conv_states,
+        place.is_conv_states_initialized,
+        place.conv_kernel_size,
+        place.has_previous_state,
+        place.is_recurrent_states_initialized,
+    )
 
 
 def remembered(cache: Any, layer: int, key: Hashable) -> Tensor | None:
@@ -68,13 +90,7 @@ def remember(cache: Any, layer: int, key: Hashable, state: Tensor, length: int) 
     if key not in record.slots:
         slot = record.slots[key] = place.number_of_states
         place.number_of_states += 1
-        for entries, value in (
-            (place.conv_states, None),
-            (place.is_conv_states_initialized, False),
-            (place.conv_kernel_size, None),
-            (place.has_previous_state, True),
-            (place.is_recurrent_states_initialized, True),
-        ):
+        for entries, value in zip(_entries(place), (state, None, False, None, True, True), strict=True):
             entries[slot] = value
     place.recurrent_states[record.slots[key]] = state
     record.kept_at[key] = record.seen + length

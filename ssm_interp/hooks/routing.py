@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_interp.hooks.cache import CACHES, cache_parameter
+from ssm_interp.hooks.classes import on_base, own_class
 from ssm_interp.hooks.convolution import OVER_POSITIONS, UPDATE, bind, convolve
 from ssm_interp.hooks.errors import UnsupportedModelError
 from ssm_interp.hooks.operators import FUSED_SHORTCUTS, GATED_FAMILY, OPERATORS, Operator
@@ -203,7 +204,8 @@ def hook_mixer(mixer: Any, own_operator: bool) -> None:
     heads = A_log.shape[:-1].numel() if gated else A_log.shape[0]
     head_dim = 1 if gated else mixer.head_dim
     state_size = A_log.shape[-1] if gated else mixer.ssm_state_size
-    mixer.__class__ = hooked_class(type(mixer))  # type: ignore[arg-type]
+    host_class: Any = own_class(mixer)
+    mixer.__class__ = on_base(type(mixer), host_class, hooked_class(host_class))
     mixer.add_module(
         "ssm",
         HookPoints(mixer.layer_idx, heads, head_dim, state_size, gated, own_operator).train(mixer.training),
@@ -211,10 +213,17 @@ def hook_mixer(mixer: Any, own_operator: bool) -> None:
     _rebind_old_forward(mixer)
 
 
-def restore_mixer(mixer: Any) -> None:
+def class_without_hooks(mixer: HookedMixer) -> type[nn.Module]:
+    """What a mixer is once its hook points are gone, see `on_base`."""
+    hooked = next(found for found in type(mixer).__mro__ if "host_class" in found.__dict__)
+    found: type[nn.Module] = on_base(type(mixer), hooked, mixer.host_class)
+    return found
+
+
+def restore_mixer(mixer: Any, without_hooks: type[nn.Module]) -> None:
     """Undo `hook_mixer`."""
     del mixer._modules["ssm"]
-    mixer.__class__ = mixer.host_class
+    mixer.__class__ = without_hooks
     _rebind_old_forward(mixer)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.cache import CACHES, cache_in, cache_parameter
+from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.inputs import check_ids
 from ssm_interp.hooks.interventions import Knockout
@@ -51,6 +52,9 @@ class Answers(NamedTuple):
     variants: list[int]
     rows: list[int]
     logits: Float[Tensor, "m r v"]
+
+    def __repr__(self) -> str:
+        return f"Answers({len(self.variants)} variants, {len(self.rows)} rows, logits {list(self.logits.shape)})"
 
 
 def run_each(
@@ -95,12 +99,12 @@ def run_each(
     if isinstance(variants, Knockout):
         raise HookError("run_each takes a sequence of variants, got one Knockout; write [knockout]")
     if max_memory is not None and (not isinstance(max_memory, int) or max_memory < 1):
-        raise HookError(f"max_memory must be a whole number of bytes, at least 1, got {max_memory!r}")
+        raise HookError(f"max_memory must be a whole number of bytes, at least 1, got {describe(max_memory)}")
     sets = [tuple(variant) if isinstance(variant, list | tuple) else (variant,) for variant in variants]
     if not sets:
         raise HookError("run_each needs at least one variant; an empty one, (), is the clean run")
     if wrong := [knockout for group in sets for knockout in group if not isinstance(knockout, Knockout)]:
-        raise InterventionError(f"run_each takes knockouts, got {wrong[0]!r}")
+        raise InterventionError(f"run_each takes knockouts, got {describe(wrong[0])}")
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise HookError(f"input_ids must be [b t] with at least one token, got {got}")
@@ -248,7 +252,8 @@ def _unpadded(mask: Tensor) -> Iterator[tuple[Tensor, slice]]:
     for row, kept in enumerate(mask.bool().cpu()):
         columns = kept.nonzero()[:, 0]
         if not len(columns) or len(columns) != columns[-1] - columns[0] + 1:
-            raise HookError(f"row {row} of the attention mask is not one run of ones: {kept.int().tolist()}")
+            where = f"{len(columns)} from column {columns[0]} to {columns[-1]}" if len(columns) else "none"
+            raise HookError(f"row {row} of the attention mask is not one run of ones: it has {where}")
         spans.setdefault((int(columns[0]), int(columns[-1]) + 1), []).append(row)
     for (begin, end), rows in spans.items():
         yield torch.tensor(rows, device=mask.device), slice(begin, end)

@@ -20,6 +20,7 @@ from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.own import watches
 from ssm_interp.hooks.points import ON_REQUEST, HookPoint, HookPoints
+from ssm_interp.hooks.positions import right_padded
 from ssm_interp.hooks.site import Site
 from ssm_interp.scan import attention, read, scan, write
 from ssm_interp.scan.terms import Terms
@@ -65,7 +66,7 @@ def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdit
         )
     points = site.points
     initial = _initial_state(operator, site)
-    clean = operands.terms()
+    clean = _kept_over_padding(operands.terms(), site) if points.hook_state.requested else operands.terms()
     terms = edits.scale_reads(clean)
     initial = None if initial is None else initial.to(terms.x.dtype)
     exact = operands.x.dtype in (torch.float32, torch.float64)  # so that the host's y and ours may be added
@@ -80,6 +81,15 @@ def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdit
             edited = _with_edits(points, terms, initial, edits, *edited_run)
             y, state = _with_rounding(edited, clean_run, (y, state))
         return edits.scale_heads(y), state
+
+
+def _kept_over_padding(terms: Terms, site: Site) -> Terms:
+    """The terms without steps at the padding on the right, over which a state would decay: it stays that of the last
+    token."""
+    if site.continues or not right_padded(site.mask):
+        return terms
+    assert site.mask is not None
+    return replace(terms, dt=torch.where(site.mask.bool().to(terms.dt.device)[..., None], terms.dt, 0))
 
 
 def _with_rounding(edited: Result, own: Result, host: Result) -> Result:

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssm_interp.hooks.active import ActiveEdit, active_edits, edits_here
 from ssm_interp.hooks.blocks import blocks_of, running_block
-from ssm_interp.hooks.callers import prompt_mask
+from ssm_interp.hooks.callers import chunks_of_prompt, prompt_mask
 from ssm_interp.hooks.checkpointing import is_checkpointed
 from ssm_interp.hooks.edges import Product, edges_of
 from ssm_interp.hooks.errors import HookError, InterventionError
@@ -196,8 +196,13 @@ def _check_copy(module: nn.Module) -> None:
 def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> int:
     """Positions of the prompt, which is the first call; a later one has q queries and all k keys so far."""
     place = (id(module), layer)
-    if place not in edit.seen:
+    if k == q or place not in edit.seen:
         check_columns(f"layer {layer}: Knockout", q)
+        if (chunks := chunks_of_prompt()) > 1:
+            raise InterventionError(
+                f"layer {layer}: Knockout names positions of the prompt, which `generate` reads in {chunks} chunks, so "
+                "that its end is not yet known; call generate without prefill_chunk_size"
+            )
     prompt, seen = (q, 0) if k == q else edit.seen.get(place, (0, 0))
     if not prompt:
         raise InterventionError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -10,10 +12,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = ("tiny-mamba1", "tiny-mamba2", "tiny-llama")  # they know the embedded facts
 INDUCTION = ("tiny-induction-mamba1", "tiny-induction-mamba2")
+SHIPPED = (*EMBEDDED, *INDUCTION)
+
+ORIGINAL = re.compile(r"state-spaces/(mamba|transformerpp)[\w.-]*(?<!-hf)")
+"""Hub ids of weights in the layout of the package mamba_ssm."""
+CONVERTED = ("130m", "370m", "790m", "1.4b", "2.8b")
+"""Sizes of Mamba-1 that the same owner has in transformers' layout too."""
+CONVERTED_2 = ("130m", "1.3b", "2.7b")
+"""Sizes of Mamba-2 that somebody else has converted."""
 
 
 class LoadError(ValueError):
@@ -97,19 +108,82 @@ def load_outline(name: str | Path, *, revision: str = "main") -> PreTrainedModel
 @contextmanager
 def _place(name: str | Path) -> Iterator[tuple[str, bool]]:
     """Where a model is, and whether that is a local folder; errors inside become LoadErrors."""
-    shipped = (*EMBEDDED, *INDUCTION)
-    embedded = str(name) in shipped
+    embedded = str(name) in SHIPPED
     place = str(files("ssm_interp.models") / "data" / str(name)) if embedded else str(name)
     local = Path(place).is_dir()
-    if not local and (str(name).startswith((".", "/", "~")) or Path(place).exists()):
-        raise LoadError(f"{str(name)!r} is not a folder that holds a model")
-    if not (embedded or local) and (near := get_close_matches(str(name), shipped, n=1, cutoff=0.8)):
-        raise LoadError(f"there is no model {str(name)!r}; did you mean the embedded {near[0]!r}?")
+    if not local:
+        _check_hub_id(str(name))
+    elif not embedded:
+        _check_format(Path(place))
     try:
         yield place, local
     except Exception as error:  # whatever a damaged file makes transformers, safetensors or tokenizers raise
         reason = " ".join(str(error).split())[:300]
         raise LoadError(
-            f"cannot load {str(name)!r}: it is none of the embedded models ({', '.join(shipped)}), and as a "
+            f"cannot load {str(name)!r}: it is none of the embedded models ({', '.join(SHIPPED)}), and as a "
             f"{'local folder' if local else 'hub id'} it gives: {reason}"
         ) from error
+
+
+def _check_hub_id(name: str) -> None:
+    """Raise LoadError, before the hub is asked (which takes long where it does not answer), for a name that is
+    certainly or very likely meant to be something else.
+
+    A name that is no folder is a path if it says so or begins with a folder that there is; else it may be a hub id. One
+    that is in the hub's cache is taken for what it is.
+    """
+    path = Path(name).expanduser()
+    near = _folder_near(path)
+    if name.startswith((".", "/", "~")) or path.exists() or (near and len(path.parts) > 1):
+        hint = f"; did you mean {str(near)!r}?" if near else ""
+        raise LoadError(f"{name!r} is not a folder that holds a model{hint}")
+    if ORIGINAL.fullmatch(name):
+        raise LoadError(_original_format(name))
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    if shipped := get_close_matches(name, SHIPPED, n=1, cutoff=0.8):
+        raise LoadError(f"there is no model {name!r}; did you mean the embedded {shipped[0]!r}?")
+    if near:
+        raise LoadError(
+            f"there is no folder {name!r}; did you mean {str(near)!r}? (If {name!r} is on the hub, give owner/name.)"
+        )
+
+
+def _folder_near(path: Path) -> Path | None:
+    """A folder with a model beside a path, whose name is like the path's but for a slip of the pen."""
+    if not path.parent.is_dir():
+        return None
+    models = {one.name: one for one in sorted(path.parent.iterdir()) if (one / "config.json").is_file()}
+    slips = [
+        one
+        for one in get_close_matches(path.name, models, n=len(models) or 1, cutoff=0.8)
+        if abs(len(one) - len(path.name)) <= 2  # another size or variant has a longer suffix
+    ]
+    return models[slips[0]] if slips else None
+
+
+def _original_format(name: str) -> str:
+    """What to say of the hub's models in the layout of mamba_ssm."""
+    what = f"{name!r} holds weights in the layout of the package mamba_ssm, which transformers cannot load"
+    if name.partition("/mamba-")[2] in CONVERTED:
+        return f"{what}; the same weights in transformers' layout are {name + '-hf'!r}"
+    if (size := name.partition("/mamba2-")[2]) in CONVERTED_2:
+        return (
+            f"{what}, and its owner has no converted ones; 'AntonV/mamba2-{size}-hf' has the same weights converted to "
+            "transformers' layout"
+        )
+    return f"{what}, and its owner has no converted ones; take converted weights, such as 'state-spaces/mamba-130m-hf'"
+
+
+def _check_format(folder: Path) -> None:
+    """Raise LoadError for a local folder in the layout of mamba_ssm."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # transformers says what is wrong
+    if isinstance(config, dict) and "model_type" not in config and {"d_model", "n_layer"} <= config.keys():
+        raise LoadError(
+            f"{str(folder)!r} is in the layout of the package mamba_ssm (its config has d_model and n_layer, and no "
+            "model_type), which transformers cannot load; take weights in its own layout, such as "
+            "'state-spaces/mamba-130m-hf'"
+        )

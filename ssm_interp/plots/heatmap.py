@@ -14,7 +14,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells
-from ssm_interp.plots.style import ARROW, CHANGED, headline, picture, readable, short, token_label
+from ssm_interp.plots.style import ARROW, CHANGED, headline, picture, readable, short
+from ssm_interp.reprs import short_repr
 
 LABEL = "Change of the answer's probability"
 MOST_ACROSS = 3
@@ -32,7 +33,7 @@ class TokenMap:
         layers: the layer that each window is drawn at (its first one, if aligned left).
         subject: rows that are the subject's.
         title: what was asked of which model.
-        answer: the prompt's target, in the title.
+        answer: what was asked for (a target, or the first token of one), in the title.
         p_base: its probability in the clean run, in the title.
 
     Raises:
@@ -51,6 +52,8 @@ class TokenMap:
     title: str = ""
     answer: str = ""
     p_base: float | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         shape = list(self.values.shape)
@@ -82,7 +85,7 @@ class TokenMap:
 
         Example:
             >>> result = sweep(ssm, tokenizer, [prompt], sources=range(len(encoding.tokens)))     # doctest: +SKIP
-            >>> heatmap_figure(TokenMap.of(result.frame, encoding.tokens, answer=prompt.target))    # doctest: +SKIP
+            >>> heatmap_figure(TokenMap.of(result.frame, encoding.tokens, answer="Paris"))          # doctest: +SKIP
         """
         _check_rows(rows)
         positions = rows["source"].astype(str)
@@ -103,7 +106,7 @@ class TokenMap:
     @property
     def caption(self) -> str:
         """The answer and its probability in the clean run."""
-        parts = [f"answer: “{token_label(self.answer.strip())}”"] if self.answer else []
+        parts = [f"answer: {short(self.answer.strip(), 48)}"] if self.answer else []
         return ", ".join([*parts, *([f"p = {self.p_base:.3g}"] if self.p_base is not None else [])])
 
     @property

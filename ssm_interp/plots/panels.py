@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from ssm_interp.plots.style import ARROW, readable, short
+from ssm_interp.reprs import short_repr
 
 StatisticName = Literal["mean", "median", "accuracy", "logprob_difference"]
 APART = ["model", "source", "target", "feature_group"]
@@ -71,6 +72,8 @@ class Panel:
     down: tuple[str, ...]  # and from row to row
     rows: pd.DataFrame
 
+    __repr__ = short_repr
+
     @property
     def lane(self) -> tuple[str, ...]:
         """Words for its row of the grid: what is knocked out for which target, and what varies down."""
@@ -99,6 +102,8 @@ class Layout:
     across: str
     wrapped: bool
 
+    __repr__ = short_repr
+
     def lowest(self, panel: Panel) -> bool:
         """Whether no other panel stands below this one."""
         return not any(other.column == panel.column and other.row > panel.row for other in self.panels)
@@ -116,7 +121,7 @@ def drawable(summary: pd.DataFrame, statistic: str) -> tuple[pd.DataFrame, Stati
         raise ValueError(f"there is no statistic {statistic!r} to draw; give one of {', '.join(STATISTICS)}")
     found = STATISTICS[statistic]
     numbers = [found.value, found.low, found.high]
-    needed = [*APART, "layer", "window_start", "window_size", "level", "n", *numbers]
+    needed = [*APART, "layer", "window_start", "window_size", "level", "n", "n_first", *numbers]
     if missing := [column for column in needed if column not in summary.columns]:
         raise ValueError(f"this picture needs a summary with the columns {needed}; these are missing: {missing}")
     if summary.empty:
@@ -179,10 +184,13 @@ def in_words(key: str, value: Any) -> str:
 
 
 def header(rows: pd.DataFrame) -> str:
-    """How many prompts stand behind some rows."""
-    fewest, most = int(rows["n"].min()), int(rows["n"].max())
-    count = f"{most}" if fewest == most else f"{fewest} to {most}"
-    return f"{count} prompt{'' if most == 1 else 's'}"
+    """How many prompts stand behind some rows, and how many of them are asked for a first token alone."""
+    first = f", {_count(rows['n_first'])} by first token" if rows["n_first"].any() else ""
+    return f"{_count(rows['n'])} prompt{'' if rows['n'].max() == 1 else 's'}{first}"
+
+
+def _count(counts: pd.Series) -> str:
+    return " to ".join(dict.fromkeys((str(counts.min()), str(counts.max()))))
 
 
 def legend_title(what: str, statistic: Statistic, rows: pd.DataFrame) -> str:

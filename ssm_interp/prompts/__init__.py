@@ -1,5 +1,6 @@
 """What is asked of a model: facts, prompts, the roles of their tokens, batches of them."""
 
+from ssm_interp.prompts.answers import SharedTokenWarning, shared_first_tokens, warn_shared
 from ssm_interp.prompts.counterfact import hub_row, original_idx
 from ssm_interp.prompts.facts_file import load_prompts, save_prompts
 from ssm_interp.prompts.induction import INDUCTION_SYMBOLS, induction_prompts, induction_roles
@@ -14,6 +15,7 @@ __all__ = [
     "Fact",
     "Prompt",
     "PromptError",
+    "SharedTokenWarning",
     "TokenizedPrompt",
     "check_role",
     "encode",
@@ -24,6 +26,8 @@ __all__ = [
     "original_idx",
     "pad",
     "save_prompts",
+    "shared_first_tokens",
     "tokenize",
+    "warn_shared",
     "with_ids",
 ]

@@ -48,6 +48,9 @@ class Prompt:
     id: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("text", "subject", "target", "relation", "id"):
+            if not isinstance(value := getattr(self, name), str):
+                raise PromptError(f"a prompt's {name} must be text, got {type(value).__name__}")
         for name in ("text", "subject", "target"):
             if not getattr(self, name).strip():
                 raise PromptError(f"the prompt {self.id or self.text!r} has an empty {name}: it needs one")
@@ -83,6 +86,11 @@ class Prompt:
             >>> Prompt.from_template("the capital of {} is", Fact("capital", "France", "Paris")).text
             'The capital of France is'
         """
+        if not isinstance(template, str) or not isinstance(fact, Fact):
+            got = f"{type(template).__name__} and {type(fact).__name__}"
+            raise PromptError(f"from_template takes a text with {{}}, the place of the subject, and a Fact, got {got}")
+        if not isinstance(fact.subject, str):
+            raise PromptError(f"a fact's subject must be text, got {type(fact.subject).__name__}")
         if "{}" not in template:
             raise PromptError(f"the template {template!r} has no {{}}, the place of the subject")
         text = (template[0].upper() + template[1:]).replace("{}", fact.subject, 1)
@@ -99,13 +107,16 @@ def with_ids(prompts: Sequence[Prompt], ids: Sequence[str]) -> list[Prompt]:
         >>> [prompt.id for prompt in with_ids(load_prompts("geo"), ["capital/France/0"])]       # doctest: +SKIP
         ['capital/France/0']
     """
+    for what, kind, given in (("prompts", Prompt, prompts), ("ids", str, ids)):
+        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, kind) for one in given):
+            raise PromptError(f"{what} must be a sequence of {kind.__name__}, got {type(given).__name__}")
     by_id = {prompt.id or prompt.text: prompt for prompt in prompts}
     times = Counter(prompt.id or prompt.text for prompt in prompts)
     for name in ids:
         if name not in by_id:
             near = get_close_matches(name, by_id, n=3, cutoff=0.4) or list(by_id)[:3]
-            there = ", ".join(map(repr, near))
-            raise PromptError(f"there is no prompt {name!r} among these {len(prompts)}; there are {there}, ...")
+            there = f"; there are {', '.join(map(repr, near))}, ..." if near else ""
+            raise PromptError(f"there is no prompt {name!r} among these {len(prompts)}{there}")
         if times[name] > 1:
             raise PromptError(
                 f"{times[name]} of these {len(prompts)} prompts have the id {name!r}; ids must be distinct"

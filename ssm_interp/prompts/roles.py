@@ -18,8 +18,8 @@ may be empty: a subject at the very beginning has no context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.prompts.prompt import Prompt, PromptError
+from ssm_interp.reprs import short_repr
 
 ROLES = (
     "first",
@@ -64,6 +65,8 @@ class Encoding:
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
+
+    __repr__ = short_repr
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
@@ -109,29 +112,54 @@ class TokenizedPrompt:
         ids: token ids, special tokens of the tokenizer included.
         tokens: readable tokens, see `Encoding`.
         roles: positions of each role of `ROLES`, ascending.
-        target_id: the first token of the target, its leading space included.
+        answer_ids: the tokens of the target, its leading space included.
+        answer_tokens: the same, readable.
     """
 
     prompt: Prompt
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
     roles: Mapping[str, tuple[int, ...]]
-    target_id: int
+    answer_ids: tuple[int, ...]
+    answer_tokens: tuple[str, ...]
+
+    __repr__ = short_repr
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def target_id(self) -> int:
+        """The first token of the target, which is what is asked for unless the full answer is scored."""
+        return self.answer_ids[0]
+
+    @property
+    def asked(self) -> str:
+        """The target where it is one token; else its first token, of which target: `"·P" of "Prague"`."""
+        if len(self.answer_ids) == 1:
+            return self.prompt.target
+        return f'"{self.answer_tokens[0].replace(" ", "·")}" of "{self.prompt.target}"'
+
+    def continued(self) -> TokenizedPrompt:
+        """The prompt with its answer behind it, but for the answer's last token: what a model reads as its answer is
+        scored token by token. Roles and positions stay those of the prompt."""
+        ids, tokens = self.answer_ids[:-1], self.answer_tokens[:-1]
+        return replace(self, ids=self.ids + ids, tokens=self.tokens + tokens)
 
     def positions(self, role: str | int) -> tuple[int, ...]:
         """Positions of a role; PromptError, with the nearest valid name, if there is no such role. A position stands
         for itself, and for none where the prompt is too short."""
         if isinstance(role, int):
-            return (role,) if 0 <= role < len(self) else ()
+            return (role,) if 0 <= role < len(self.roles["all"]) else ()
         check_role(role)
         return self.roles[role]
 
 
-def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompt:
+def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, full_answer: bool = False) -> TokenizedPrompt:
     """Tokens, roles and target of a prompt.
+
+    Args:
+        full_answer: whether all tokens of the target are to be asked for, so that all must be known.
 
     Raises:
         PromptError: a slow tokenizer; no token covers the subject; the target does not start with a token of its own
@@ -142,9 +170,17 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> TokenizedPro
         >>> tokenized.positions("subject"), tokenized.positions("relation")                         # doctest: +SKIP
         ((3, 4), (0, 1, 2, 5))
     """
+    if not isinstance(prompt, Prompt):
+        raise PromptError(f"tokenize takes a Prompt, got {type(prompt).__name__}")
     encoding = encode(prompt.text, tokenizer)
     roles = _roles(prompt, encoding)
-    return TokenizedPrompt(prompt, encoding.ids, encoding.tokens, roles, _target_id(prompt, encoding, tokenizer))
+    ids, tokens = _answer(prompt, encoding, tokenizer)
+    if full_answer and tokenizer.unk_token_id in ids:
+        raise PromptError(
+            f"the target {prompt.target!r} of {prompt.text!r} cannot be asked for in full: the tokenizer does not know "
+            f"{tokens[ids.index(tokenizer.unk_token_id)]!r} in it (it becomes {tokenizer.unk_token!r})"
+        )
+    return TokenizedPrompt(prompt, encoding.ids, encoding.tokens, roles, ids, tokens)
 
 
 def _roles(prompt: Prompt, encoding: Encoding) -> dict[str, tuple[int, ...]]:
@@ -170,7 +206,10 @@ def _roles(prompt: Prompt, encoding: Encoding) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _target_id(prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenizerBase) -> int:
+def _answer(
+    prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The target's ids and readable tokens."""
     length, start = len(encoding.ids), len(prompt.text) + 1
     whole = encode(f"{prompt.text} {prompt.target}", tokenizer)
     problem = f"the target {prompt.target!r} does not start with a token of its own after {prompt.text!r}: "
@@ -187,24 +226,48 @@ def _target_id(prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenize
             f"{problem}the next token is {whole.tokens[length]!r} (characters {first} to {end}, the target starts at "
             f"{start}); use a tokenizer that keeps the space with the word"
         )
-    return target_id
+    return whole.ids[length:], whole.tokens[length:]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Prompts side by side, padded on the left, so that the last column is the last token of every row.
 
+    A model is called with it as with what a tokenizer returns: `model(**batch)` gives it `input_ids` and
+    `attention_mask`.
+
     Attributes:
         prompts: one per row.
         input_ids: `[b, t]`.
         attention_mask: `[b, t]`, 0 at padding.
-        target_ids: `[b]`.
+        target_ids: the first token of each target, `[b]`.
     """
 
     prompts: tuple[TokenizedPrompt, ...]
     input_ids: Int[Tensor, "b t"]
     attention_mask: Int[Tensor, "b t"]
     target_ids: Int[Tensor, " b"]
+
+    def keys(self) -> tuple[str, str]:
+        """What a model is called with."""
+        return ("input_ids", "attention_mask")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What a model is called with, by name.
+
+        Raises:
+            KeyError: another name; what else a batch has are its attributes.
+        """
+        if name not in self.keys():  # noqa: SIM118
+            raise KeyError(f"a batch holds {' and '.join(self.keys())} for a model, not {name!r:.80}")
+        found: Tensor = getattr(self, name)
+        return found
+
+    def __repr__(self) -> str:
+        return f"Batch({len(self.prompts)} prompts, input_ids {list(self.input_ids.shape)})"
 
     def positions(self, role: str | int) -> list[list[int]]:
         """Columns of `input_ids` that play a role or are a position of the prompt, one list per row (maybe empty)."""
@@ -225,7 +288,7 @@ def pad(prompts: Sequence[TokenizedPrompt], *, pad_id: int = 0) -> Batch:
         pad_id: what stands at padding; the attention mask hides it, so any id of the vocabulary will do.
 
     Raises:
-        PromptError: no prompts.
+        PromptError: no prompts, or some that are not tokenized.
 
     Example:
         >>> pad([short, long]).attention_mask           # doctest: +SKIP
@@ -234,6 +297,8 @@ def pad(prompts: Sequence[TokenizedPrompt], *, pad_id: int = 0) -> Batch:
     """
     if not prompts:
         raise PromptError("a batch needs at least one prompt, got none")
+    if wrong := [row for row in prompts if not isinstance(row, TokenizedPrompt)]:
+        raise PromptError(f"pad takes what tokenize(prompt, tokenizer) gives, got {type(wrong[0]).__name__}")
     width = max(len(row) for row in prompts)
     ids = [[pad_id] * (width - len(row)) + list(row.ids) for row in prompts]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]

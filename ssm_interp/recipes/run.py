@@ -15,6 +15,7 @@ from ssm_interp import plots
 from ssm_interp.features.groups import FeatureError
 from ssm_interp.flow import (
     FlowResult,
+    NoEdgesError,
     NothingAnswered,
     Study,
     WindowError,
@@ -30,6 +31,7 @@ from ssm_interp.plots import TokenMap
 from ssm_interp.prompts import PromptError, TokenizedPrompt, load_prompts, tokenize, with_ids
 from ssm_interp.recipes.lines import Key
 from ssm_interp.recipes.schema import HeatMap, Recipe, RecipeError
+from ssm_interp.reprs import short_repr
 
 Started = Callable[[str], Progress]
 """Called with the name of a study as it begins; gives what is told of its progress."""
@@ -48,6 +50,8 @@ class Findings:
     recipe: Recipe
     result: FlowResult
     maps: tuple[tuple[str, TokenMap], ...] = ()
+
+    __repr__ = short_repr
 
     @property
     def shown(self) -> FlowResult:
@@ -225,7 +229,7 @@ def _maps(found: FlowResult, prompt: TokenizedPrompt, label: str) -> Iterator[To
     for (_, group), part in rows.groupby(["target", "feature_group"], sort=False):
         for size in run.windows:
             one = part if len(run.windows) == 1 else part[part["window_size"] == size]
-            drawn = TokenMap.of(one, prompt.tokens, subject=prompt.roles["subject"], answer=prompt.prompt.target)
+            drawn = TokenMap.of(one, prompt.tokens, subject=prompt.roles["subject"], answer=str(part["answer"].iloc[0]))
             title = f"{drawn.title}, windows of {size} layer{'' if size == 1 else 's'}"
             yield replace(drawn, title=f"{title}\nfeatures: {group}" if several else title)
 
@@ -240,6 +244,7 @@ def _blaming(recipe: Recipe, place: int, label: str) -> Iterator[None]:
         FeatureError: ("operation",) if held else ("operation", place, "features"),
         InterventionError: ("operation",) if held else ("operation", place, "through"),
         PromptError: ("facts", "source"),
+        NoEdgesError: ("operation", place, "targets" if isinstance(recipe.plot, HeatMap) else "sources"),
         NothingAnswered: ("model", "names"),
     }
     try:

@@ -64,6 +64,7 @@ class Facts(Section):
         default=Study.model_fields["limit"].default, ge=0, description=Study.model_fields["limit"].description
     )
     seed: int = _of_study("seed")
+    full_answer: bool = _of_study("full_answer")
 
 
 class Knockout(Section):
@@ -101,7 +102,7 @@ class Metrics(Section):
     statistic: StatisticName = Field(
         default="mean", description="mean or median of the relative change, accuracy, or logprob_difference."
     )
-    interval: Interval = Field(default="t", description="Of means: t, or bootstrap.")
+    interval: Interval = Field(default="bootstrap", description="Of means: bootstrap, or t.")
     level: float = Field(default=0.95, gt=0, lt=1, description="Of the interval.")
     prompts: Literal["own", "common"] = Field(
         default="own", description="own: those that a model answers. common: those that all of the models answer."
@@ -229,6 +230,7 @@ class Recipe(Section):
             "skip_bad": self.facts.skip_bad,
             "limit": self.facts.limit,
             "seed": self.facts.seed,
+            "full_answer": self.facts.full_answer,
             "sources": knockout.sources,
             "targets": knockout.targets,
             "windows": self.sweep.windows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -11,6 +12,7 @@ from ssm_interp.scan.attention import attention
 from ssm_interp.scan.terms import Terms
 
 CHUNK = 64
+SLAB_BYTES = 2**25  # of the matrices and states of the chunks that are computed together, about
 
 
 def scan_by_chunks(
@@ -21,26 +23,40 @@ def scan_by_chunks(
     Within a chunk y is `M x`; what the state before it gives is read through the decay since then. Decays are sums
     taken from one end of the chunk, never differences of sums, so no digits cancel and every exponent is <= 0.
 
-    Cost: O(L CHUNK H P + L H P N) time in matrix products; O(CHUNK^2 H + H P N) memory beside the result.
+    Cost: O(L CHUNK H P + L H P N) time in matrix products; constant memory beside the result.
     Source: Mamba-2 (arXiv 2405.21060), section 6.
     """
+    each = terms.x.element_size() * terms.batch * terms.heads * (CHUNK * CHUNK + terms.head_dim * terms.state_size)
+    slab = CHUNK * max(1, SLAB_BYTES // each)
+    whole = terms.length - terms.length % CHUNK
+    borders = [*range(0, whole, slab), whole, terms.length]
     found = []
-    for start in range(0, terms.length, CHUNK):
-        part = terms.at(slice(start, start + CHUNK))
-        y, state = _chunk(part, state)
-        found.append(y)
-    return torch.cat(found, dim=1), state
+    for start, stop in zip(borders, borders[1:], strict=False):
+        if stop > start:
+            y, state = _chunks(terms.at(slice(start, stop)), min(CHUNK, stop - start), state)
+            found.append(y)
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1), state
 
 
-def _chunk(terms: Terms, state: Float[Tensor, "b h p n"]) -> tuple[Float[Tensor, "b q h p"], Float[Tensor, "b h p n"]]:
-    b, q, h, p = terms.x.shape
-    g, n = terms.groups, terms.state_size
-    log_decay = terms.log_decay[..., 0]  # b q h
+def _chunks(
+    terms: Terms, q: int, state: Float[Tensor, "b h p n"]
+) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
+    """k chunks of q positions; they are rows of a batch, but for the states that pass from one to the next."""
+    b, g = terms.batch, terms.groups
+    x, dt, B, C = (rearrange(part, "b (k q) ... -> (b k) q ...", q=q) for part in (terms.x, terms.dt, terms.B, terms.C))
+    rows = Terms(x, dt, terms.A, B, C)
+    log_decay = rows.log_decay[..., 0]  # (b k) q h
     since_start = log_decay.cumsum(1).exp()
     to_end = pad(log_decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1).exp()  # the decay after a position
-    inside = (attention(terms) @ terms.x.transpose(1, 2)).transpose(1, 2)  # b q h p
-    before = torch.einsum("bqgn,bgkpn->bqgkp", terms.C, state.reshape(b, g, -1, p, n)).reshape(b, q, h, p)
-    y = inside + since_start[..., None] * before
-    u = ((to_end * terms.dt)[..., None] * terms.x).reshape(b, q, g, -1, p)
-    written = torch.einsum("bqgkp,bqgn->bgkpn", u, terms.B).reshape(state.shape)
-    return y, since_start[:, -1, :, None, None] * state + written
+    inside = (attention(rows) @ x.transpose(1, 2)).transpose(1, 2)  # (b k) q h p
+    u = rearrange((to_end * dt)[..., None] * x, "r q (g j) p -> r q g j p", g=g)
+    written = rearrange(torch.einsum("rqgjp,rqgn->rgjpn", u, B), "(b k) g j p n -> k b (g j) p n", b=b)
+    decay = rearrange(since_start[:, -1], "(b k) h -> k b h 1 1", b=b)
+    before = []
+    for kept, added in zip(decay, written, strict=True):
+        before.append(state)
+        state = torch.addcmul(added, kept, state)
+    states = rearrange(torch.stack(before), "k b (g j) p n -> (b k) g j p n", g=g)
+    from_before = rearrange(torch.einsum("rqgn,rgjpn->rqgjp", C, states), "r q g j p -> r q (g j) p")
+    y = inside + since_start[..., None] * from_before
+    return rearrange(y, "(b k) q h p -> b (k q) h p", b=b), state
