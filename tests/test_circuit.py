@@ -37,11 +37,12 @@ def by_hand(ssm: Attachment, rows: dict[str, Tensor], removed: Collection[EdgeGr
     found = []
     for row, kept in zip(rows["input_ids"], rows["attention_mask"].bool(), strict=True):
         ids = row[kept]
-        edits = [
-            si.Knockout(edges=[(t, s) for t in ROLES[group.target] for s in ROLES[group.source] if t < len(ids) > s])
-            for group in removed
+        edges = [
+            [(t, s) for t in ROLES[group.target] for s in ROLES[group.source] if len(ids) > t >= s] for group in removed
         ]
-        edits = [si.Knockout(edges=edit.edges, layers=group.layer) for edit, group in zip(edits, removed, strict=True)]
+        edits = [
+            si.Knockout(edges=named, layers=group.layer) for named, group in zip(edges, removed, strict=True) if named
+        ]
         with torch.no_grad(), ssm.edit(*edits):
             found.append(spread(ssm.model(ids[None], use_cache=False).logits[:, -1]))
     return float(torch.cat(found).double().mean())

@@ -53,13 +53,12 @@ def test_what_comes_after_the_first_compiled_call_is_seen(name: str) -> None:
 
 def test_a_compiled_model_is_read_and_swept() -> None:
     model = build("mamba2")
-    with si.attach(model) as ssm:
+    with si.attach(model) as ssm, torch.no_grad():
         known = ssm.run(CASE, read="attn")["attn", 2]
         variants = [si.Knockout(sources=1, targets=-1), si.Knockout(sources=2, targets=-1)]
         answers = [found.logits for found in run_each(ssm, CASE["input_ids"], variants)]
         model.compile(backend="eager")
-        with torch.no_grad():
-            model(**CASE)
+        model(**CASE)
         assert torch.equal(ssm.run(CASE, read="attn")["attn", 2], known)
         again = [found.logits for found in run_each(ssm, CASE["input_ids"], variants)]
         assert all(relative_error(new, old) <= 1e-5 for new, old in zip(again, answers, strict=True))
