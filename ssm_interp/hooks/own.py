@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from threading import Lock, get_ident
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 OWN = "ssm_interp_own"  # marks hooks that are ours
@@ -75,13 +77,16 @@ class Asked:
 
 
 _asking = Lock()
+_open: list[Any] = []  # a stance of torch.compile for each open block, or None
 
 
 @contextmanager
 def asking(mixers: Iterable[Asked]) -> Iterator[None]:
-    """A block in which something is asked of some mixers."""
+    """A block in which something is asked of some mixers. Compiled models run uncompiled inside: their graphs do not
+    look at what such blocks put into the host, hooks on its modules for example."""
     asked = list(mixers)
     with _asking:
+        _open.append(_uncompiled() if not any(_open) else None)
         for one in asked:
             one.blocks, one.now = one.blocks + 1, True
     try:
@@ -90,6 +95,23 @@ def asking(mixers: Iterable[Asked]) -> Iterator[None]:
         with _asking:
             for one in asked:
                 one.blocks -= 1
+            if len(_open) == 1:
+                _restore_compiled()
+            else:  # the block that set the stance may end first; the last one restores it
+                _open.remove(None)
+
+
+def _uncompiled() -> Any:
+    """The stance in which compiled models run eagerly; None where nothing was ever compiled."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes a second or two
+        return None
+    return torch.compiler.set_stance("force_eager")  # in force from here on
+
+
+def _restore_compiled() -> None:
+    stance = _open.pop()
+    if stance is not None:
+        stance.__exit__(None, None, None)
 
 
 _watches: ContextVar[Mapping[nn.Module, tuple[Watch, ...]]] = ContextVar(
