@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-FLOOR := $(addprefix tests/test_,$(addsuffix .py,attach check conv_knockout decode edits hook_points own rows softmax tiny_hosts))
+FLOOR := $(addprefix tests/test_,$(addsuffix .py,attach check conv_knockout decode edits hook_points newest rows softmax state_edits))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

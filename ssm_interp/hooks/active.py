@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class ActiveEdit:
 _active: ContextVar[tuple[ActiveEdit, ...]] = ContextVar("ssm_interp_active", default=())
 _everywhere: list[ActiveEdit] = []
 _lock = Lock()
-_start = Thread.start
+_starts: list[Callable[[Thread], None]] = []  # what starts a thread, while ours stands in for it
 _INHERITED = "ssm_interp_edits"
 
 
@@ -44,7 +44,9 @@ def editing(edits: tuple[ActiveEdit, ...]) -> Iterator[None]:
     token = _active.set((*_active.get(), *edits))
     with _lock:
         _everywhere.extend(edits)
-        Thread.start = _start_with_edits  # type: ignore[method-assign, assignment]
+        if not _starts:
+            _starts.append(Thread.start)
+            Thread.start = _start_with_edits  # type: ignore[method-assign, assignment]
     try:
         with spreading(edit.places for edit in edits):
             yield
@@ -53,14 +55,15 @@ def editing(edits: tuple[ActiveEdit, ...]) -> Iterator[None]:
             for edit in edits:
                 _everywhere.remove(edit)
             if not _everywhere and Thread.start is _start_with_edits:
-                Thread.start = _start  # type: ignore[method-assign]
+                Thread.start = _starts.pop()  # type: ignore[method-assign, assignment]
         _active.reset(token)
 
 
 def _start_with_edits(thread: Thread) -> None:
     """Start a thread under the edits of the one that starts it: by `Thread(target=model.generate)`, say."""
     thread.__dict__[_INHERITED] = edits_here()
-    _start(thread)
+    start = _starts[0] if _starts else Thread.start  # the last block may just have ended
+    start(thread)
 
 
 def edits_here() -> tuple[ActiveEdit, ...]:
