@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import TypeVar
 
 import torch
@@ -39,17 +39,13 @@ class Cut:
     features: Tensor  # bool h #n
     state: Tensor  # b h p n, or any shape that broadcasts to it
 
-    @property
-    def where(self) -> Tensor:
-        """Which of the state is replaced, `[b h 1 #n]`."""
-        return self.rows[:, None, None, None] & self.features[:, None, :]
-
     def apply(self, state: Tensor, wipe: bool) -> Tensor:
-        return torch.where(self.where, 0.0 if wipe else self.state.to(state), state)
+        where = self.rows[:, None, None, None] & self.features[:, None, :]  # b h 1 #n
+        return torch.where(where, 0.0 if wipe else self.state.to(state), state)
 
     def overlaps(self, other: Cut) -> bool:
-        shared = (self.rows & other.rows).any() and (self.features & other.features).any()
-        return self.position == other.position and bool(shared)
+        """Whether another cut at the same position replaces some of the same state."""
+        return bool((self.rows & other.rows).any() and (self.features & other.features).any())
 
     def piece(self, length: int) -> Piece:
         """The edges that this cut leaves nothing of: those from before it (or at it) to after it (or at it)."""
@@ -80,7 +76,8 @@ class LayerEdits:
         self.site = site
         self.batch, self.device = site.batch, operands.x.device
         self._cuts = sorted(self._find_cuts(operands), key=lambda cut: cut.position)
-        if any(one.overlaps(other) for one, other in combinations(self._cuts, 2)):
+        self._cuts_at = {at: list(cuts) for at, cuts in groupby(self._cuts, key=lambda cut: cut.position)}
+        if any(one.overlaps(other) for cuts in self._cuts_at.values() for one, other in combinations(cuts, 2)):
             raise InterventionError(
                 f"layer {site.layer}: two PatchState replace the same state; edits have no order, so give it one value"
             )
@@ -156,9 +153,7 @@ class LayerEdits:
         state = writes.new_zeros(writes[:, 0].shape) if before is None else before.to(writes)
         found = []
         for position, (decay, added) in enumerate(zip(decays(terms), writes.unbind(1), strict=True)):
-            state = torch.addcmul(added, decay, state)
-            for cut in self._cuts:
-                state = cut.apply(state, wipe=True) if cut.position == position else state
+            state = self._wiped(torch.addcmul(added, decay, state), position)
             state = state if replaced is None else torch.where(replaced[:, position], 0, state)
             found.append(state)
         return torch.stack(found, dim=1)
@@ -172,9 +167,7 @@ class LayerEdits:
         state = shift.new_zeros(shift[:, 0].shape)
         found = []
         for position, (decay, moved) in enumerate(zip(decays(terms), shift.unbind(1), strict=True)):
-            state = decay * state
-            for cut in self._cuts:
-                state = cut.apply(state, wipe=True) if cut.position == position else state
+            state = self._wiped(decay * state, position)
             state = torch.where(moved != 0, moved, state + moved)
             found.append(state)
         return torch.stack(found, dim=1)
@@ -254,11 +247,17 @@ class LayerEdits:
         change[:, targets] = torch.einsum("bhrs,bshp->brhp", new - rows, terms.x)
         return change
 
+    def _wiped(self, state: Tensor, position: int) -> Tensor:
+        """What is left of a state after the cuts at a position."""
+        for cut in self._cuts_at.get(position, ()):
+            state = cut.apply(state, wipe=True)
+        return state
+
     def _segments(self, length: int) -> Iterator[tuple[int, int, list[Cut]]]:
         """Runs of positions (begin, end), each with the cuts at its last one."""
         begin = 0
-        for end in sorted({cut.position + 1 for cut in self._cuts} | {length}):
-            yield begin, end, [cut for cut in self._cuts if cut.position + 1 == end]
+        for end in sorted({position + 1 for position in self._cuts_at} | {length}):
+            yield begin, end, self._cuts_at.get(end - 1, [])
             begin = end
 
     def _find_cuts(self, operands: Operands) -> Iterator[Cut]:
