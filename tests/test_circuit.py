@@ -164,6 +164,7 @@ def test_edits_at_work_are_part_of_the_clean_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ssm_interp.prompts.SharedTokenWarning")
 @pytest.mark.parametrize("name", ["tiny-mamba1", "tiny-mamba2"])
 def test_the_circuit_of_facts_goes_from_the_subject_to_the_last_token(name: str) -> None:
     model, tokenizer = si.load(name)
