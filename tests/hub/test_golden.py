@@ -31,7 +31,7 @@ MODELS = {
 }
 FACTS = "NeelNanda/counterfact-tracing"
 
-pytestmark = pytest.mark.hub
+pytestmark = [pytest.mark.hub, pytest.mark.filterwarnings("ignore::ssm_interp.SsmInterpWarning")]
 
 
 def place(name: str) -> str:
