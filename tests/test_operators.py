@@ -186,3 +186,35 @@ def test_the_step_is_behind_bias_softplus_and_clamp() -> None:
 
 def _tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else (output,)
+
+
+@adapters
+def test_two_calls_joined_fire_once_and_fill_what_stood_for_the_first(adapter: type[Operator]) -> None:
+    """As Zamba calls: each for some of the heads. What the first call gave back is filled when the last is made."""
+    (first, host), (second, _) = CALLS[adapter](), CALLS[adapter]()
+    known = [_tuple(host(**fresh(arguments))) for arguments in (first, second)]
+    gated = adapter in (SelectiveScan, SelectiveUpdate)
+    points = si.HookPoints(
+        layer=0, heads=2 * h, head_dim=1 if gated else p, state_size=n, gated=gated, own_operator=False
+    )
+    seen: list[Tensor] = []
+    points.hook_x.add_hook(lambda x, hook: seen.append(x))
+    site = Site(SimpleNamespace(ssm=points, layer_idx=0), None, None, torch.empty(b, t, 1))
+    given = [fresh(first), fresh(second)]
+    found = [_tuple(serve(adapter(host, (), arguments), site)) for arguments in given]
+    site.close()
+    assert [x.shape[2] for x in seen] == [2 * h]
+    for mine, theirs in zip(found, known, strict=True):
+        assert all(relative_error(one, other) <= 1e-5 for one, other in zip(mine, theirs, strict=True))
+    assert all(relative_error(*pair) <= 1e-5 for pair in _states(given, [first, second], host))
+
+
+def _states(given: list[dict[str, Any]], fresh_ones: list[dict[str, Any]], host: Any) -> list[tuple[Tensor, Tensor]]:
+    """The states that updates changed in place, and those that the host's own updates leave."""
+    found = []
+    for mine, arguments in zip(given, fresh_ones, strict=True):
+        if "state" in arguments:
+            again = fresh(arguments)
+            host(**again)
+            found.append((mine["state"], again["state"]))
+    return found

@@ -80,9 +80,9 @@ class Operator(ABC):
         """The state it starts from, [b h p n], not yet changed by the call; None: zeros."""
         return None
 
+    @abstractmethod
     def placeholder(self) -> Any:
-        """What stands for the result of one of several calls until all of them were made: `Joined.finish` fills it."""
-        raise NotImplementedError  # of the four, only Zamba's two are called several times in one forward
+        """What stands for the result of one of several calls until all of them were made: `Joined` fills it."""
 
     @abstractmethod
     def _bind(self, *args: Any, **kwargs: Any) -> None: ...
@@ -251,6 +251,12 @@ class ChunkScan(Operator):
     def initial_state(self) -> Tensor | None:
         return self._initial_state
 
+    def placeholder(self) -> Any:
+        x, n = self.operands.x, self.operands.B.shape[3]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = _unset(x, dtype)
+        return (y, _unset(x[:, 0, :, :, None].expand(-1, -1, -1, n), dtype)) if self._wants_state else y
+
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         found = self._host(
             operands.x,
@@ -305,6 +311,9 @@ class HeadUpdate(Operator):
     def initial_state(self) -> Tensor:
         return self._state.clone()
 
+    def placeholder(self) -> Any:
+        return _unset(self.operands.x[:, 0], self.operands.x.dtype)
+
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         y = self._host(
             self._state,
@@ -355,6 +364,9 @@ class Joined(Operator):
         return torch.cat(states, 1) if states else None
 
     def _bind(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def placeholder(self) -> Any:
+        return self._calls[-1].placeholder()
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         sizes = {name: self._groups if name in "BC" else self._heads for name in HEADS}
