@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from support import edited, logits, relative_error, zeroed_edges
 from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssm_interp as si
 
@@ -339,3 +341,38 @@ def _scaled_at(position: int, factor: float):  # noqa: ANN202
         return tensor * scale[:, None, None, None]
 
     return hook
+
+
+class _Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, Tensor) and tensor.is_contiguous():  # an expanded view takes no memory
+                self.numel = max(self.numel, tensor.numel())
+        return found
+
+
+def test_no_knockout_makes_a_tensor_of_targets_times_sources() -> None:
+    length = 4096
+    model = build("mamba2", num_hidden_layers=1)
+    ids = inputs(1, length)
+    half = length // 2
+    with si.attach(model) as ssm, torch.no_grad():
+        for knockouts in (
+            [],
+            [si.Knockout(sources=[3, 4], targets=-1)],
+            [si.Knockout(sources=range(half), targets=range(half, length), through=("ssm", "conv"))],
+            [si.Knockout(sources=[3], targets=-1), si.Knockout(sources=range(half), targets=[-1, -2], features=[0, 1])],
+            [si.Knockout(edges=[(-1, 3), (-5, 3), (-5, 70)])],
+            [si.Knockout(sources=[3, 4])],
+            [si.PatchState(position=half, state=0.0), si.Knockout(sources=range(half), targets=-1)],
+        ):
+            with ssm.edit(*knockouts), _Largest() as largest:
+                ssm.model(**ids, logits_to_keep=1)
+            assert largest.numel < length**2 / 4, knockouts
