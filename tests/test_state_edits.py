@@ -195,10 +195,11 @@ def test_zeroing_every_state_of_a_trained_model() -> None:
     with si.attach(model) as ssm, torch.no_grad():
         length = given["input_ids"].shape[1]
         patches = [si.PatchState(position=position, state=0.0, layers=5) for position in range(length)]
+        native = logits(model, given)[0, -1].softmax(-1)[paris]
         known = edited(ssm, given, *patches)[0, -1].softmax(-1)[paris]
         ssm.layers[5].hook_state.add_hook(lambda state, _: torch.zeros_like(state))
         run = ssm.run(given, read="y", layers=5)
         assert run["y", 5].abs().max() <= 1e-5
         found = run.logits[0, -1].softmax(-1)[paris]
     assert abs(float(found - known)) <= 1e-6
-    assert abs(float(known) - 0.0107) <= 1e-4
+    assert found < 0.1 < native  # what p is exactly differs with the version of transformers
