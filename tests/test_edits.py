@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssm_interp as si
+from ssm_interp.hooks import run_each
 
 EXACT = 1e-10
 LENGTH = 8
@@ -376,3 +377,20 @@ def test_no_knockout_makes_a_tensor_of_targets_times_sources() -> None:
             with ssm.edit(*knockouts), _Largest() as largest:
                 ssm.model(**ids, logits_to_keep=1)
             assert largest.numel < length**2 / 4, knockouts
+
+
+@pytest.mark.parametrize("through", ["ssm", "conv", "attention"])
+def test_edges_that_do_not_exist_are_refused_and_those_that_partly_do_are_counted(through: str) -> None:
+    with si.attach(build("bamba")) as ssm:
+        for swapped in (
+            si.Knockout(sources=-1, targets=[4, 5], through=through),
+            si.Knockout(edges=[(4, 6), (1, 2)], through=through),
+        ):
+            with pytest.raises(si.InterventionError, match="none of the edges of Knockout.*swapped"):
+                edited(ssm, inputs(2, LENGTH), swapped)
+        known = edited(ssm, inputs(2, LENGTH), si.Knockout(edges=[(7, 6)], through=through))
+        with pytest.warns(UserWarning, match="1 of the 2 edges of Knockout.* do not exist"):
+            found = edited(ssm, inputs(2, LENGTH), si.Knockout(edges=[(7, 6), (1, 2)], through=through))
+        assert torch.equal(found, known)
+        with pytest.raises(si.InterventionError, match="none of the edges"):
+            list(run_each(ssm, inputs(2, LENGTH)["input_ids"], [si.Knockout(sources=-1, targets=2, through=through)]))

@@ -202,4 +202,5 @@ def test_zeroing_every_state_of_a_trained_model() -> None:
         assert run["y", 5].abs().max() <= 1e-5
         found = run.logits[0, -1].softmax(-1)[paris]
     assert abs(float(found - known)) <= 1e-6
-    assert found < 0.1 < native  # what p is exactly differs with the version of transformers
+    expected = {0.996: 0.0107, 0.988: 0.0338}  # by the model's own p: 5.15 computes this Mamba-2 otherwise than 5.24
+    assert abs(float(known) - expected[round(float(native), 3)]) <= 1e-4
