@@ -4,26 +4,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssm_interp.errors import (
+        HookError,
+        InterventionError,
+        LoadError,
+        PromptError,
+        SsmInterpWarning,
+        UnsupportedModelError,
+    )
     from ssm_interp.hooks import (
         Attachment,
         EditAttention,
-        HookError,
         HookPoint,
         HookPoints,
         Intervention,
-        InterventionError,
         Knockout,
         PatchState,
         Run,
         ScaleFeatures,
         SetDelta,
-        SsmInterpWarning,
-        UnsupportedModelError,
         attach,
         attached,
     )
-    from ssm_interp.models import LoadError, load
-    from ssm_interp.prompts import Fact, Prompt, PromptError, load_prompts
+    from ssm_interp.models import load
+    from ssm_interp.prompts import Fact, Prompt, load_prompts
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,8 @@ from ssm_interp.cli.options import (
     studies,
 )
 from ssm_interp.cli.output import picture_and_table, progress_bar, wrote
-from ssm_interp.features import FeatureError, fact_roles, find_circuit
+from ssm_interp.errors import FeatureError
+from ssm_interp.features import fact_roles, find_circuit
 from ssm_interp.flow import Ranks, Study
 from ssm_interp.flow.study_run import StudyFacts, load_for
 from ssm_interp.flow.sweep import device_of

@@ -27,10 +27,10 @@ from ssm_interp.cli.options import (
     loaded,
 )
 from ssm_interp.cli.output import console, picture_and_table, wrote
+from ssm_interp.errors import FeatureError, PromptError
 from ssm_interp.features import (
     EdgeAttribution,
     EdgeCheck,
-    FeatureError,
     check_edges,
     edge_attribution,
     log_probability,
@@ -40,7 +40,7 @@ from ssm_interp.features.metrics import Metric
 from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import Attachment, attach
 from ssm_interp.plots import token_label
-from ssm_interp.prompts import Prompt, PromptError, TokenizedPrompt, load_prompts, tokenize, with_ids
+from ssm_interp.prompts import Prompt, TokenizedPrompt, load_prompts, tokenize, with_ids
 
 EDGE = ["row", "layer", "target", "source"]
 ARROW = "\N{LEFTWARDS ARROW}"

@@ -29,7 +29,8 @@ from ssm_interp.cli.options import (
     studies,
 )
 from ssm_interp.cli.output import check_folder, console, progress_bar, wrote
-from ssm_interp.features import STATISTICS, FeatureError, Spectrum, spectrum
+from ssm_interp.errors import FeatureError
+from ssm_interp.features import STATISTICS, Spectrum, spectrum
 from ssm_interp.features.groups import unknown_statistic
 from ssm_interp.flow import Ranks, Study
 from ssm_interp.flow.study_run import StudyFacts, load_for

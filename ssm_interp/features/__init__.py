@@ -1,18 +1,12 @@
 """Features of SSM layers (channels in Mamba-1, heads in Mamba-2): what tells them apart, and groups of them."""
 
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.circuit import Circuit, find_circuit
 from ssm_interp.features.circuit_trials import EdgeGroup, fact_roles
 from ssm_interp.features.decomposition import Decomposition, decompose
 from ssm_interp.features.edge_check import EdgeCheck, check_edges
 from ssm_interp.features.edges import EdgeAttribution, edge_attribution
-from ssm_interp.features.groups import (
-    STATISTICS,
-    FeatureError,
-    FeatureGroup,
-    check_groups,
-    decay_norms,
-    feature_groups,
-)
+from ssm_interp.features.groups import STATISTICS, FeatureGroup, check_groups, decay_norms, feature_groups
 from ssm_interp.features.logits import LogitAttribution, logit_attribution
 from ssm_interp.features.metrics import log_probability, logit_difference
 from ssm_interp.features.mixers import MixerRecord, record_mixers

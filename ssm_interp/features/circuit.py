@@ -11,11 +11,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp.errors import FeatureError, InterventionError
 from ssm_interp.features.arguments import whole_number
 from ssm_interp.features.circuit_trials import Asked, EdgeGroup, Trials
-from ssm_interp.features.groups import ALL, FeatureError, check_attached, check_groups, feature_groups
+from ssm_interp.features.groups import ALL, check_attached, check_groups, feature_groups
 from ssm_interp.features.metrics import Metric
-from ssm_interp.hooks import Attachment, InterventionError, Knockout, warn_hooked
+from ssm_interp.hooks import Attachment, Knockout, warn_hooked
 from ssm_interp.hooks.interventions import as_indices, as_number
 from ssm_interp.plots import circuit_figure, short
 from ssm_interp.prompts import Batch, warn_shared

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import whole_texts
-from ssm_interp.features.groups import ALL, FeatureError
+from ssm_interp.features.groups import ALL
 from ssm_interp.features.metrics import Metric, log_probability, measure
 from ssm_interp.hooks import Attachment, Knockout
 from ssm_interp.hooks.obstacles import obstacles

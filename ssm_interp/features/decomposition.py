@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, columns, whole_texts
-from ssm_interp.features.groups import ALL, FeatureError, Groups, check_groups
+from ssm_interp.features.groups import ALL, Groups, check_groups
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
 from ssm_interp.reprs import short_repr

@@ -13,8 +13,8 @@ from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import same_columns, whole_texts
-from ssm_interp.features.groups import FeatureError
 from ssm_interp.features.metrics import Metric, Positions, measure
 from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetDelta
 from ssm_interp.hooks.active import active_edits

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import whole_number
 from ssm_interp.features.differentiate import Question
 from ssm_interp.features.edges import EdgeAttribution
-from ssm_interp.features.groups import FeatureError
 from ssm_interp.features.metrics import Metric, Positions, measure
 from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each, warn_hooked
 from ssm_interp.reprs import short_repr

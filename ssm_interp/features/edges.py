@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp import plots
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, row_tokens, whole_number
 from ssm_interp.features.differentiate import Question
-from ssm_interp.features.groups import FeatureError, Groups, PlainGroups, check_groups
+from ssm_interp.features.groups import Groups, PlainGroups, check_groups
 from ssm_interp.features.metrics import Metric, Positions
 from ssm_interp.hooks import Attachment, HookPoints, warn_hooked
 from ssm_interp.hooks.interventions import as_index

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssm_interp.features.groups import FeatureError
-from ssm_interp.hooks import InterventionError
+from ssm_interp.errors import FeatureError, InterventionError
 from ssm_interp.hooks.interventions import as_indices
 
 Metric = Callable[[Tensor], Tensor]

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ssm_interp import plots
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import same_columns, whole_number, whole_texts
 from ssm_interp.features.groups import (
     DECAY_NORM,
     STATISTICS,
-    FeatureError,
     check_attached,
     decay_norms,
     decay_rates,

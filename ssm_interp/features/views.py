@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp import plots
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, columns, indices, row_tokens, whole_number, whole_texts
-from ssm_interp.features.groups import FeatureError
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
 from ssm_interp.reprs import short_repr

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from ssm_interp import plots
+from ssm_interp.errors import FlowError
 from ssm_interp.flow.summary import summarise
-from ssm_interp.flow.windows import Align, FlowError
+from ssm_interp.flow.windows import Align
 from ssm_interp.reprs import short_repr
 
 METADATA = b"ssm_interp.flow"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pandas.api.typing import SeriesGroupBy
 from scipy import special, stats
 
-from ssm_interp.flow.windows import FlowError
+from ssm_interp.errors import FlowError
 
 KEYS = ["model", "source", "target", "feature_group", "layer", "window_start", "window_size"]
 MEASURED = ["unasked", "n_edges", "p_base", "p", "relative_change", "logprob_difference", "hit"]

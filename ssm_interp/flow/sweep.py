@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ssm_interp.features import FeatureError, feature_groups
+from ssm_interp.errors import FeatureError, FlowError, NothingAnswered, PromptError
+from ssm_interp.features import feature_groups
 from ssm_interp.flow.engine import (
     ALL_FEATURES,
     CLEAN,
@@ -29,19 +30,10 @@ from ssm_interp.flow.engine import (
 from ssm_interp.flow.metrics import changes
 from ssm_interp.flow.named_edges import check_edges_exist, edge_count
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.windows import Align, FlowError, NothingAnswered, default_size
+from ssm_interp.flow.windows import Align, default_size
 from ssm_interp.flow.windows import windows as windows_over
 from ssm_interp.hooks import Attachment, warn_hooked
-from ssm_interp.prompts import (
-    Batch,
-    Prompt,
-    PromptError,
-    TokenizedPrompt,
-    check_role,
-    pad,
-    tokenize,
-    warn_shared,
-)
+from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize, warn_shared
 
 Progress = Callable[[int, int], None]
 FeatureGroups = Mapping[str, Mapping[int, Sequence[int] | Sequence[tuple[int, int]]] | None]

@@ -1,8 +1,6 @@
 """Where the mathematics meets a model: hook points, attach, interventions."""
 
-from ssm_interp.hooks.attach import attach, attached
-from ssm_interp.hooks.attachment import Attachment, Exposure, Run
-from ssm_interp.hooks.errors import (
+from ssm_interp.errors import (
     HookedWarning,
     HookError,
     InterventionError,
@@ -10,6 +8,8 @@ from ssm_interp.hooks.errors import (
     SsmInterpWarning,
     UnsupportedModelError,
 )
+from ssm_interp.hooks.attach import attach, attached
+from ssm_interp.hooks.attachment import Attachment, Exposure, Run
 from ssm_interp.hooks.interventions import (
     EditAttention,
     Intervention,

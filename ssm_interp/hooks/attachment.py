@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ssm_interp.errors import HookError, InterventionError, MissingError
 from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
 from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering, has_no_weights
 from ssm_interp.hooks.bylayer import ByLayer
 from ssm_interp.hooks.callers import keeping_mask
 from ssm_interp.hooks.describe import describe
-from ssm_interp.hooks.errors import HookError, InterventionError, MissingError
 from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import (
     KINDS,

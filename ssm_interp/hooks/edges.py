@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ssm_interp.hooks.errors import InterventionError
+from ssm_interp.errors import InterventionError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.positions import column_of, position_mask
 from ssm_interp.scan.knockout import products

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ssm_interp.hooks.errors import InterventionError
+from ssm_interp.errors import InterventionError
 from ssm_interp.hooks.interventions import (
     EditAttention,
     Intervention,

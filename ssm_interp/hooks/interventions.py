@@ -11,8 +11,8 @@ from typing import Any, ClassVar, SupportsFloat, TypeAlias
 import torch
 from torch import Tensor
 
+from ssm_interp.errors import InterventionError
 from ssm_interp.hooks.describe import describe
-from ssm_interp.hooks.errors import InterventionError
 
 FlatPositions: TypeAlias = tuple[int, ...]
 RowPositions: TypeAlias = tuple[FlatPositions, ...]

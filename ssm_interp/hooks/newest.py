@@ -19,10 +19,10 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssm_interp.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import has_no_weights
 from ssm_interp.hooks.cache import cache_in, cache_parameter
-from ssm_interp.hooks.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.own import Watch, in_this_thread, own_operators, watching

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_interp.errors import InterventionError
 from ssm_interp.hooks.edges import naming, no_edge, reading
-from ssm_interp.hooks.errors import InterventionError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.positions import position_mask
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ssm_interp.errors import HookError
 from ssm_interp.hooks.describe import describe
-from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.own import Asked, Key, has_own_operator, watches
 
 HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]

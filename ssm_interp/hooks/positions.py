@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ssm_interp.errors import InterventionError
 from ssm_interp.hooks.callers import check_guidance
-from ssm_interp.hooks.errors import InterventionError
 from ssm_interp.hooks.interventions import FlatPositions, RowPositions
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_interp.errors import UnsupportedModelError
 from ssm_interp.hooks.cache import CACHES, cache_parameter
 from ssm_interp.hooks.classes import on_base, own_class
 from ssm_interp.hooks.convolution import OVER_POSITIONS, UPDATE, bind, convolve
-from ssm_interp.hooks.errors import UnsupportedModelError
 from ssm_interp.hooks.operators import FUSED_SHORTCUTS, GATED_FAMILY, OPERATORS, Operator
 from ssm_interp.hooks.points import HookPoints
 from ssm_interp.hooks.record import has_record

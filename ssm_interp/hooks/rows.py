@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.cache import CACHES, cache_in, cache_parameter
 from ssm_interp.hooks.describe import describe
-from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.inputs import check_ids
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.memory import free_memory

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_interp.errors import HookError
 from ssm_interp.hooks.convolution import Convolution, taps_between
-from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.own import Asked, asking
 from ssm_interp.hooks.plan import Cell, Plan, attention_heads, feature_mask

@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ssm_interp.errors import HookError
 from ssm_interp.hooks.edits import Injected, LayerEdits
-from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.own import watches
 from ssm_interp.hooks.points import ON_REQUEST, HookPoint, HookPoints

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.callers import chunks_of_prompt
 from ssm_interp.hooks.checkpointing import as_first_run
 from ssm_interp.hooks.edges import Product, edges_of
-from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import FlatPositions, Intervention, Knockout, RowPositions
 from ssm_interp.hooks.operators import Joined, Operator
 from ssm_interp.hooks.points import HookPoint, HookPoints

@@ -21,12 +21,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.active import ActiveEdit, active_edits, edits_here
 from ssm_interp.hooks.blocks import blocks_of, running_block
 from ssm_interp.hooks.callers import chunks_of_prompt, prompt_mask
 from ssm_interp.hooks.checkpointing import is_checkpointed
 from ssm_interp.hooks.edges import Product, edges_of
-from ssm_interp.hooks.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.plan import attention_heads
 from ssm_interp.hooks.routing import host_forward

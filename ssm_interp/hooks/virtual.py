@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssm_interp.hooks.errors import HookError, InterventionError
+from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.interventions import Intervention
 
 WHAT_TO_DO = "call the model without them (PEFT: inside `with model.disable_adapter():`)"

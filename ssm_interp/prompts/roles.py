@@ -27,7 +27,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ssm_interp.prompts.prompt import Prompt, PromptError
+from ssm_interp.errors import PromptError
+from ssm_interp.prompts.prompt import Prompt
 from ssm_interp.reprs import short_repr
 
 ROLES = (
