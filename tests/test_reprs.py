@@ -25,12 +25,12 @@ from ssm_interp.features import (
     decompose,
     edge_attribution,
     find_circuit,
-    log_probability,
     logit_attribution,
     record_mixers,
     spectrum,
 )
 from ssm_interp.flow import leak, sweep, token_map
+from ssm_interp.hooks import log_probability
 from ssm_interp.prompts import encode, pad, tokenize
 from ssm_interp.reprs import short
 
@@ -78,8 +78,7 @@ def results() -> Iterator[tuple[str, Any]]:
         yield "sweep", sweep(ssm, tiny.tokenizer, tiny.prompts, windows=2)
         yield "leak", leak(ssm, tiny.tokenizer, tiny.prompts, windows=2)
         yield "token_map", token_map(ssm, tiny.tokenizer, tiny.prompts[0], window=2)
-        variants = [flow.CLEAN] * 2
-        yield "answers", next(flow.full_forwards(ssm, batch, variants))
+        yield "answers", answers(ssm, batch, [(), ()], ["rank", "kl"], by="forwards")
 
 
 def test_reprs_of_results_are_short() -> None:
@@ -90,7 +89,7 @@ def test_reprs_of_results_are_short() -> None:
     first = "{0: Decomposition(layer=0, by='source', targets=(5, 4), groups=('all',), parts={'ssm': [2, 2, 1, 6, "
     assert shown["decompose"].startswith(first)
     assert shown["leak"].startswith("LeakReport(frame=<")
-    assert shown["answers"] == "Answers(variants=[0], rows=[0, 1, 2, 3], logits=[1, 4, 37])"
+    assert shown["answers"] == "Answers(rank, kl: [2, 2, 4]; full forwards: as asked)"
 
 
 @pytest.mark.parametrize(
