@@ -13,6 +13,8 @@ from torch import Tensor
 from ssm_interp.plots.cells import centred, colour_bar, extent, target_cells
 from ssm_interp.plots.style import SIZES, WRITTEN, headline, picture
 
+MOST_ACROSS = 4
+
 
 def attention_figure(
     attention: Float[Tensor, "t s"],
@@ -50,8 +52,7 @@ def attention_figure(
         raise ValueError("the attention matrix has entries that are not finite numbers")
     values = attention.detach().double().cpu().tril().numpy()
     largest = float(abs(values).max())
-    side = extent(len(tokens), each=0.27, least=2.6)
-    axes = picture(side + 2.0, side + 1.4).subplots() if ax is None else ax
+    axes = attention_panels(1, len(tokens))[1][0] if ax is None else ax
     if (values < 0).any():
         image = target_cells(axes, values, tokens, cmap=WRITTEN, norm=centred(largest))
     else:
@@ -59,3 +60,14 @@ def attention_figure(
     colour_bar(image, axes, label)
     headline(axes, title)
     return axes.figure.figure
+
+
+def attention_panels(count: int, length: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure with axes for so many attention matrices of so many tokens, at most four side by side."""
+    across = min(count, MOST_ACROSS)
+    down, side = -(-count // across), extent(length, each=0.27, least=2.6)
+    figure = picture(across * (side + 2.0), down * (side + 1.4))
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells
 from ssm_interp.plots.style import ARROW, CHANGED, headline, picture, readable, short
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import Result
 
 LABEL = "Change of the answer's probability"
 MOST_ACROSS = 3
@@ -23,8 +24,8 @@ ONE_OF_EACH = ("model", "prompt_id", "target", "feature_group")
 NEEDED = (*ONE_OF_EACH, "source", "layer", "n_edges", "p_base", "p")
 
 
-@dataclass(frozen=True, eq=False)
-class TokenMap:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenMap(Result):
     """What knocking each single token of a prompt out does to the answer, in each layer window.
 
     Attributes:
@@ -52,8 +53,6 @@ class TokenMap:
     title: str = ""
     answer: str = ""
     p_base: float | None = None
-
-    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         shape = list(self.values.shape)
@@ -102,6 +101,29 @@ class TokenMap:
         first = rows.iloc[0]
         title = f"{short(str(first['model']), 32)}: token {ARROW} {readable(first['target'])}"
         return cls(values, tokens, layers, subject, title, answer, float(first["p_base"]))
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row per source token and window: source (a position), source_token, layer, change (p - p_base)."""
+        source, window = np.indices(self.values.shape).reshape(2, -1)
+        return pd.DataFrame(
+            {
+                "source": source,
+                "source_token": np.array(self.tokens, dtype=object)[source],
+                "layer": np.array(self.layers)[window],
+                "change": self.values.ravel(),
+            }
+        )
+
+    def plot(self, **options: Any) -> Figure:
+        """The map as a picture; options of `heatmap_figure`."""
+        return heatmap_figure(self, **options)
+
+    def page(self, **options: Any) -> str:
+        """The map as an interactive page of HTML; options of `heatmap_page`."""
+        from ssm_interp.plots.html import heatmap_page
+
+        return heatmap_page(self, **options)
 
     @property
     def caption(self) -> str:
