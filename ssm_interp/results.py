@@ -68,6 +68,8 @@ class Result(ABC):
     def save(self, path: str | Path) -> None:
         """Write one Parquet file: the table, which anything reads that reads Parquet, and all else in its metadata.
 
+        Beyond about 75 MB of tensors most readers find the metadata too large; `load` does not.
+
         Raises:
             ResultError: a path with the suffix of another format; tensors too large for one file; a field that holds
                 something that no result may.

@@ -152,6 +152,13 @@ def test_every_result_draws_itself_and_says_what_it_is(results: dict[str, Result
         assert "tensor(" not in text and "array(" not in text, name
 
 
+def test_pages_are_of_the_result(results: dict[str, Result]) -> None:
+    swept, tokens = results["FlowResult"], results["TokenMap"]
+    assert isinstance(swept, FlowResult) and isinstance(tokens, TokenMap)
+    for page, word in ((swept.page(title="my sweep"), "my sweep"), (tokens.page(title="my map"), "my map")):
+        assert word in page and "<html" in page
+
+
 def test_the_tokens_of_a_batch_are_carried(results: dict[str, Result], batch: Batch) -> None:
     width = batch.input_ids.shape[1]
     short = min(range(2), key=lambda row: len(batch.prompts[row]))
