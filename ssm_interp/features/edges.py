@@ -134,7 +134,7 @@ class EdgeAttribution:
             row: which row.
             group: which feature group, where there are several.
             options: as of `edge_figure`: target (a position among the row's tokens); title, in place of the model and
-                the clean metric; label, in place of what an entry is.
+                the clean metric; label, in place of what an entry is; scale, in place of the clean metric.
 
         Raises:
             FeatureError: no such row or group, or a group left open; tokens of another number; no position.
@@ -158,6 +158,7 @@ class EdgeAttribution:
         about = f"{plots.short(self.model)}: metric = {float(self.metric[row]):.3g}"
         integrated = f"Share of the change of the metric if all edges are removed ({self.steps} steps)"
         options.setdefault("title", f"{about}, features: {group}" if self.groups else about)
+        options.setdefault("scale", float(self.metric[row]))
         options.setdefault("label", plots.EDGE_LABEL if self.steps == 1 else integrated)
         return plots.edge_figure(values[:, kept][:, :, kept], shown, self.layers, **options | {"target": target})
 

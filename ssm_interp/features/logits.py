@@ -106,6 +106,7 @@ class LogitAttribution:
         named = row_tokens(tokens, len(values), values.shape[3])[row]
         shown = values[row].sum(1)
         whole = f"{float(self.difference[row]):.3g}, of which {float(shown.sum()):.3g} is shown"
+        options.setdefault("scale", float(self.difference[row]))
         options.setdefault("title", f"{plots.short(self.model)}\nlogit difference {whole}")
         return plots.attribution_figure(shown, named, self.layers, **options)
 
