@@ -39,7 +39,7 @@ from ssm_interp.features import (
     spectrum,
 )
 from ssm_interp.flow import FlowResult, leak, sweep, token_map
-from ssm_interp.plots import TokenMap
+from ssm_interp.plots import TokenMap, edges_page
 from ssm_interp.prompts import Batch, pad, tokenize
 from ssm_interp.results import KEY, TENSORS, ByLayer, Result
 
@@ -152,11 +152,33 @@ def test_every_result_draws_itself_and_says_what_it_is(results: dict[str, Result
         assert "tensor(" not in text and "array(" not in text, name
 
 
+PAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "FlowResult": ({"title": "my sweep"}, "my sweep"),
+    "TokenMap": ({"title": "my map"}, "my map"),
+    "EdgeAttribution": ({"group": "top half", "row": 1}, "features: top half"),
+    "AttentionView": ({}, "attention of the whole mixer"),
+    "Circuit": ({}, "edge groups, faithfulness"),
+}
+
+
 def test_pages_are_of_the_result(results: dict[str, Result]) -> None:
-    swept, tokens = results["FlowResult"], results["TokenMap"]
-    assert isinstance(swept, FlowResult) and isinstance(tokens, TokenMap)
-    for page, word in ((swept.page(title="my sweep"), "my sweep"), (tokens.page(title="my map"), "my map")):
-        assert word in page and "<html" in page
+    for name, result in results.items():
+        assert hasattr(result, "page") == (name in PAGES), name
+        if name in PAGES:
+            options, word = PAGES[name]
+            page = result.page(**options)
+            assert word in page and "<html" in page, name
+
+
+def test_a_page_of_edges_leaves_padding_out(results: dict[str, Result], batch: Batch) -> None:
+    edges: Any = results["EdgeAttribution"]
+    row = min(range(2), key=lambda row: len(batch.prompts[row]))
+    frame = edges.frame[(edges.frame["row"] == row) & (edges.frame["feature_group"] == "top half")]
+    start = batch.input_ids.shape[1] - len(batch.prompts[row])
+    shown = frame.assign(source=frame["source"] - start, target=frame["target"] - start)
+    about = f"Mamba2ForCausalLM: metric = {float(edges.metric[row]):.3g}, features: top half"
+    expected = edges_page(shown, batch.prompts[row].tokens, about, scale=float(edges.metric[row]))
+    assert edges.page(row=row, group="top half") == expected
 
 
 def test_the_tokens_of_a_batch_are_carried(results: dict[str, Result], batch: Batch) -> None:

@@ -18,7 +18,7 @@ from ssm_interp.features.groups import ALL, check_attached, check_groups, featur
 from ssm_interp.features.metrics import Metric
 from ssm_interp.hooks import Attachment, Knockout, warn_hooked
 from ssm_interp.hooks.interventions import as_indices, as_number
-from ssm_interp.plots import circuit_figure, short
+from ssm_interp.plots import circuit_figure, circuit_page, short
 from ssm_interp.prompts import Batch, warn_shared
 from ssm_interp.results import Result
 
@@ -86,9 +86,16 @@ class Circuit(Result):
 
     def plot(self) -> Figure:
         """The circuit as a picture, see `plots.circuit_figure`."""
+        return circuit_figure(self.frame, **self._drawn)
+
+    def page(self) -> str:
+        """The same as an interactive page of HTML, see `plots.circuit_page`."""
+        return circuit_page(self.frame, **self._drawn)
+
+    @property
+    def _drawn(self) -> dict[str, Any]:
         title = f"{short(self.model)}, {self._counted}\n{self._size}, {self._faithful}"
-        metric = METRICS.get(self.metric, "the metric")
-        return circuit_figure(self.frame, roles=self.roles, title=title, metric=metric)
+        return {"roles": self.roles, "title": title, "metric": METRICS.get(self.metric, "the metric")}
 
     def __str__(self) -> str:
         numbers = f"clean {self.clean:.4g}, circuit alone {self.alone:.4g}, all removed {self.empty:.4g}"

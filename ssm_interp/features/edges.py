@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -128,7 +128,7 @@ class EdgeAttribution(Result):
             row: which row.
             group: which feature group, where there are several.
             options: as of `edge_figure`: target (a position among the row's tokens); title, in place of the model and
-                the clean metric; label, in place of what an entry is.
+                the clean metric; label, in place of what an entry is; scale, in place of the clean metric.
 
         Raises:
             FeatureError: no such row or group, or a group left open; no position.
@@ -137,6 +137,31 @@ class EdgeAttribution(Result):
         Example:
             >>> found.plot(target=-1).savefig("edges.png", dpi=200)     # doctest: +SKIP
         """
+        row, group, kept, options = self._chosen(row, group, options)
+        values = self.values[row, :, self.groups.index(group)] if group is not None else self.values[row]
+        kept = kept.to(values.device)
+        return plots.edge_figure(values[:, kept][:, :, kept], layers=self.layers, **options)
+
+    def page(self, *, row: int = 0, group: str | None = None, **options: Any) -> str:
+        """The same as an interactive page of HTML, in which target and layer are chosen: `plots.edges_page`.
+
+        Args and errors are those of `plot`.
+
+        Example:
+            >>> Path("edges.html").write_text(found.page())             # doctest: +SKIP
+        """
+        row, group, kept, options = self._chosen(row, group, options)
+        edges = self._table[
+            (self._table["row"] == row) & (self._table["feature_group"] == (ALL if group is None else group))
+        ]
+        place = pd.Series(range(len(kept)), index=kept.tolist())  # of a column of the ids among those drawn
+        drawn = edges.assign(target=edges["target"].map(place), source=edges["source"].map(place))
+        return plots.edges_page(drawn, **options)
+
+    def _chosen(
+        self, row: int, group: str | None, options: Mapping[str, Any]
+    ) -> tuple[int, str | None, Int[Tensor, " t"], dict[str, Any]]:
+        """What is drawn of a batch: its row, the group, the columns that are no padding, and how."""
         row = row_of(row, len(self.mask))
         if not self.groups and group is not None:
             raise FeatureError(f"this attribution was not split by features, so there is no group {group!r:.200}")
@@ -144,15 +169,17 @@ class EdgeAttribution(Result):
             raise FeatureError(f"name one of the feature groups {list(self.groups)} to draw, got group={group!r}")
         if (target := as_index(options.get("target", -1))) is None:
             raise FeatureError(f"target is one position of the row, got {options['target']!r:.200}")
-        values = self.values[row, :, self.groups.index(group)] if self.groups and group else self.values[row]
-        kept = self.mask[row].nonzero()[:, 0].to(values.device)
+        kept = self.mask[row].nonzero()[:, 0]
         named = labels(self.tokens, row, self.mask.shape[1])
-        shown = [named[column] for column in kept.tolist()]
         about = f"{plots.short(self.model)}: metric = {float(self.metric[row]):.3g}"
         integrated = f"Share of the change of the metric if all edges are removed ({self.steps} steps)"
-        options.setdefault("title", f"{about}, features: {group}" if self.groups else about)
-        options.setdefault("label", plots.EDGE_LABEL if self.steps == 1 else integrated)
-        return plots.edge_figure(values[:, kept][:, :, kept], shown, self.layers, **options | {"target": target})
+        defaults = {
+            "title": f"{about}, features: {group}" if self.groups else about,
+            "scale": float(self.metric[row]),
+            "label": plots.EDGE_LABEL if self.steps == 1 else integrated,
+        }
+        shown = {"tokens": [named[column] for column in kept.tolist()], "target": target}
+        return row, group, kept, defaults | dict(options) | shown
 
 
 def edge_attribution(

@@ -108,6 +108,7 @@ class LogitAttribution(Result):
         named = labels(self.tokens, row, values.shape[3])
         shown = values[row].sum(1)
         whole = f"{float(self.difference[row]):.3g}, of which {float(shown.sum()):.3g} is shown"
+        options.setdefault("scale", float(self.difference[row]))
         options.setdefault("title", f"{plots.short(self.model)}\nlogit difference {whole}")
         return plots.attribution_figure(shown, named, self.layers, **options)
 

@@ -114,6 +114,18 @@ class AttentionView(Result):
         Example:
             >>> attention_views(ssm, inputs, "value")[3].plot().savefig("value.png")  # doctest: +SKIP
         """
+        matrix, tokens, options = self._chosen(row, options)
+        return plots.attention_figure(matrix, tokens, **options)
+
+    def page(self, *, row: int = 0, **options: Any) -> str:
+        """The same as an interactive page of HTML: `plots.attention_page`. Args and errors are those of `plot`."""
+        matrix, tokens, options = self._chosen(row, options)
+        return plots.attention_page(matrix, tokens, **options)
+
+    def _chosen(
+        self, row: int, options: Mapping[str, Any]
+    ) -> tuple[Float[Tensor, "t s"], Sequence[str], dict[str, Any]]:
+        """What is drawn of a batch: a row's matrix, its tokens, and how."""
         *batch, targets, sources = self.values.shape
         if self.reduction is None or targets != sources:
             raise FeatureError(
@@ -122,9 +134,11 @@ class AttentionView(Result):
             )
         row = row_of(row, batch[0])
         over = "channels" if self.form == "unified" else "heads"
-        options.setdefault("title", f"{plots.short(self.model)}, layer {self.layer}\n{LABELS[self.form]}")
-        options.setdefault("label", f"{REDUCED[self.reduction]} over {over}")
-        return plots.attention_figure(self.values[row], labels(self.tokens, row, sources), **options)
+        defaults = {
+            "title": f"{plots.short(self.model)}, layer {self.layer}\n{LABELS[self.form]}",
+            "label": f"{REDUCED[self.reduction]} over {over}",
+        }
+        return self.values[row], labels(self.tokens, row, sources), defaults | dict(options)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -64,8 +64,10 @@ class FlowRun:
     @property
     def x_label(self) -> str:
         """What the layer axis of its picture says."""
-        place = "First" if self.align == "left" else "Centre"
-        return f"{place} layer of the window ({', '.join(map(str, self.windows))} of {len(self.layers)} layers)"
+        if self.windows == (1,):
+            return "Layer"
+        drawn_at = "first" if self.align == "left" else "centre"
+        return f"Layer ({drawn_at} of the window, {', '.join(map(str, self.windows))} of {len(self.layers)} layers)"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
