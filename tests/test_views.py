@@ -130,7 +130,7 @@ def test_rollout_of_a_model_is_causal_and_sums_to_one() -> None:
 @pytest.mark.parametrize(
     ("form", "reduction", "title", "label"),
     [
-        ("operator", "mean", "attention M[t,s] of the SSM", "Mean over heads"),
+        ("operator", "mean", "attention M[t,s] of the SSM", "Mean over heads (blue: positive, red: negative)"),
         ("unified", "norm", "attention of the whole mixer (unified)", "Root of the sum of squares over channels"),
     ],
 )
