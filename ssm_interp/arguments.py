@@ -8,7 +8,7 @@ from operator import index
 from typing import Any, SupportsFloat, TypeAlias, TypeGuard
 
 from ssm_interp.errors import InterventionError
-from ssm_interp.reprs import short
+from ssm_interp.reprs import describe
 
 Role: TypeAlias = str
 """Tokens of a prompt by the part that they play, such as "subject_last"; a batch of prompts says which they are."""
@@ -47,7 +47,7 @@ def as_indices(values: Any, name: str) -> tuple[int, ...] | None:
         return (alone,)
     given = [as_index(value) for value in as_list(values)]
     if None in given:
-        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {short(values)}")
+        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {describe(values)}")
     return tuple(value for value in given if value is not None)
 
 
@@ -85,7 +85,7 @@ def as_positions(values: Any, name: str) -> FlatPositions | RowPositions | None:
     if None in given:
         raise InterventionError(
             f"{name} must be an integer or a role, a sequence of them, or one sequence of integers per row, got "
-            f"{short(values)}"
+            f"{describe(values)}"
         )
     return tuple(position for position in given if position is not None)
 
@@ -98,7 +98,7 @@ def as_pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
     """
     given = [[as_index(value) for value in as_list(row)] for row in as_list(values)]
     if any(len(pair) != 2 or None in pair for pair in given):
-        raise InterventionError(f"{name} must be pairs {what} of integers, got {short(values)}")
+        raise InterventionError(f"{name} must be pairs {what} of integers, got {describe(values)}")
     return tuple((first, second) for first, second in given if first is not None and second is not None)
 
 
@@ -113,7 +113,7 @@ def as_streams(streams: Any, name: str = "through") -> tuple[str, ...] | None:
     given = as_list(streams)
     if not given or any(stream not in STREAMS for stream in given):
         there = ", ".join(map(repr, STREAMS))
-        raise InterventionError(f"{name} must name streams, out of {there}; got {short(streams)}")
+        raise InterventionError(f"{name} must name streams, out of {there}; got {describe(streams)}")
     return tuple(stream for stream in STREAMS if stream in given)
 
 
@@ -129,7 +129,7 @@ def as_number(value: Any, name: str) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise InterventionError(f"{name} must be a finite number, got {short(value)}")
+        raise InterventionError(f"{name} must be a finite number, got {describe(value)}")
     return number
 
 

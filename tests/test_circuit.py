@@ -190,7 +190,7 @@ def test_what_a_circuit_says_and_shows() -> None:
     assert lines[1].startswith("log_probability (mean over 8 prompts): clean -")
     assert lines[3].split()[:5] == ["layer", "0", "query", "<-", "answer"]
     assert describe_edge(circuit.groups[0]) == "query <- answer"
-    frame = circuit.frame()
+    frame = circuit.frame
     assert len(frame) == 30
     assert frame["kept"].sum() == 1
     assert frame["effect"].notna().sum() == 1

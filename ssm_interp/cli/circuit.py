@@ -133,7 +133,7 @@ def circuit(
     verb = wrote(picture, table)
     picture.parent.mkdir(parents=True, exist_ok=True)
     found.plot().savefig(picture, dpi=200)
-    frame = found.frame()
+    frame = found.frame
     frame.to_csv(table, index=False) if table.suffix == ".csv" else frame.to_parquet(table, index=False)
     typer.echo(f"\n{verb} {picture} and {table} ({len(frame)} edge groups; {found.trials} trials)")
 

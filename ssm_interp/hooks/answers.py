@@ -29,7 +29,7 @@ from ssm_interp.hooks.metrics import (
 )
 from ssm_interp.hooks.rows import obstacle, run_each
 from ssm_interp.hooks.virtual import refuse_virtual_tokens
-from ssm_interp.reprs import short
+from ssm_interp.reprs import describe
 
 Variant: TypeAlias = Intervention | Sequence[Intervention]
 """One intervention, or several that act together; none: the clean run."""
@@ -111,13 +111,13 @@ def answers(
     """
     if isinstance(variants, Intervention) or not isinstance(variants, Sequence) or not variants:
         raise HookError(
-            f"answers takes a sequence of variants, at least one, got {short(variants)}; (), no intervention, is the "
-            "clean run"
+            f"answers takes a sequence of variants, at least one, got {describe(variants)}; (), no intervention, is "
+            "the clean run"
         )
     if by not in ("auto", "rows", "forwards"):
-        raise HookError(f"by must be 'auto', 'rows' or 'forwards', got {short(by)}")
+        raise HookError(f"by must be 'auto', 'rows' or 'forwards', got {describe(by)}")
     if (size := as_index(batch_size)) is None or size < 1:
-        raise HookError(f"batch_size must be a whole number, at least 1, got {short(batch_size)}")
+        raise HookError(f"batch_size must be a whole number, at least 1, got {describe(batch_size)}")
     several = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
     asked = Asked.of(ssm, batch, full_answer=full_answer)
     sets = list(_resolved(ssm, variants, asked.roles))

@@ -26,7 +26,7 @@ from ssm_interp.arguments import (
     is_per_row,
 )
 from ssm_interp.errors import InterventionError
-from ssm_interp.reprs import short
+from ssm_interp.reprs import describe
 
 State: TypeAlias = Tensor | float
 Kind = TypeVar("Kind", bound="Intervention")
@@ -149,12 +149,12 @@ class Intervention(BaseModel):
             InterventionError: an unknown kind, an unknown or missing field, or a value that the field does not take.
         """
         if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
-            raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {short(data)}")
+            raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {describe(data)}")
         given = {str(name): value for name, value in data.items()}
         kind = given.pop("kind")
         kinds = {subclass.kind: subclass for subclass in KINDS}
         if kind not in kinds:
-            raise InterventionError(f"unknown kind of intervention {short(kind)}; there are {sorted(kinds)}")
+            raise InterventionError(f"unknown kind of intervention {describe(kind)}; there are {sorted(kinds)}")
         return kinds[kind](**given)
 
     def __eq__(self, other: object) -> bool:
@@ -164,7 +164,7 @@ class Intervention(BaseModel):
 
     def __repr__(self) -> str:
         given = {name: value for name, value in self if value is not type(self).model_fields[name].default}
-        return f"{self.kind}({', '.join(f'{name}={short(value)}' for name, value in given.items())})"
+        return f"{self.kind}({', '.join(f'{name}={describe(value)}' for name, value in given.items())})"
 
     __str__ = __repr__
 
@@ -292,7 +292,7 @@ class PatchState(Intervention):
             state = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             raise InterventionError(
-                f"PatchState.state must be a number, or a tensor [h p n] or [b h p n], got {short(value)}; of "
+                f"PatchState.state must be a number, or a tensor [h p n] or [b h p n], got {describe(value)}; of "
                 'what `run` read at every position one is run["state", layer][:, position]'
             ) from None
         if state.ndim not in (0, 3, 4):
@@ -418,7 +418,7 @@ class EditAttention(_OfHeads):
     @classmethod
     def _mode(cls, value: Any) -> str:
         if value not in ("set", "add", "scale"):
-            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {short(value)}")
+            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {describe(value)}")
         return str(value)
 
     @property

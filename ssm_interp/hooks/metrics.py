@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssm_interp.arguments import as_indices
 from ssm_interp.errors import InterventionError, MetricError
-from ssm_interp.reprs import short
+from ssm_interp.reprs import describe
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 """From logits to a number per row, `[b]`. The logits are those at each row's last token, `[b v]`, or `[b t v]`."""
@@ -154,7 +154,7 @@ def as_measured(
         if not callable(metric):
             raise MetricError(
                 f"the metric must be a name ({', '.join(NAMES)}) or a function of logits, such as "
-                f"logit_difference(target, other), got {short(metric)}"
+                f"logit_difference(target, other), got {describe(metric)}"
             )
         return Measured("metric", metric, positions)
     check_name(metric)
