@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         InterventionError,
         LoadError,
         MissingError,
+        PlotError,
         PromptError,
         RecipeError,
         ResultError,
@@ -91,6 +92,7 @@ __all__ = [
     "LogitAttribution",
     "MissingError",
     "PatchState",
+    "PlotError",
     "Prompt",
     "PromptError",
     "RecipeError",
@@ -129,8 +131,8 @@ __all__ = [
 
 _HOMES = {
     "errors": (
-        "FeatureError FlowError HookError InterventionError LoadError MissingError PromptError RecipeError "
-        "ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
+        "FeatureError FlowError HookError InterventionError LoadError MissingError PlotError PromptError "
+        "RecipeError ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
     ),
     "features": (
         "AttentionView AttentionViews Circuit Decomposition Decompositions EdgeAttribution EdgeCheck "

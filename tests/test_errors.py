@@ -23,6 +23,7 @@ BUILT_IN = {
     "PromptError": ValueError,
     "FeatureError": ValueError,
     "ResultError": ValueError,
+    "PlotError": ValueError,
     "FlowError": ValueError,
     "WindowError": ValueError,
     "NoEdgesError": ValueError,
