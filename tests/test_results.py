@@ -34,11 +34,11 @@ from ssm_interp.features import (
     edge_attribution,
     feature_groups,
     find_circuit,
-    log_probability,
     logit_attribution,
     spectrum,
 )
 from ssm_interp.flow import FlowResult, leak, sweep, token_map
+from ssm_interp.hooks import log_probability
 from ssm_interp.plots import TokenMap, agreement_figure, edges_page
 from ssm_interp.prompts import Batch, pad, tokenize
 from ssm_interp.results import KEY, TENSORS, ByLayer, Result

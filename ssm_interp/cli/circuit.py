@@ -31,8 +31,8 @@ from ssm_interp.errors import FeatureError
 from ssm_interp.features import fact_roles, find_circuit
 from ssm_interp.flow import Ranks, Study
 from ssm_interp.flow.study_run import StudyFacts, load_for
-from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import attach
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.models import INDUCTION
 from ssm_interp.prompts import (
     Batch,

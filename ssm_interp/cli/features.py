@@ -34,8 +34,8 @@ from ssm_interp.features import STATISTICS, Spectrum, spectrum
 from ssm_interp.features.groups import unknown_statistic
 from ssm_interp.flow import Ranks, Study
 from ssm_interp.flow.study_run import StudyFacts, load_for
-from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import attach
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.prompts import encode
 
 MODELS = ("tiny-mamba1", "tiny-mamba2")
