@@ -83,6 +83,7 @@ def test_every_metric_of_every_variant_is_that_of_a_hooked_forward(scene: World,
         variants = variants_of(ssm)
         found = answers(ssm, batch, variants, [*METRICS, entropy], by=by, batch_size=7)
         assert found.metrics == (*METRICS, "metric")
+        assert repr(found).endswith(": [7, 5, 5]; rows of one step)") == (by == "rows")
         for number, variant in enumerate(variants):
             expected = by_hand(ssm, batch, variant)
             for name, values in zip(found.metrics, found.values[:, number], strict=True):
