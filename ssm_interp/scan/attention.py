@@ -8,6 +8,7 @@ from operator import index
 from typing import Literal, SupportsIndex
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -122,7 +123,7 @@ def attention_rows(
         chunks.append(torch.stack(chunk[::-1], dim=-1))
     rows = torch.cat(chunks[::-1], dim=-1)  # b h r s
     if fold_dt:
-        rows = rows * terms.dt[:, : targets[0] + 1].transpose(1, 2)[:, :, None]
+        rows = rows * rearrange(terms.dt[:, : targets[0] + 1], "b s h -> b h 1 s")
     order = [targets.index(target) for target in wanted]
     return pad(rows, (0, terms.length - rows.shape[-1]))[:, :, order]
 
@@ -130,9 +131,9 @@ def attention_rows(
 def _columns(terms: Terms, targets: list[int]) -> Iterator[Float[Tensor, "b h r"]]:
     """`M[targets, s] / dt_s` for s from the last target down to 0; the targets are descending."""
     b, h, r, by_group = terms.batch, terms.heads, len(targets), (terms.groups, terms.heads // terms.groups)
-    C = terms.C[:, targets, :, None].expand(b, r, *by_group, terms.state_size)  # b r g h/g n
+    C = repeat(terms.C[:, targets], "b r g n -> b r g j n", j=by_group[1])
     g = C[:, :0]  # the rows of the targets passed so far, each decayed from its target to s
-    for s in range(targets[0], -1, -1):
+    for s in range(targets[0], -1, -1):  # plain shapes: a step takes microseconds
         if s in targets:
             g = torch.cat([g, C[:, g.shape[1], None]], dim=1)
         column = (g @ terms.B[:, s, None, :, :, None]).reshape(b, -1, h).transpose(1, 2)

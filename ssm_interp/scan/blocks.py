@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -81,11 +82,11 @@ def slabs(terms: Terms, block: int, fold_dt: bool = True) -> Iterator[tuple[slic
     size = max(1, SLAB_BYTES // one_head)
     per_group = terms.heads // terms.groups
     for group in range(terms.groups):
-        C, B = terms.C[:, None, :, group], terms.B[:, None, :, group]  # b 1 t n
+        C, B = (rearrange(part[:, :, group], "b t n -> b 1 t n") for part in (terms.C, terms.B))
         scores = C @ B.mT if terms.scalar_decay else None  # b 1 t s
         for start in range(group * per_group, (group + 1) * per_group, size):
             heads = slice(start, min(start + size, (group + 1) * per_group))
-            dt = terms.dt[:, :, heads].transpose(1, 2)[..., None]  # b h t 1
+            dt = rearrange(terms.dt[:, :, heads], "b t h -> b h t")[..., None]  # with strides that products like
             log_decay = dt * terms.A[heads, None]  # b h t n
             steps = dt if fold_dt else torch.ones_like(dt)
             if scores is None:

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -136,6 +137,16 @@ class Terms:
     def at(self, positions: slice) -> Terms:
         """The terms of a contiguous run of positions."""
         return Terms(self.x[:, positions], self.dt[:, positions], self.A, self.B[:, positions], self.C[:, positions])
+
+
+def per_head(grouped: Float[Tensor, "b t g n"], heads: int) -> Float[Tensor, "b t h n"]:
+    """B or C of each head: those of its group.
+
+    Example:
+        >>> per_head(torch.tensor([[[[1.0], [2.0]]]]), 4).flatten().tolist()
+        [1.0, 1.0, 2.0, 2.0]
+    """
+    return repeat(grouped, "b t g n -> b t (g j) n", j=heads // grouped.shape[2])
 
 
 def in_full_precision(function: Function) -> Function:
