@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial, wraps
+from threading import local
+from types import CodeType
 from typing import Any, get_args
 
 import jaxtyping
@@ -31,17 +33,47 @@ def _checked(decorated: Any = None, *, typechecker: Callable[..., Any]) -> Any:
         return partial(_checked, typechecker=typechecker)
     if not inspect.isfunction(decorated):
         return _with_shapes(decorated, typechecker=typechecker)
-    hints = {name: _resolved(hint, decorated.__globals__) for name, hint in decorated.__annotations__.items()}
-    if any(map(_has_shape, hints.values())):
+    code = decorated.__code__
+    if code not in _calls:
+        hints = {name: _resolved(hint, decorated.__globals__) for name, hint in decorated.__annotations__.items()}
+        _calls[code] = None if any(map(_has_shape, hints.values())) else _checked_call(decorated, hints)
+    call = _calls[code]
+    if call is None:
         return _with_shapes(decorated, typechecker=typechecker)
-    decorated.__annotations__ = hints
-    checked = beartype(decorated)
 
     @wraps(decorated)
     def unless_disabled(*args: Any, **kwargs: Any) -> Any:
-        return (decorated if config.jaxtyping_disable else checked)(*args, **kwargs)
+        if config.jaxtyping_disable:
+            return decorated(*args, **kwargs)
+        before, _called.function = _called.function, decorated
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _called.function = before
 
     return unless_disabled
+
+
+class _Called(local):
+    """The function that a checked call is about."""
+
+    function: Callable[..., Any] | None = None
+
+
+_called = _Called()
+_calls: dict[CodeType, Callable[..., Any] | None] = {}
+
+
+def _checked_call(function: Callable[..., Any], hints: dict[str, Any]) -> Callable[..., Any]:
+    """A checked call of whichever function of this code is called: one that another function defines anew each time it
+    runs need not be decorated anew each time."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _called.function(*args, **kwargs)
+
+    call.__annotations__ = hints
+    return beartype(call)
 
 
 def _resolved(hint: Any, names: dict[str, Any]) -> Any:
