@@ -96,7 +96,7 @@ class Largest(TorchDispatchMode):
 def test_reducing_never_holds_the_matrix_of_every_head(name: str, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (blocks, edges):
         monkeypatch.setattr(module, "SLAB_BYTES", 1)
-    length = 129
+    length = 65
     with si.attach(build(name)) as ssm, torch.no_grad():
         for reduction in (*MEASURES, None):
             with Largest() as largest:
@@ -107,7 +107,7 @@ def test_reducing_never_holds_the_matrix_of_every_head(name: str, form: Any, mon
 
 @pytest.mark.parametrize("name", ["mamba", "zamba", "nemotron_h"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("slab", [1, 2000, 2**24])
+@pytest.mark.parametrize("slab", [1, 2000])
 def test_reductions_rows_and_heads_agree(name: str, form: Any, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views_module, "SLAB_BYTES", slab)
     with si.attach(build(name, dtype=torch.float64), own_operator=True) as ssm:
