@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,27 +31,28 @@ def shown(page: Any) -> tuple[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def views() -> dict[Any, AttentionView]:
     with si.attach(build("mamba2")) as ssm, torch.no_grad():
-        heads = {block: attention_views(ssm, inputs(), layers=1, heads=block)[1] for block in (range(4), range(4, 8))}
-        whole = {how: attention_views(ssm, inputs(), layers=1, reduction=how)[1] for how in (None, "mean")}
-        return heads | whole | {"last": attention_views(ssm, inputs(), layers=1, targets=-1)[1]}
+        one = partial(attention_views, ssm, inputs(), layers=1, tokens=[TOKENS, TOKENS[::-1]])
+        heads = {block: one(heads=block)[1] for block in (range(4), range(4, 8))}
+        return heads | {how: one(reduction=how)[1] for how in (None, "mean")} | {"last": one(targets=-1)[1]}
 
 
 def test_the_heads_of_a_layer_are_a_map_each(views: dict[Any, AttentionView]) -> None:
-    view, given = shown(attention_maps(views[None], TOKENS, row=1))
+    view, given = shown(attention_maps(views[None], row=1))
     values = torch.tensor(given["attention"])
     assert view == "AttentionHeads"
     torch.testing.assert_close(values, views[None].values[1])
-    assert given["tokens"] == TOKENS and given["attentionHeadNames"] == [f"head {head}" for head in range(8)]
+    assert given["tokens"] == TOKENS[::-1] and given["attentionHeadNames"] == [f"head {head}" for head in range(8)]
     assert given["maxValue"] == -given["minValue"] == pytest.approx(float(values.abs().max()))
     assert given["maskUpperTri"] and given["positiveColor"] == "#2166AC"
 
 
 def test_blocks_of_heads_and_one_reduced_map(views: dict[Any, AttentionView]) -> None:
-    _, given = shown(attention_maps({"first": views[range(4)], "second": views[range(4, 8)]}, [TOKENS, TOKENS]))
+    _, given = shown(attention_maps({"first": views[range(4)], "second": views[range(4, 8)]}))
     assert given["attentionHeadNames"] == ["first", "second"]
     expected = views[None].values[0].abs().unflatten(0, (2, 4)).mean(1)
     torch.testing.assert_close(torch.tensor(given["attention"]), expected)
-    _, given = shown(attention_maps(views["mean"], TOKENS))
+    _, given = shown(attention_maps({1: views["mean"]}))
+    assert given == shown(attention_maps(views["mean"]))[1]
     assert given["attentionHeadNames"] == ["layer 1"]
     torch.testing.assert_close(torch.tensor(given["attention"])[0], views[None].values[0].mean(0))
 
@@ -84,14 +86,12 @@ def test_what_cannot_be_shown_is_refused(views: dict[Any, AttentionView]) -> Non
             (channels.values, {}, "got Tensor"),
         ]:
             with pytest.raises(FeatureError, match=message):
-                attention_maps(given, TOKENS, **options)  # type: ignore[arg-type]
-        with pytest.raises(FeatureError, match="8 positions|8.* tokens"):
-            attention_maps(views["mean"], TOKENS[:8])
+                attention_maps(given, **options)  # type: ignore[arg-type]
         for values, message in [
             ({}, "mapping is empty"),
             (torch.ones(2, 9), r"number per token, \[t\], got \[2, 9\]"),
             (torch.full((9,), torch.nan), "not finite"),
-            (torch.ones(8), "tokens, but 1 rows of 8 positions"),
+            (torch.ones(8), "8 values '' for 9 tokens"),
         ]:
             with pytest.raises(FeatureError, match=message):
                 coloured_tokens(values, TOKENS)

@@ -11,8 +11,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ssm_interp.features import AttentionView, FeatureError
-from ssm_interp.features.arguments import row_tokens, whole_number
+from ssm_interp.errors import FeatureError
+from ssm_interp.features import AttentionView
+from ssm_interp.features.arguments import row_of
+from ssm_interp.results import labels
 
 if TYPE_CHECKING:
     from circuitsvis.utils.render import RenderedHTML
@@ -21,17 +23,14 @@ SUPPORTS, OPPOSES = "#2166AC", "#B2182B"  # the ends of the colour map that all 
 MOST_MAPS = 64  # small maps that can be told apart
 
 
-def attention_maps(
-    views: AttentionView | Mapping[str, AttentionView], tokens: Sequence[Any], *, row: int = 0
-) -> RenderedHTML:
+def attention_maps(views: AttentionView | Mapping[Any, AttentionView], *, row: int = 0) -> RenderedHTML:
     """A small map of attention for each head, or for each of several views; the one clicked on is shown large.
 
     Blue is positive and red negative, on one scale for all maps.
 
     Args:
         views: a view whose heads are apart (`reduction=None`), or one that is reduced, or name -> reduced view: layers,
-            or blocks of heads.
-        tokens: a readable token per column of the input ids, or a sequence of such sequences, one per row.
+            or blocks of heads. Their tokens name rows and columns.
         row: which row of the batch.
 
     Returns:
@@ -39,15 +38,15 @@ def attention_maps(
         there is no internet, the scripts.
 
     Raises:
-        FeatureError: more than 64 maps; not all targets; views that differ in shape; no such row; another number of
-            tokens; entries that are not finite.
+        FeatureError: more than 64 maps; not all targets; views that differ in shape; no such row; entries that are not
+            finite.
         ImportError: CircuitsVis is not installed.
 
     Example:
         >>> blocks = [range(start, start + 192) for start in range(0, 1536, 192)]          # doctest: +SKIP
         >>> views = {f"channels {b[0]} to {b[-1]}": attention_views(ssm, inputs, layers=3, heads=b)[3] for b in blocks}
         ...                                                                                # doctest: +SKIP
-        >>> attention_maps(views, tokens)                                                  # doctest: +SKIP
+        >>> attention_maps(views)                                                          # doctest: +SKIP
     """
     names, values = _maps(views)  # values [b map t s]
     batch, maps, *shape = values.shape
@@ -58,14 +57,13 @@ def attention_maps(
         )
     if shape[0] != shape[1]:
         raise FeatureError(f"a map needs all targets, [t s] with t = s, got {shape}; leave targets out")
-    if (row := whole_number(row, "row", least=0)) >= batch:
-        raise FeatureError(f"there is no row {row}; the batch has rows 0 to {batch - 1}")
+    row, (first, *_) = row_of(row, batch), [views] if isinstance(views, AttentionView) else views.values()
     limit = _limit(values[row])
     with _installed():
         from circuitsvis.attention import attention_heads
     return attention_heads(
         attention=values[row],
-        tokens=row_tokens(tokens, batch, shape[1])[row],
+        tokens=list(labels(first.tokens, row, shape[1])),
         attention_head_names=names,
         max_value=limit,
         min_value=-limit,
@@ -103,7 +101,8 @@ def coloured_tokens(
         if not isinstance(numbers, Tensor) or numbers.ndim != 1:
             got = list(numbers.shape) if isinstance(numbers, Tensor) else type(numbers).__name__
             raise FeatureError(f"values {name!r} must be a tensor with a number per token, [t], got {got}")
-        row_tokens(tokens, 1, len(numbers))
+        if len(numbers) != len(tokens):
+            raise FeatureError(f"there are {len(numbers)} values {name!r} for {len(tokens)} tokens; give one per token")
     table = torch.stack([numbers.detach().float().cpu() for numbers in columns.values()], dim=-1)  # t k
     limit = _limit(table)
     with _installed():
@@ -120,7 +119,7 @@ def coloured_tokens(
     )
 
 
-def _maps(views: AttentionView | Mapping[str, AttentionView]) -> tuple[list[str], Float[Tensor, "b map t s"]]:
+def _maps(views: AttentionView | Mapping[Any, AttentionView]) -> tuple[list[str], Float[Tensor, "b map t s"]]:
     if isinstance(views, AttentionView):
         if views.reduction is not None:
             return [f"layer {views.layer}"], rearrange(views.values, "b t s -> b 1 t s").float().cpu()
@@ -128,7 +127,8 @@ def _maps(views: AttentionView | Mapping[str, AttentionView]) -> tuple[list[str]
         return [f"{counted} {number}" for number in range(views.values.shape[1])], views.values.float().cpu()
     if not isinstance(views, Mapping) or not views:
         raise FeatureError(f"views must be an AttentionView, or name -> AttentionView, got {type(views).__name__}")
-    shapes = {str(name): list(view.values.shape) for name, view in views.items()}
+    named = {f"layer {name}" if isinstance(name, int) else str(name): view for name, view in views.items()}
+    shapes = {name: list(view.values.shape) for name, view in named.items()}
     if any(view.reduction is None for view in views.values()) or len(set(map(tuple, shapes.values()))) > 1:
         raise FeatureError(f"views by name must be reduced over heads and of one shape [b t s], got {shapes}")
     return list(shapes), torch.stack([view.values.float().cpu() for view in views.values()], dim=1)

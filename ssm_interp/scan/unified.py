@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ssm_interp.scan.terms import TermsError
+from ssm_interp.errors import TermsError
 
 
 class Convolution(NamedTuple):
