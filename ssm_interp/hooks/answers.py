@@ -160,7 +160,7 @@ def answers(
                 progress(len(numbers) * len(rows))
     names = tuple(one if isinstance(one, str) else "metric" for one in several)
     one = isinstance(metric, str) or callable(metric)
-    words = tuple(_in_words(several) for several in sets)
+    words = tuple(map(_in_words, variants))
     return Answers(values[0] if one else values, names, _how(slow, len(sets)), words)
 
 
@@ -376,7 +376,8 @@ class _Scores:
             raise MetricError(f"variant {number} ({_in_words(sets[number])}): {error}") from error
 
 
-def _in_words(several: Sequence[Intervention]) -> str:
+def _in_words(variant: Variant) -> str:
+    several = [variant] if isinstance(variant, Intervention) else variant
     return ", ".join(map(repr, several)) or "the clean run"
 
 

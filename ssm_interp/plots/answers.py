@@ -24,8 +24,8 @@ def answers_figure(frame: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         >>> answers_figure(found.frame, found.metrics).savefig("answers.png")          # doctest: +SKIP
     """
     names = frame.drop_duplicates("variant").set_index("variant")["intervention"]
-    height = 1.0 + 0.28 * min(len(names), MOST_VARIANTS)
-    figure = picture(3.0 + 3.2 * len(metrics), height)
+    height = 1.4 + 0.28 * min(len(names), MOST_VARIANTS)
+    figure = picture(4.5 + 3.0 * len(metrics), height)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         plain(axes)
@@ -35,9 +35,9 @@ def answers_figure(frame: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         axes.set_xlabel(metric, color=INK, fontsize=9)
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     if len(names) <= MOST_VARIANTS:
-        panels[0].set_yticks(names.index, [short(name, 60) for name in names], parse_math=False)
+        panels[0].set_yticks(names.index, [short(name, 90) for name in names], parse_math=False)
     else:
         panels[0].set_ylabel("Variant", color=INK, fontsize=9)
     panels[0].set_ylim(np.max(names.index) + 0.5, -0.5)
-    legend(panels[-1], [dots, mean], ["one prompt", "mean over prompts"], loc="best", fontsize=8)
+    legend(figure, [dots, mean], ["one prompt", "mean over prompts"], loc="outside lower center", ncol=2)
     return figure
