@@ -213,7 +213,7 @@ class SetDelta(Intervention):
 
     Raises:
         InterventionError: a negative or non-finite step; features that are (head, state) pairs (a step belongs to a
-        head).
+            head).
 
     Example:
         >>> SetDelta(value=0.0, positions=[2, 3])
