@@ -10,7 +10,7 @@ from scipy import stats
 from tiny_flow import world
 
 import ssm_interp as si
-from ssm_interp.flow import LeakReport, full_forwards, leak, sweep
+from ssm_interp.flow import LeakReport, leak, sweep
 from ssm_interp.flow.leak import THROUGH
 from ssm_interp.plots import stream_figure
 
@@ -23,7 +23,7 @@ def test_the_report_is_three_sweeps_and_what_they_leave(family: str) -> None:
         known = {
             name: sweep(
                 ssm, given.tokenizer, given.prompts, sources=["subject", "last"], windows=2, through=through,
-                engine=full_forwards,
+                by="forwards",
             ).frame
             for name, through in THROUGH.items()
         }  # fmt: skip

@@ -44,7 +44,7 @@ class _Later(TyperCommand):
 def _command(name: str) -> Any:
     """The command itself, whose module brings torch and transformers with it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: its idle threads sleep, not spin
-    from ssm_interp.hooks import SsmInterpWarning
+    from ssm_interp.errors import SsmInterpWarning
 
     warnings.simplefilter("always", SsmInterpWarning)  # whatever the interpreter does with warnings
     function = getattr(import_module(f"ssm_interp.cli.{COMMANDS[name][0]}"), name)

@@ -27,11 +27,12 @@ from ssm_interp.cli.options import (
     studies,
 )
 from ssm_interp.cli.output import picture_and_table, progress_bar, wrote
-from ssm_interp.features import FeatureError, fact_roles, find_circuit
+from ssm_interp.errors import FeatureError
+from ssm_interp.features import fact_roles, find_circuit
 from ssm_interp.flow import Ranks, Study
 from ssm_interp.flow.study_run import StudyFacts, load_for
-from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import attach
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.models import INDUCTION
 from ssm_interp.prompts import (
     Batch,
@@ -132,7 +133,7 @@ def circuit(
     verb = wrote(picture, table)
     picture.parent.mkdir(parents=True, exist_ok=True)
     found.plot().savefig(picture, dpi=200)
-    frame = found.frame()
+    frame = found.frame
     frame.to_csv(table, index=False) if table.suffix == ".csv" else frame.to_parquet(table, index=False)
     typer.echo(f"\n{verb} {picture} and {table} ({len(frame)} edge groups; {found.trials} trials)")
 

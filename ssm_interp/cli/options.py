@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ssm_interp.flow import Align, Ranks, Study, StudyError
+from ssm_interp.errors import StudyError
+from ssm_interp.flow import Align, Ranks, Study
 from ssm_interp.flow.study import DeviceMap, Dtype
 from ssm_interp.flow.study_run import load_for
 

@@ -17,8 +17,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssm_interp.hooks import Attachment, HookPoints, InterventionError
-from ssm_interp.hooks.interventions import as_features, as_list
+from ssm_interp.arguments import as_features, as_list
+from ssm_interp.errors import FeatureError, InterventionError
+from ssm_interp.hooks import Attachment, HookPoints
 
 ALL = "all"
 SIDES = ("top", "bottom", "middle")
@@ -32,10 +33,6 @@ NAMED = re.compile(rf"(?P<complement>all but )?(?P<side>{'|'.join(SIDES)}) (?P<p
 Groups = Mapping[str, Mapping[int, Sequence[int] | Sequence[tuple[int, int]]] | None]
 """Name -> layer -> the features of the group; None: all features of every layer."""
 PlainGroups = dict[str, dict[int, tuple[int, ...] | tuple[tuple[int, int], ...]] | None]
-
-
-class FeatureError(ValueError):
-    """Features, groups of them, or statistics that rank them, that do not exist or do not fit the model."""
 
 
 def check_attached(ssm: Any) -> None:

@@ -13,8 +13,8 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, whole_texts
-from ssm_interp.features.groups import FeatureError
 from ssm_interp.hooks import Attachment, Run, warn_hooked
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.own import in_this_thread

@@ -12,7 +12,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssm_interp.features.groups import FeatureError
+from ssm_interp.errors import FeatureError
 from ssm_interp.hooks import Attachment
 from ssm_interp.hooks.blocks import blocks_of
 from ssm_interp.hooks.own import in_this_thread

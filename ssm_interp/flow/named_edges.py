@@ -5,13 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from ssm_interp.flow.windows import NoEdgesError
-from ssm_interp.hooks import SsmInterpWarning
+from ssm_interp.errors import NoEdgesError, NoEdgesWarning
 from ssm_interp.prompts import TokenizedPrompt
-
-
-class NoEdgesWarning(SsmInterpWarning):
-    """Some of the knockouts of a sweep have no edges in any prompt, so that they change nothing."""
 
 
 def edge_count(row: TokenizedPrompt, source: str | int, target: str) -> int:

@@ -22,7 +22,7 @@ from pydantic import (
 
 from ssm_interp.features.groups import ALL
 from ssm_interp.flow.study_held import OWN_GROUPS, AllUsed, Group, Held, Sets
-from ssm_interp.flow.windows import Align, FlowError
+from ssm_interp.flow.windows import Align
 from ssm_interp.prompts import check_role
 from ssm_interp.prompts.facts_file import EMBEDDED, check_columns
 
@@ -32,10 +32,6 @@ Stream = Literal["ssm", "conv", "attention"]
 
 WITHOUT_EFFECT = frozenset({"device", "device_map", "batch_size", "max_memory"})
 """Options that change how a table is computed and not what is in it, beyond rounding."""
-
-
-class StudyError(FlowError):
-    """A study that cannot be run, or continued, as it is."""
 
 
 def _target(value: Any) -> Any:

@@ -21,28 +21,21 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ssm_interp
+from ssm_interp.errors import NothingAnswered, PromptError, SsmInterpWarning, StudyError
 from ssm_interp.features import feature_groups
-from ssm_interp.flow.engine import CLEAN, full_forwards
 from ssm_interp.flow.named_edges import check_edges_exist
 from ssm_interp.flow.result import FlowResult
-from ssm_interp.flow.study import Study, StudyError
+from ssm_interp.flow.study import Study
 from ssm_interp.flow.study_held import check_held, held_on, measured
 from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_store import Store, digest
-from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, check_distinct, device_of, sweep
-from ssm_interp.flow.windows import NothingAnswered, windows
-from ssm_interp.hooks import Attachment, SsmInterpWarning, attach
+from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, check_distinct, sweep
+from ssm_interp.flow.windows import windows
+from ssm_interp.hooks import Attachment, answers, attach
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.hooks.rows import default_memory
 from ssm_interp.models import load, load_outline, load_tokenizer
-from ssm_interp.prompts import (
-    Prompt,
-    PromptError,
-    load_prompts,
-    pad,
-    tokenize,
-    warn_shared,
-    with_ids,
-)
+from ssm_interp.prompts import Prompt, load_prompts, pad, tokenize, warn_shared, with_ids
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +267,7 @@ class _Job:
         """Raise, before anything is written, what the edits that are held on would in a forward pass."""
         if self.study.held:
             batch = pad([tokenize(self.shards[0][0], self.tokenizer)]).to(device_of(self.ssm.model))
-            next(full_forwards(self.ssm, batch, [CLEAN]))
+            answers(self.ssm, batch, [()], by="forwards")
 
     def run(self, store: Store, versions: dict[str, str], progress: Progress | None) -> None:
         """Compute and store the shards of this rank that are not there yet."""

@@ -26,10 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from ssm_interp.errors import NothingAnswered, StudyError
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.study import StudyError
 from ssm_interp.flow.study_ranks import Ranks
-from ssm_interp.flow.windows import NothingAnswered
 
 METADATA = b"ssm_interp.study"
 AGAIN = "and give the same command again"

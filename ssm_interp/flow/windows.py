@@ -6,36 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ssm_interp.errors import FlowError, WindowError
+
 Align = Literal["left", "centre"]
-
-
-class FlowError(ValueError):
-    """A sweep that cannot be run, or a result that cannot be used, as it is."""
-
-
-class WindowError(FlowError):
-    """A window of more layers than the model has, or of none."""
-
-
-class NoEdgesError(FlowError):
-    """A knockout of edges target <- source of which no prompt has a single one."""
-
-
-class NothingAnswered(FlowError):  # noqa: N818 - what happened, not a fault
-    """The model answers none of the prompts correctly.
-
-    Attributes:
-        asked: how many there were.
-        full_answer: whether all tokens of the answers were asked for, not the first ones alone.
-    """
-
-    def __init__(self, asked: int, *, full_answer: bool = False) -> None:
-        self.asked, self.full_answer = asked, full_answer
-        never = "tokens are never all of the target's" if full_answer else "token is never the target's first one"
-        super().__init__(
-            f"the model answers none of the {asked} prompts correctly (its most likely next {never}), so there is "
-            "nothing to knock out; is this the model's own tokenizer?"
-        )
 
 
 @dataclass(frozen=True)

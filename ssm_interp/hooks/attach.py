@@ -8,9 +8,9 @@ from typing import Any
 import transformers
 from torch import nn
 
+from ssm_interp.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import attention_layers, repeated_blocks
-from ssm_interp.hooks.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.newest import Newest, check_version
 from ssm_interp.hooks.routing import HookedMixer, hook_mixer, operators_of
 from ssm_interp.hooks.unknown import names_of, unknown_mixers

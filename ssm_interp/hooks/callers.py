@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.utils import GenerationMixin
 
-from ssm_interp.hooks.errors import InterventionError
+from ssm_interp.errors import InterventionError
 from ssm_interp.hooks.own import ours
 
 _prefill = GenerationMixin._prefill.__code__

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_interp.errors import HookError
 from ssm_interp.hooks.attach import attach
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import has_no_weights
-from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.unknown import names_of
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ssm_interp.hooks.errors import HookError
+from ssm_interp.errors import HookError
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

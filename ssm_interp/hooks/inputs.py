@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_interp.errors import HookError
 from ssm_interp.hooks.cache import CACHES
-from ssm_interp.hooks.describe import describe
-from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.options import named_as, options_of
+from ssm_interp.reprs import describe
 
 RUN = ("inputs", "read", "layers")  # what `Attachment.run` takes itself
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+from ssm_interp.errors import HookedWarning
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.errors import HookedWarning
 
 SHOWN = 3
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ssm_interp.errors import HookError
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of, has_no_weights
-from ssm_interp.hooks.errors import HookError
 from ssm_interp.hooks.own import OWN
 
 CAPTURE = "transformers.utils.output_capturing"

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ssm_interp.errors import HookError
 from ssm_interp.hooks.cache import CACHES
-from ssm_interp.hooks.errors import HookError
 
 OF_THE_TEXT = (  # what tokenizers, and programs made for other models, say about a text beside its ids
     "token_type_ids",

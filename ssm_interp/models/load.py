@@ -15,6 +15,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ssm_interp.errors import LoadError
+
 EMBEDDED = ("tiny-mamba1", "tiny-mamba2", "tiny-llama")  # they know the embedded facts
 INDUCTION = ("tiny-induction-mamba1", "tiny-induction-mamba2")
 SHIPPED = (*EMBEDDED, *INDUCTION)
@@ -25,10 +27,6 @@ CONVERTED = ("130m", "370m", "790m", "1.4b", "2.8b")
 """Sizes of Mamba-1 that the same owner has in transformers' layout too."""
 CONVERTED_2 = ("130m", "1.3b", "2.7b")
 """Sizes of Mamba-2 that somebody else has converted."""
-
-
-class LoadError(ValueError):
-    """A name under which no model can be loaded."""
 
 
 def load(

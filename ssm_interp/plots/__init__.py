@@ -4,7 +4,8 @@ Nothing here touches pyplot or its global state. Figures are saved with `.savefi
 a string of HTML that opens in a browser offline: `Path("flow.html").write_text(page)`.
 """
 
-from ssm_interp.plots.attention import attention_figure
+from ssm_interp.plots.agreement import agreement_figure
+from ssm_interp.plots.attention import attention_figure, attention_panels
 from ssm_interp.plots.attribution import attribution_figure
 from ssm_interp.plots.circuit import circuit_figure
 from ssm_interp.plots.edges import EDGE_LABEL, edge_figure
@@ -24,8 +25,10 @@ __all__ = [
     "STYLES",
     "StatisticName",
     "TokenMap",
+    "agreement_figure",
     "attention_figure",
     "attention_page",
+    "attention_panels",
     "attribution_figure",
     "circuit_figure",
     "circuit_page",

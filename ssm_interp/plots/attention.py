@@ -14,6 +14,7 @@ from torch import Tensor
 from ssm_interp.plots.cells import centred, colour_bar, extent, nothing, say_nothing, target_cells
 from ssm_interp.plots.style import SIZES, WRITTEN, headline, picture
 
+MOST_ACROSS = 4
 SIGNS = "(blue: positive, red: negative)"
 
 
@@ -47,8 +48,7 @@ def attention_figure(
     values = checked_attention(attention, tokens)
     largest = float(abs(values).max())
     signed = bool((values < 0).any())
-    side = extent(len(tokens), each=0.27, least=2.6)
-    axes = picture(side + 2.3, side + 1.4).subplots() if ax is None else ax
+    axes = attention_panels(1, len(tokens))[1][0] if ax is None else ax
     if signed:
         image = target_cells(axes, values, tokens, cmap=WRITTEN, norm=centred(largest))
     else:
@@ -71,3 +71,14 @@ def checked_attention(attention: Float[Tensor, "t s"], tokens: Sequence[str]) ->
         raise ValueError("the attention matrix has entries that are not finite numbers")
     values: Float[np.ndarray, "t s"] = attention.detach().double().cpu().tril().numpy()
     return values
+
+
+def attention_panels(count: int, length: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure with axes for so many attention matrices of so many tokens, at most four side by side."""
+    across = min(count, MOST_ACROSS)
+    down, side = -(-count // across), extent(length, each=0.27, least=2.6)
+    figure = picture(across * (side + 2.3), down * (side + 1.4))
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]

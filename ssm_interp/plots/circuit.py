@@ -50,7 +50,7 @@ def circuit_figure(
 
     Args:
         frame: a row per edge group, with `layer`, `source`, `target`, `feature_group`, `kept` and `effect`, as
-            `Circuit.frame()` gives. Groups that are not kept give the picture its layers and nothing else.
+            `Circuit.frame` gives. Groups that are not kept give the picture its layers and nothing else.
         roles: the columns, from left to right; None: as the frame has them, sources first.
         title: over the picture; a reader wants the model and how much the circuit explains. None: numbers of groups.
         metric: what the effects are changes of, with its unit.
@@ -60,7 +60,7 @@ def circuit_figure(
             that is not finite.
 
     Example:
-        >>> circuit_figure(circuit.frame(), roles=circuit.roles).savefig("circuit.svg")      # doctest: +SKIP
+        >>> circuit_figure(circuit.frame, roles=circuit.roles).savefig("circuit.svg")      # doctest: +SKIP
     """
     columns, layers = checked_roles(frame, roles), sorted(map(int, frame["layer"].unique()))
     kept = frame[frame["kept"].astype(bool)]

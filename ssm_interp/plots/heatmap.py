@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing
 from ssm_interp.plots.panels import LAYER, layer_label
 from ssm_interp.plots.style import ARROW, CHANGED, headline, picture, readable, short
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import Result
 
 LABEL = "Change of the answer's probability"
 MEANING = "(blue: the token supports the answer, red: it opposes it)"
@@ -26,8 +27,8 @@ ONE_OF_EACH = ("model", "prompt_id", "target", "feature_group")
 NEEDED = (*ONE_OF_EACH, "source", "layer", "window_start", "window_size", "n_edges", "p_base", "p")
 
 
-@dataclass(frozen=True, eq=False)
-class TokenMap:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenMap(Result):
     """What knocking each single token of a prompt out does to the answer, in each layer window.
 
     Attributes:
@@ -57,8 +58,6 @@ class TokenMap:
     answer: str = ""
     p_base: float | None = None
     layer_label: str = LAYER
-
-    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         shape = list(self.values.shape)
@@ -108,6 +107,29 @@ class TokenMap:
         title = f"{short(str(first['model']), 32)}: token {ARROW} {readable(first['target'])}"
         axis = layer_label(rows.assign(window=rows["window_size"].max()))
         return cls(values, tokens, layers, subject, title, answer, float(first["p_base"]), axis)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row per source token and window: source (a position), source_token, layer, change (p - p_base)."""
+        source, window = np.indices(self.values.shape).reshape(2, -1)
+        return pd.DataFrame(
+            {
+                "source": source,
+                "source_token": np.array(self.tokens, dtype=object)[source],
+                "layer": np.array(self.layers)[window],
+                "change": self.values.ravel(),
+            }
+        )
+
+    def plot(self, **options: Any) -> Figure:
+        """The map as a picture; options of `heatmap_figure`."""
+        return heatmap_figure(self, **options)
+
+    def page(self, **options: Any) -> str:
+        """The map as an interactive page of HTML; options of `heatmap_page`."""
+        from ssm_interp.plots.html import heatmap_page
+
+        return heatmap_page(self, **options)
 
     @property
     def caption(self) -> str:

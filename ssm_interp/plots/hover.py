@@ -89,7 +89,7 @@ def edges_page(
             that are not finite.
 
     Example:
-        >>> Path("edges.html").write_text(edges_page(attribution.frame(), tokens))      # doctest: +SKIP
+        >>> Path("edges.html").write_text(edges_page(attribution.frame, tokens))      # doctest: +SKIP
     """
     cube, layers = _cube(frame, tokens)
     if not -len(tokens) <= target < len(tokens):
@@ -126,7 +126,7 @@ def circuit_page(
         ValueError: as `circuit_figure`.
 
     Example:
-        >>> Path("circuit.html").write_text(circuit_page(circuit.frame(), roles=circuit.roles))     # doctest: +SKIP
+        >>> Path("circuit.html").write_text(circuit_page(circuit.frame, roles=circuit.roles))     # doctest: +SKIP
     """
     columns, layers = checked_roles(frame, roles), sorted(map(int, frame["layer"].unique()))
     kept = frame[frame["kept"].astype(bool)]
@@ -185,7 +185,7 @@ def _cube(frame: pd.DataFrame, tokens: Sequence[str]) -> tuple[Float[np.ndarray,
         raise ValueError(f"a page of edges needs the columns {list(EDGE_COLUMNS)}; these are missing: {missing}")
     if frame.empty:
         raise ValueError("a page of edges needs at least one edge; the table has no rows")
-    for column in ("row", "feature_group", "group"):
+    for column in ("row", "feature_group"):
         if column in frame.columns and frame[column].nunique() > 1:
             raise ValueError(f"a page of edges shows one {column}, but this table has several; choose one")
     furthest = int(frame[["source", "target"]].to_numpy().max())

@@ -83,6 +83,9 @@ class Covered(NamedTuple):
     x: Float[np.ndarray, " n"]
     y: Float[np.ndarray, " n"]
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 @dataclass(frozen=True)
 class Panel:

@@ -45,7 +45,7 @@ def quantiles(frame: pd.DataFrame, q: Sequence[float] = QUANTILES) -> pd.DataFra
         ValueError: missing columns, no rows; a quantile outside [0, 1], or none.
 
     Example:
-        >>> quantiles(found.frame(), [0.5]).pivot(index="layer", columns="statistic", values="value")  # doctest: +SKIP
+        >>> quantiles(found.frame, [0.5]).pivot(index="layer", columns="statistic", values="value")  # doctest: +SKIP
     """
     if missing := [column for column in COLUMNS if column not in frame.columns]:
         raise ValueError(f"quantiles need a table with the columns {COLUMNS}; these are missing: {missing}")
@@ -72,7 +72,7 @@ def spectrum_figure(frame: pd.DataFrame, *, title: str = "") -> Figure:
         ValueError: missing columns, no rows; more models than can be told apart.
 
     Example:
-        >>> spectrum_figure(pd.concat([one.frame(), other.frame()])).savefig("spectrum.png")      # doctest: +SKIP
+        >>> spectrum_figure(pd.concat([one.frame, other.frame])).savefig("spectrum.png")      # doctest: +SKIP
     """
     rows = quantiles(frame)
     styles = model_styles(rows["model"].unique())

@@ -5,14 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from ssm_interp.hooks import SsmInterpWarning
+from ssm_interp.errors import SharedTokenWarning
 from ssm_interp.prompts.roles import TokenizedPrompt
 
 SHOWN = 3
-
-
-class SharedTokenWarning(SsmInterpWarning):
-    """Prompts ask for a first token that other answers among them begin with too."""
 
 
 def shared_first_tokens(prompts: Sequence[TokenizedPrompt]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssm_interp.prompts.prompt import PromptError
+from ssm_interp.errors import PromptError
 
 NAME = "counterfact"
 HUB_NAME = "NeelNanda/counterfact-tracing"

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ssm_interp.errors import PromptError
 from ssm_interp.prompts import counterfact
-from ssm_interp.prompts.prompt import Prompt, PromptError
+from ssm_interp.prompts.prompt import Prompt
 
 EMBEDDED = "geo"
 FIELDS = tuple(field.name for field in fields(Prompt))

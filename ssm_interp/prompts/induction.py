@@ -13,7 +13,8 @@ from __future__ import annotations
 import random
 from string import ascii_lowercase
 
-from ssm_interp.prompts.prompt import Prompt, PromptError
+from ssm_interp.errors import PromptError
+from ssm_interp.prompts.prompt import Prompt
 from ssm_interp.prompts.roles import Batch
 
 INDUCTION_SYMBOLS = tuple(ascii_lowercase)

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-
-class PromptError(ValueError):
-    """A prompt, or a file of prompts, that cannot be used as it is."""
+from ssm_interp.errors import PromptError
 
 
 @dataclass(frozen=True)

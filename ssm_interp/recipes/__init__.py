@@ -1,8 +1,9 @@
 """Recipes: an experiment as data, in a TOML file; `ssm-interp run` runs it."""
 
+from ssm_interp.errors import RecipeError
 from ssm_interp.recipes.lines import key_lines
 from ssm_interp.recipes.read import read_recipe
 from ssm_interp.recipes.run import Findings, run_recipe
-from ssm_interp.recipes.schema import Recipe, RecipeError
+from ssm_interp.recipes.schema import Recipe
 
 __all__ = ["Findings", "Recipe", "RecipeError", "key_lines", "read_recipe", "run_recipe"]

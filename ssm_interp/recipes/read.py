@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ssm_interp.errors import RecipeError
 from ssm_interp.flow.study import choices, did_you_mean
 from ssm_interp.flow.study_held import ScaleFeatures, SetDelta
 from ssm_interp.recipes.lines import Key, key_lines
@@ -24,7 +25,6 @@ from ssm_interp.recipes.schema import (
     Metrics,
     Models,
     Recipe,
-    RecipeError,
     Sweep,
 )
 

@@ -12,25 +12,23 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ssm_interp import plots
-from ssm_interp.features.groups import FeatureError
-from ssm_interp.flow import (
-    FlowResult,
+from ssm_interp.errors import (
+    FeatureError,
+    InterventionError,
+    LoadError,
     NoEdgesError,
     NothingAnswered,
-    Study,
+    PromptError,
+    RecipeError,
     WindowError,
-    check_study,
-    run_study,
-    study_folder,
-    summarise,
 )
+from ssm_interp.flow import FlowResult, Study, check_study, run_study, study_folder, summarise
 from ssm_interp.flow.sweep import Progress
-from ssm_interp.hooks import InterventionError
-from ssm_interp.models import LoadError, load_tokenizer
+from ssm_interp.models import load_tokenizer
 from ssm_interp.plots import TokenMap
-from ssm_interp.prompts import PromptError, TokenizedPrompt, load_prompts, tokenize, with_ids
+from ssm_interp.prompts import TokenizedPrompt, load_prompts, tokenize, with_ids
 from ssm_interp.recipes.lines import Key
-from ssm_interp.recipes.schema import HeatMap, Recipe, RecipeError
+from ssm_interp.recipes.schema import HeatMap, Recipe
 from ssm_interp.reprs import short_repr
 
 Started = Callable[[str], Progress]

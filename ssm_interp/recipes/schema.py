@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, model_validator
 
+from ssm_interp.errors import RecipeError, SsmInterpError
 from ssm_interp.flow import Align, Study
 from ssm_interp.flow.study import Columns, Dtype, NotOfConv, Source, Stream, Target
 from ssm_interp.flow.study_held import OWN_GROUPS, AllUsed, Group, ScaleFeatures, SetDelta, Sets
@@ -22,11 +23,7 @@ KINDS = "flow, depth, features, streams or heatmap."
 WINDOWS = "Layers per window, each size in turn; absent: three in eight of the model's layers."
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run as it is; the message names file, line and key."""
-
-
-class ContradictionError(ValueError):
+class ContradictionError(SsmInterpError, ValueError):
     """Keys of a recipe that are fine alone and do not go together; `key` is the one to blame."""
 
     def __init__(self, key: Key, message: str) -> None:

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ssm_interp.errors import TermsError
 from ssm_interp.scan.blocks import checked_block, slabs, square
 from ssm_interp.scan.edges import edge_products
-from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
+from ssm_interp.scan.terms import Terms, in_full_precision
 
 Reduction = Literal["mean", "mean_abs", "norm"]
 

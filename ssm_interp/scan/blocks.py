@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ssm_interp.scan.terms import Terms, TermsError
+from ssm_interp.errors import TermsError
+from ssm_interp.scan.terms import Terms
 
 SLAB_BYTES = 2**24  # temporary memory of one slab of heads, about
 

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ssm_interp.errors import TermsError
 from ssm_interp.scan.blocks import block_rows, checked_block, square
-from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
+from ssm_interp.scan.terms import Terms, in_full_precision
 
 SLAB_BYTES = 2**21  # of the operands of one slab of heads: about what a core keeps in its own cache
 

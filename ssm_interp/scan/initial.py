@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
+from ssm_interp.errors import TermsError
+from ssm_interp.scan.terms import Terms, in_full_precision
 
 SLAB = 2**18  # decay factors held at once: about what a core keeps in its own cache
 

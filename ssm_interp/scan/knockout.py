@@ -16,8 +16,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ssm_interp.errors import TermsError
 from ssm_interp.scan.recurrence import scan
-from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
+from ssm_interp.scan.terms import Terms, in_full_precision
 
 FEW = 32  # targets or sources up to which single entries of M cost less than a scan
 

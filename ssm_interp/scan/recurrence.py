@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ssm_interp.errors import TermsError
 from ssm_interp.scan.chunks import scan_by_chunks
-from ssm_interp.scan.terms import Terms, TermsError, in_full_precision
+from ssm_interp.scan.terms import Terms, in_full_precision
 
 FEW = 4  # positions up to which single steps are faster than matrix products
 

@@ -12,14 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ssm_interp.errors import TermsError
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 RANKS = {"x": 4, "dt": 3, "A": 2, "B": 4, "C": 4}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class TermsError(ValueError):
-    """Tensors that do not form one recurrence."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ssm_interp.scan.terms import TermsError
+from ssm_interp.errors import TermsError
 
 
 class Convolution(NamedTuple):
