@@ -127,6 +127,7 @@ def legend(place: Axes | Figure | SubFigure, handles: Sequence[Any], names: Iter
     found = place.legend(handles, [""] * len(handles), **({"frameon": False, "fontsize": 9} | options))
     for text, name in zip(found.get_texts(), names, strict=True):
         text.set(text=printable(name), parse_math=False)
+    found.get_title().set_multialignment("center")
     return found
 
 
