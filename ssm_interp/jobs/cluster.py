@@ -104,7 +104,7 @@ class Cluster:
         }
         remote = self.ray.remote(**options)(_Remote)
         for _ in range(count - len(self.members)):
-            member = _Member(remote.remote(self.pickled, self.where.gpus_per_worker))
+            member = _Member(remote.remote(self.where.gpus_per_worker))
             self.members.append(member)
             self._ask(member, "start")
 
@@ -149,7 +149,7 @@ class Cluster:
             self._lost(member, event, error)
             return _Event(member, "nothing", None)
         if event == "start":
-            self._ask(member, "open")
+            self._ask(member, "open", self.pickled)
             return _Event(member, event, None)
         for warning in answer.warned:
             if (kind := (type(warning), str(warning))) not in self.warned:
@@ -217,17 +217,16 @@ class Cluster:
 class _Remote:
     """A worker, in its own process."""
 
-    def __init__(self, job: bytes, gpus: float) -> None:
+    def __init__(self, gpus: float) -> None:
         if not gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray's versions differ in what a worker without GPUs may see
-        self.job = job
         self.now = (-1, 0)
 
     def start(self) -> None:
         """Return once this process is there."""
 
-    def open(self) -> _Answer:
-        return _answer(self._open)
+    def open(self, job: bytes) -> _Answer:
+        return _answer(lambda: self._open(job))
 
     def prepare(self) -> _Answer:
         return _answer(self.worker.prepare)
@@ -239,8 +238,8 @@ class _Remote:
         """The shard at which this worker is, and how many of its inputs are done."""
         return self.now
 
-    def _open(self) -> _Opened:
-        self.worker: Worker = pickle.loads(self.job).open()
+    def _open(self, job: bytes) -> _Opened:
+        self.worker: Worker = pickle.loads(job).open()
         return _Opened(self.worker.weights, versions(), platform.node())
 
     def _report(self, number: int, done: int) -> None:
