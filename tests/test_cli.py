@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from ssm_interp.flow.study_store import Store
 from tiny_flow import World, world
 from typer.testing import CliRunner, Result
 
@@ -19,7 +20,6 @@ import ssm_interp as si
 from ssm_interp import cli, plots
 from ssm_interp.cli import flow, look, output
 from ssm_interp.flow import FlowResult, Ranks, Study, run_study, study_run
-from ssm_interp.flow.study_store import Store
 from ssm_interp.hooks.check import Row
 from ssm_interp.models import EMBEDDED
 from ssm_interp.prompts import save_prompts

@@ -14,7 +14,7 @@ from tiny_flow import world
 from ssm_interp.flow import FlowResult, Study, run_study
 from ssm_interp.jobs import job_folder
 from ssm_interp.jobs.files import digest
-from ssm_interp.prompts import save_prompts
+from ssm_interp.prompts import Prompt, load_prompts, save_prompts
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Scene:
 
     def study(self, **changed: Any) -> Study:
         return Study(**self.options | changed)
+
+    def prompts(self) -> list[Prompt]:
+        return load_prompts(self.options["facts"])
 
 
 def scene(folder: Path) -> Scene:

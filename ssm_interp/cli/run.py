@@ -42,7 +42,7 @@ def run(
     batch_size: Annotated[int | None, option("batch_size", min=1, show_default="32")] = None,
     max_memory: MaxMemory = None,
     workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = 0,
+    gpus_per_worker: GpusPerWorker = 0.0,
     address: Address = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all files.", show_default="the recipe's name")] = None,
 ) -> None:

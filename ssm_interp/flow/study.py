@@ -144,7 +144,7 @@ class Study(BaseModel):
     workers: PositiveInt | None = Field(
         None, description="Processes that share the shards, run by Ray; none: this one computes them all."
     )
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs that each worker has to itself; 0: they use the CPU.")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each worker has to itself; 0: they use the CPU.")
     address: str | None = Field(
         None, min_length=1, description="Of a Ray cluster: auto, host:port, ray://...; none: workers on this machine."
     )

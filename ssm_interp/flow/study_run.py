@@ -68,7 +68,7 @@ def run_study(study: Study, folder: str | Path, *, progress: Progress | None = N
     """
     where = Where(study.workers, study.gpus_per_worker, study.address)
     job = _job(study, say=True)
-    _tell_idle(study, job, where)
+    _tell_idle(job, os.cpu_count() or 1)
     return _as_one_sweep(jobs.run(job, job_folder(folder, study.model), where, progress=progress), study)
 
 
@@ -108,23 +108,21 @@ def _job(study: Study, *, say: bool) -> StudyJob:
     return StudyJob(study, tuple(asked), model, torch.get_num_threads())
 
 
-def _tell_idle(study: Study, job: StudyJob, where: Where) -> None:
+def _tell_idle(job: StudyJob, cores: int) -> None:
     """Say so if there are more workers than shards, or than cores for their threads."""
-    if where.workers is None:
-        return
-    prompts, shards = len(job.prompts), len(job.sizes)
-    if idle := max(0, where.workers - shards):
+    study, prompts, shards = job.study, len(job.prompts), len(job.sizes)
+    workers = study.workers or 1
+    if idle := max(0, workers - shards):
         logger.warning(
             "%d of %d workers have nothing to do: %d prompts make %d shard%s of %d; in another folder, a shard_size of "
             "%d gives each of them some",
-            idle, where.workers, prompts, shards, "" if shards == 1 else "s", study.shard_size,
-            max(1, prompts // where.workers),
+            idle, workers, prompts, shards, "" if shards == 1 else "s", study.shard_size, max(1, prompts // workers),
         )  # fmt: skip
-    cores = os.cpu_count() or 1
-    if where.address is None and not where.gpus_per_worker and job.threads > max(1, cores // where.workers):
+    share = max(1, cores // workers)
+    if workers > 1 and study.address is None and not study.gpus_per_worker and job.threads > share:
         logger.warning(
-            "%d workers compute with %d threads each on %d cores; faster is a study begun with OMP_NUM_THREADS=%d",
-            where.workers, job.threads, cores, max(1, cores // where.workers),
+            "%d workers compute with %d threads each on %d cores; OMP_NUM_THREADS=%d is faster, and may give other "
+            "last digits", workers, job.threads, cores, share,
         )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ class Where:
     """
 
     workers: int | None = None
-    gpus_per_worker: float = 0
+    gpus_per_worker: float = 0.0
     address: str | None = None
 
     def __post_init__(self) -> None:
