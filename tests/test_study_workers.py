@@ -45,7 +45,7 @@ def test_killed_with_workers_and_gone_on_with_by_workers(tiny: Scene, tmp_path: 
     study = tiny.study(shard_size=1, workers=2)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     driver = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: shards(study, tmp_path), 120)
+    until(lambda: len(shards(study, tmp_path)) >= 2, 120)  # so that one has its record
     workers = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     assert driver.communicate(timeout=60) == ("", "")
@@ -102,16 +102,8 @@ def test_a_worker_reports_its_prompts(tiny: Scene) -> None:
 @pytest.mark.parametrize(
     ("workers", "threads", "told"),
     [
-        (
-            8,
-            1,
-            "3 of 8 workers have nothing to do: 10 prompts make 5 shards of 2; in another folder, a shard_size of 1",
-        ),
-        (
-            4,
-            64,
-            f"4 workers compute with 64 threads each on {os.cpu_count()} cores; OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 4)} is",
-        ),
+        (8, 1, "3 of 8 workers have nothing to do: 10 prompts make 5 shards of 2; in another folder, a shard_size of "),
+        (4, 64, "4 workers compute with 64 threads each on 8 cores; OMP_NUM_THREADS=2 is faster"),
     ],
 )
 def test_workers_too_many_are_told(
@@ -119,5 +111,5 @@ def test_workers_too_many_are_told(
 ) -> None:
     job = StudyJob(tiny.study(workers=workers), tuple(tiny.prompts()), "", threads)
     with caplog.at_level(logging.WARNING):
-        study_run._tell_idle(job, os.cpu_count() or 1)
+        study_run._tell_idle(job, cores=8)
     assert told in caplog.text
