@@ -102,7 +102,7 @@ class Cluster:
             "scheduling_strategy": "SPREAD",
             "concurrency_groups": {"watch": 1},
         }
-        remote = self.ray.remote(**options)(_Remote)
+        remote = self.ray.remote(**options)(JobWorker)
         for _ in range(count - len(self.members)):
             member = _Member(remote.remote(self.where.gpus_per_worker))
             self.members.append(member)
@@ -184,8 +184,8 @@ class Cluster:
             member.deaths += 1
             deaths, at = member.deaths, "before its first shard"
         if deaths >= DEATHS:
-            raise JobError(f"a worker died {at}, {DEATHS} times; out of memory? {_reason(error)}") from error
-        logger.warning("a worker died %s (%s); it is started again, and its work done again", at, _reason(error))
+            raise JobError(f"a worker died {at}, {DEATHS} times; was there too little memory?") from error
+        logger.warning("a worker died %s; it is started again, and its work done again", at)
         self._ask(member, "start")
 
     def _check_room(self) -> None:
@@ -214,8 +214,8 @@ class Cluster:
             logger.warning("no worker has started yet: the Ray cluster has no room for one; waiting until it has")
 
 
-class _Remote:
-    """A worker, in its own process."""
+class JobWorker:
+    """A worker, in its own process; lists of processes show it under this name."""
 
     def __init__(self, gpus: float) -> None:
         if not gpus:
@@ -299,7 +299,3 @@ def _portable(error: Exception) -> Exception:
     except Exception:  # whatever its own __init__ or __reduce__ raises
         return JobError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

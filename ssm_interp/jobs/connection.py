@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import ModuleType
 
 from ssm_interp.errors import JobError
@@ -60,19 +60,15 @@ def connected(where: Where) -> Iterator[ModuleType]:
 
 def _start(ray: ModuleType, where: Where) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local", num_cpus=where.workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
-    _be_quiet()
+    _init(ray, address="local", num_cpus=where.workers, include_dashboard=False)
 
 
 def _join(ray: ModuleType, address: str) -> None:
     _check_answers(_resolved(address), address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        _init(ray, address=address)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise JobError(f"cannot join the Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from error
-    _be_quiet()
 
 
 def _check_gpus(ray: ModuleType, where: Where) -> None:
@@ -119,12 +115,15 @@ def _check_answers(address: str, given: str) -> None:
         ) from error
 
 
-def _be_quiet() -> None:
-    """Ray prints the death of a worker on stdout, whatever it is told of logging; the job says it in a line."""
-    with suppress(ImportError, AttributeError):
-        from ray._private.ray_logging import global_worker_stdstream_dispatcher
-
-        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+def _init(ray: ModuleType, **options: object) -> None:
+    """Begin quietly: Ray prints the death of a worker on stdout, whatever it is told of logging."""
+    internals = ray._private.worker
+    listen = getattr(internals, "listen_error_messages", None)
+    internals.listen_error_messages = lambda *_: None
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    finally:
+        internals.listen_error_messages = listen
 
 
 @contextmanager
