@@ -42,6 +42,10 @@ class PromptError(SsmInterpError, ValueError):
     """A prompt, or a file of prompts, that cannot be used as it is."""
 
 
+class MetricError(SsmInterpError, ValueError):
+    """A metric that there is not, or one that is not a finite number for every row."""
+
+
 class FeatureError(SsmInterpError, ValueError):
     """Features, groups of them, or statistics that rank them, that do not exist or do not fit the model."""
 

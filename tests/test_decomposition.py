@@ -21,11 +21,10 @@ from ssm_interp.features import (
     decompose,
     edge_attribution,
     feature_groups,
-    log_probability,
     logit_attribution,
     record_mixers,
 )
-from ssm_interp.hooks import HookedWarning
+from ssm_interp.hooks import HookedWarning, log_probability
 from ssm_interp.scan import attention
 
 GATED = ["mamba", "falcon_mamba", "jamba", "zamba"]  # the gate alone stands behind the operator
@@ -164,7 +163,7 @@ def test_the_frame_has_a_row_per_part_and_readable_position() -> None:
     with si.attach(build("mamba2")) as ssm:
         prompt = inputs(batch=1, length=6)
         groups = feature_groups(ssm, ["top half"])
-        frame = decompose(ssm, prompt, targets=[2], layers=0, by="input", features=groups)[0].frame()
+        frame = decompose(ssm, prompt, targets=[2], layers=0, by="input", features=groups)[0].frame
         assert list(frame) == ["row", "layer", "target", "part", "feature_group", "source", "norm"]
         counts = frame.groupby("part").size().to_dict()  # two groups; three positions; no tap before the prompt
         assert counts == {"ssm": 6, "skip": 6, "ssm_bias": 2, "skip_bias": 2, "out_bias": 1}

@@ -12,16 +12,9 @@ from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
 
 import ssm_interp as si
-from ssm_interp.features import (
-    EdgeAttribution,
-    FeatureError,
-    check_edges,
-    edge_attribution,
-    feature_groups,
-    log_probability,
-    logit_difference,
-)
-from ssm_interp.hooks import HookedWarning
+from ssm_interp.errors import MetricError, SsmInterpError
+from ssm_interp.features import EdgeAttribution, FeatureError, check_edges, edge_attribution, feature_groups
+from ssm_interp.hooks import HookedWarning, log_probability, logit_difference
 from ssm_interp.prompts import pad, tokenize
 
 LENGTH = 7
@@ -120,7 +113,7 @@ def test_pairs_add_up_to_their_heads(name: str) -> None:
     assert relative_error(first + second, head) <= 1e-12
     assert not found[:, 1:].any()  # of layers that no group names
     small = check_edges(ssm, given, metric, edge_attribution(ssm, given, metric, features=groups), top=4, random=0)
-    assert set(small.frame["group"]) <= {"first", "second", "head"}
+    assert set(small.frame["feature_group"]) <= {"first", "second", "head"}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -138,7 +131,7 @@ def test_padding_changes_nothing_and_has_no_edges(name: str, side: Any) -> None:
         assert relative_error(here[:, columns][:, :, columns], expected) <= tight
         assert not here[:, ~columns].any()
         assert not here[:, :, ~columns].any()
-    assert len(found.frame()) == len(ssm.layers) * (LENGTH * (LENGTH + 1) // 2 + 10)
+    assert len(found.frame) == len(ssm.layers) * (LENGTH * (LENGTH + 1) // 2 + 10)
 
 
 def test_integrated_gradients_add_up() -> None:
@@ -241,7 +234,7 @@ def test_single_edges_of_the_embedded_models_rank_as_they_should(name: str) -> N
     with si.attach(model) as ssm:
         found = edge_attribution(ssm, batch, metric)
         checked = check_edges(ssm, batch, metric, found, top=10**6)
-    assert len(checked.frame) == len(found.frame()) == 10 * len(row) * (len(row) + 1) // 2
+    assert len(checked.frame) == len(found.frame) == 10 * len(row) * (len(row) + 1) // 2
     assert checked.correlation() >= 0.9
     assert checked.correlation("top") == checked.correlation()
     assert checked.correlation("random") != checked.correlation("random")  # NaN: there are none
@@ -249,31 +242,31 @@ def test_single_edges_of_the_embedded_models_rank_as_they_should(name: str) -> N
 
 def test_tables_and_pictures() -> None:
     ssm, batch = double("mamba2"), padded([LENGTH, 4])
-    found = edge_attribution(ssm, batch, METRIC, features={"a": {0: [0, 1]}, "b": None})
     tokens = [[f"{row}.{column}" for column in range(LENGTH)] for row in range(2)]
-    frame = found.frame(tokens)
-    columns = ["row", "layer", "group", "target", "source", "attribution", "target_token", "source_token"]
+    found = edge_attribution(ssm, batch, METRIC, features={"a": {0: [0, 1]}, "b": None}, tokens=tokens)
+    frame = found.frame
+    columns = ["row", "layer", "feature_group", "target", "source", "attribution", "target_token", "source_token"]
     assert list(frame.columns) == columns
     edge = frame.iloc[1234 % len(frame)]
-    place = edge["row"], found.layers.index(edge["layer"]), found.groups.index(edge["group"])
+    place = edge["row"], found.layers.index(edge["layer"]), found.groups.index(edge["feature_group"])
     assert edge["attribution"] == float(found.values[(*place, edge["target"], edge["source"])])
     assert edge["source_token"] == f"{edge['row']}.{edge['source']}"
     top = found.top(5)["attribution"].abs()
     assert top.is_monotonic_decreasing
     assert top[0] == float(found.values.abs().max())
-    left, right, *_ = found.plot(tokens, row=1, group="b").axes
+    left, right, *_ = found.plot(row=1, group="b").axes
     assert left.get_title() == "Edges into “1.6”, position 3"
     figure = left.figure.figure
     assert figure.get_suptitle() == f"{ssm.name}: metric = {float(found.metric[1]):.3g}, features: b"
-    assert found.plot(tokens, group="b", title="mine").get_suptitle() == "mine"
-    integrated = edge_attribution(ssm, batch, METRIC, steps=2).plot(tokens)
+    assert found.plot(group="b", title="mine").get_suptitle() == "mine"
+    integrated = edge_attribution(ssm, batch, METRIC, steps=2).plot()
     assert integrated.axes[-1].get_ylabel().startswith("Share of the change of the metric")
     assert [text.get_text() for text in right.get_xticklabels()] == ["1.3", "1.4", "1.5", "1.6"]
     for options, message in (({}, "name one of the feature groups"), ({"row": 2, "group": "b"}, "there is no row 2")):
         with pytest.raises(FeatureError, match=message):
-            found.plot(tokens, **options)
+            found.plot(**options)
     with pytest.raises(FeatureError, match=r"there are \[7, 3\] tokens, but 2 rows of 7 positions"):
-        found.frame([tokens[0], tokens[1][:3]])
+        edge_attribution(ssm, batch, METRIC, tokens=[tokens[0], tokens[1][:3]])
     with pytest.raises(FeatureError, match="feature groups may overlap"):
         edge_attribution(ssm, batch, METRIC, features={"b": None}, steps=2).gap  # noqa: B018
     with pytest.raises(FeatureError, match="no integral"):
@@ -298,7 +291,7 @@ BAD_METRICS = {
 @pytest.mark.parametrize("message", BAD_METRICS)
 def test_metrics_that_are_none(message: str) -> None:
     ssm = si.attach(build("mamba2"))
-    with as_users_run_it(), pytest.raises(FeatureError, match=message):
+    with as_users_run_it(), pytest.raises(SsmInterpError, match=message):
         edge_attribution(ssm, inputs(2, 4), BAD_METRICS[message])
 
 
@@ -307,9 +300,9 @@ def test_metrics_of_tokens() -> None:
     assert torch.allclose(log_probability([4, 1])(logits), logits.log_softmax(1)[[0, 1], [4, 1]])
     assert torch.equal(logit_difference(4, [0, 2])(logits), logits[[0, 1], [4, 4]] - logits[[0, 1], [0, 2]])
     for bad in (1.5, "Paris", [], -1, None):
-        with pytest.raises(FeatureError, match="target must be a token id, or one for each row"):
+        with pytest.raises(MetricError, match="target must be a token id, or one for each row"):
             log_probability(bad)
-    with pytest.raises(FeatureError, match=r"last token, \[b v\], got \[1, 2, 9\]"):
+    with pytest.raises(MetricError, match=r"last token, \[b v\], got \[1, 2, 9\]"):
         log_probability(1)(logits[None])
 
 
@@ -323,7 +316,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "must name heads or .* pairs, at least one, in layer 0": {"features": {"a": {0: []}}},
     "layer 0 has no feature 99": {"features": {"a": {0: [99]}}},
     r"'a' names none of the layers \[1\]": {"features": {"a": {0: [1]}}, "layers": 1},
-    r"the metric must be a function of logits.*got 3": {"metric": 3},
+    r"the metric must be a name .* or a function of logits.*got 3": {"metric": 3},
     "inputs must be ids": {"inputs": "The capital of"},
     r"input_ids must be integers \[b t\], got torch.int64 \[4\]": {"inputs": torch.ones(4, dtype=torch.long)},
     "inputs hold past_key_values": {"inputs": inputs(2, 4) | {"past_key_values": object()}},
@@ -337,7 +330,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
 def test_bad_input_is_named(message: str) -> None:
     ssm = si.attach(build("mamba2"))
     options = {"inputs": inputs(2, 4), "metric": METRIC} | BAD_OPTIONS[message]
-    with as_users_run_it(), pytest.raises(FeatureError, match=message):
+    with as_users_run_it(), pytest.raises(SsmInterpError, match=message):
         edge_attribution(ssm, options.pop("inputs"), options.pop("metric"), **options)
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 from tiny_flow import world
 
 import ssm_interp as si
-from ssm_interp.flow import LeakReport, full_forwards, leak, sweep
+from ssm_interp.flow import LeakReport, leak, sweep
 from ssm_interp.flow.leak import THROUGH
 from ssm_interp.plots import stream_figure
 
@@ -23,7 +23,7 @@ def test_the_report_is_three_sweeps_and_what_they_leave(family: str) -> None:
         known = {
             name: sweep(
                 ssm, given.tokenizer, given.prompts, sources=["subject", "last"], windows=2, through=through,
-                engine=full_forwards,
+                by="forwards",
             ).frame
             for name, through in THROUGH.items()
         }  # fmt: skip
@@ -63,7 +63,7 @@ def test_the_picture_has_a_line_per_stream() -> None:
     assert [axes.get_title() for axes in figure.axes] == ["source: subject", "source: last"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(THROUGH)
     assert figure.get_suptitle() == f"Mamba2ForCausalLM   ({len(given.prompts)} prompts)"
-    assert figure.axes[0].get_xlabel() == "Layer (windows of 1 layer)"
+    assert figure.axes[0].get_xlabel() == "Layer"
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
     summary = report.summary()
     for name in THROUGH:

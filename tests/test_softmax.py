@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.hooks import obstacle, run_each
+from ssm_interp.hooks.rows import obstacle, run_each
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},

@@ -32,8 +32,8 @@ from ssm_interp.features import fact_roles, find_circuit
 from ssm_interp.flow import Study
 from ssm_interp.flow.study_facts import StudyFacts
 from ssm_interp.flow.study_job import load_for
-from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import attach
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.models import INDUCTION
 from ssm_interp.prompts import (
     Batch,
@@ -134,7 +134,7 @@ def circuit(
     verb = wrote(picture, table)
     picture.parent.mkdir(parents=True, exist_ok=True)
     found.plot().savefig(picture, dpi=200)
-    frame = found.frame()
+    frame = found.frame
     frame.to_csv(table, index=False) if table.suffix == ".csv" else frame.to_parquet(table, index=False)
     typer.echo(f"\n{verb} {picture} and {table} ({len(frame)} edge groups; {found.trials} trials)")
 

@@ -33,12 +33,9 @@ from ssm_interp.features import (
     EdgeCheck,
     check_edges,
     edge_attribution,
-    log_probability,
-    logit_difference,
 )
-from ssm_interp.features.metrics import Metric
-from ssm_interp.flow.sweep import device_of
-from ssm_interp.hooks import Attachment, attach
+from ssm_interp.hooks import Attachment, Metric, attach, log_probability, logit_difference
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.plots import token_label
 from ssm_interp.prompts import Prompt, TokenizedPrompt, load_prompts, tokenize, with_ids
 
@@ -96,9 +93,9 @@ def edges(
             number = logit_difference(row.target_id, against)
             wrong = _word(tokenizer, against) if rival is None else rival.asked
             label = f"logit({asked_for}) - logit({wrong})"
-        found = edge_attribution(ssm, ids, number, steps=steps)
+        found = edge_attribution(ssm, ids, number, steps=steps, tokens=row.tokens)
         checked = check_edges(ssm, ids, number, found, top=check, random=check) if check else None
-    frame = _with_exact(found.frame(row.tokens), checked)
+    frame = _with_exact(found.frame, checked)
     if likely[0] != row.target_id:
         said = _word(tokenizer, likely[0])
         typer.echo(f"{model} answers {said}, not {asked_for}; what follows is about {asked_for} all the same")
@@ -107,7 +104,7 @@ def edges(
         _print_correlation(checked)
     verb = wrote(picture, table)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    found.plot(row.tokens, title=f"{model}: {label} = {float(found.metric):.3g}").savefig(picture, dpi=200)
+    found.plot(title=f"{model}: {label} = {float(found.metric):.3g}").savefig(picture, dpi=200)
     frame.to_csv(table, index=False) if table.suffix == ".csv" else frame.to_parquet(table, index=False)
     typer.echo(f"\n{verb} {picture} and {table} ({len(frame)} edges)")
 

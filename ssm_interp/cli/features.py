@@ -35,8 +35,8 @@ from ssm_interp.features.groups import unknown_statistic
 from ssm_interp.flow import Study
 from ssm_interp.flow.study_facts import StudyFacts
 from ssm_interp.flow.study_job import load_for
-from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import attach
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.prompts import encode
 
 MODELS = ("tiny-mamba1", "tiny-mamba2")
@@ -107,7 +107,7 @@ def _measured(study: Study, statistics: list[str] | None) -> Spectrum:
 
 
 def _write(found: list[Spectrum], out: Path) -> None:
-    frame = pd.concat([one.frame() for one in found], ignore_index=True)
+    frame = pd.concat([one.frame for one in found], ignore_index=True)
     figure = plots.spectrum_figure(frame)
     picture, table = out / "features.png", out / "features.parquet"
     verb = wrote(picture, table)
@@ -122,7 +122,7 @@ def _write(found: list[Spectrum], out: Path) -> None:
 
 def _print(found: Spectrum) -> None:
     """A row per layer, a column per statistic: the median of the features, and below it 5 to 95 % of them."""
-    read = f"{found.tokens} tokens" if found.tokens else "weights alone"
+    read = f"{found.n_tokens} tokens" if found.n_tokens else "weights alone"
     typer.echo(f"\n{found.model} ({read}): median over the features of a layer; below it, 5 to 95 % of them")
     table = Table("layer")
     for name in found.statistics:

@@ -30,8 +30,8 @@ from ssm_interp.cli.options import (
 from ssm_interp.cli.output import console, picture, wrote
 from ssm_interp.errors import HookError
 from ssm_interp.flow import Study, check_edges_exist, token_map
-from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import attach
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.hooks.check import check as check_model
 from ssm_interp.prompts import (
     Prompt,

@@ -1,23 +1,19 @@
 """Knockout sweeps: where in the layers information crosses from one role of a prompt to another."""
 
 from ssm_interp.errors import FlowError, NoEdgesError, NoEdgesWarning, NothingAnswered, StudyError, WindowError
-from ssm_interp.flow.engine import CLEAN, Answers, Engine, Variant, choose_engine, full_forwards, rows_engine
 from ssm_interp.flow.leak import LeakReport, leak
-from ssm_interp.flow.metrics import changes, outcome
+from ssm_interp.flow.metrics import changes
 from ssm_interp.flow.named_edges import check_edges_exist
 from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.study import Study, explain
 from ssm_interp.flow.study_run import check_study, run_study
 from ssm_interp.flow.summary import summarise
-from ssm_interp.flow.sweep import FeatureGroups, sweep
+from ssm_interp.flow.sweep import FeatureGroups, Variant, sweep
 from ssm_interp.flow.tokens import token_map
 from ssm_interp.flow.windows import Align, Window, default_size, windows
 
 __all__ = [
-    "CLEAN",
     "Align",
-    "Answers",
-    "Engine",
     "FeatureGroups",
     "FlowError",
     "FlowResult",
@@ -34,13 +30,9 @@ __all__ = [
     "changes",
     "check_edges_exist",
     "check_study",
-    "choose_engine",
     "default_size",
     "explain",
-    "full_forwards",
     "leak",
-    "outcome",
-    "rows_engine",
     "run_study",
     "summarise",
     "sweep",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssm_interp.errors import InterventionError
+from ssm_interp.hooks.forward import Forward
 from ssm_interp.hooks.interventions import (
     EditAttention,
     Intervention,
@@ -19,11 +20,10 @@ from ssm_interp.hooks.interventions import (
     ScaleFeatures,
     SetDelta,
 )
+from ssm_interp.hooks.masks import feature_mask
 from ssm_interp.hooks.operators import Operands
 from ssm_interp.hooks.pieces import Piece, disjoint
-from ssm_interp.hooks.plan import feature_mask
 from ssm_interp.hooks.record import remember, remembered
-from ssm_interp.hooks.site import Site
 from ssm_interp.scan import Terms, attention_rows, read, removed, scan, write
 from ssm_interp.scan.recurrence import accumulate, decays
 
@@ -72,18 +72,19 @@ class Injected:
 class LayerEdits:
     """The interventions that act on one operator call, with positions and features resolved."""
 
-    def __init__(self, site: Site, operands: Operands) -> None:
-        self.site = site
-        self.batch, self.device = site.batch, operands.x.device
+    def __init__(self, forward: Forward, operands: Operands) -> None:
+        self.forward = forward
+        self.batch, self.device = forward.batch, operands.x.device
         self._cuts = sorted(self._find_cuts(operands), key=lambda cut: cut.position)
         self._cuts_at = {at: list(cuts) for at, cuts in groupby(self._cuts, key=lambda cut: cut.position)}
         if any(one.overlaps(other) for cuts in self._cuts_at.values() for one, other in combinations(cuts, 2)):
             raise InterventionError(
-                f"layer {site.layer}: two PatchState replace the same state; edits have no order, so give it one value"
+                f"layer {forward.layer}: two PatchState replace the same state; edits have no order, so give it one "
+                "value"
             )
 
     def __bool__(self) -> bool:
-        return bool(self.site.edits)
+        return bool(self.forward.edits)
 
     @property
     def needs_own_scan(self) -> bool:
@@ -97,7 +98,7 @@ class LayerEdits:
             where = self._where(edit)[:, :, None] & self._features(edit)[:, 0]
             if (where & taken).any():
                 raise InterventionError(
-                    f"layer {self.site.layer}: two SetDelta set the same step; edits have no order, "
+                    f"layer {self.forward.layer}: two SetDelta set the same step; edits have no order, "
                     "so give it one value"
                 )
             dt, taken = torch.where(where, edit.value, dt), taken | where
@@ -176,7 +177,7 @@ class LayerEdits:
         """`(M' - M) x` of every EditAttention, `[b t h p]`, or 0."""
         change = terms.x.new_zeros(())
         for edit in self._of(EditAttention):
-            if not self.site.continues:
+            if not self.forward.continues:
                 change = change + self._attention_change(terms, edit)
         return change
 
@@ -184,12 +185,12 @@ class LayerEdits:
         """What all knocked-out edges carry, `[b t h p]`, or 0; an edge that two knockouts name is removed once."""
         knockouts = self._of(Knockout)
         carried = terms.x.new_zeros(())
-        if not self.site.continues:
+        if not self.forward.continues:
             taken = [cut.piece(terms.length) for cut in self._cuts]
             for piece in disjoint((self._pieces(edit) for edit in knockouts), taken):
                 carried = carried + self._carried_by(terms, piece, injected)
-        open_ended = tuple(edit for edit in knockouts if edit.targets is None and edit.edges is None)
-        if open_ended and self.site.cache is not None:
+        open_ended = tuple(edit for edit in knockouts if edit.is_open_ended)
+        if open_ended and self.forward.cache is not None:
             for number, piece in enumerate(disjoint([self._source_piece(edit)] for edit in open_ended)):
                 carried = carried + self._carried_on(terms, piece, (open_ended, number), injected)
         return carried
@@ -205,30 +206,29 @@ class LayerEdits:
     def _carried_on(self, terms: Terms, piece: Piece, key: Hashable, injected: Injected | None) -> Tensor:
         """Keep the part of the state that open-ended knockouts' sources wrote with the cache, for the next call; and
         give what it carries to this one, if that goes on from an earlier one, `[b t h p]`, else 0."""
-        site = self.site
-        before = remembered(site.cache, site.layer, key)
-        if before is None and site.continues:
+        before, continues = remembered(self.forward.cache, self.forward.layer, key), self.forward.continues
+        if before is None and continues:
             raise InterventionError(
-                f"layer {site.layer}: the knockouts at work are not those under which this cache read its prompt and "
-                "everything since; run the prompt and what follows inside the same `edit`"
+                f"layer {self.forward.layer}: the knockouts at work are not those under which this cache read its "
+                "prompt and everything since; run the prompt and what follows inside the same `edit`"
             )
-        sources = piece.sources[:, -1:].expand(-1, site.length) if site.continues else piece.sources[:, :-1]
+        sources = piece.sources[:, -1:].expand(-1, self.forward.length) if continues else piece.sources[:, :-1]
         carried = terms.x.new_zeros(())
-        if site.continues or injected is not None:
+        if continues or injected is not None:
             kept = write(terms) if injected is None else _all_writes(terms, injected)
             kept = torch.where(sources[:, :, None, None, None], kept, 0)
             states = self.accumulate(terms, kept, None if injected is None else injected.replaced, before)
             state = states[:, -1]
-            if site.continues:
+            if continues:
                 carried = read(states * piece.features[:, None, :], terms.C)
         else:
             part = terms.with_x(torch.where(sources[:, :, None, None], terms.x, 0))
             state = self.scan(part, None, wipe=True)[1]
-        remember(site.cache, site.layer, key, state.detach(), site.length)
+        remember(self.forward.cache, self.forward.layer, key, state.detach(), self.forward.length)
         return carried
 
     def _attention_change(self, terms: Terms, edit: EditAttention) -> Tensor:
-        columns = [(_column(self.site, t, edit), _column(self.site, s, edit)) for t, s in edit.edges]
+        columns = [(_column(self.forward, t, edit), _column(self.forward, s, edit)) for t, s in edit.edges]
         targets = sorted({target for target, _ in columns})
         rows = attention_rows(terms, targets)  # b h r s
         new = rows
@@ -261,57 +261,56 @@ class LayerEdits:
             begin = end
 
     def _find_cuts(self, operands: Operands) -> Iterator[Cut]:
-        for edit in [] if self.site.continues else self._of(PatchState):
-            where = self.site.positions(edit.position, "PatchState.position").to(self.device)
+        for edit in [] if self.forward.continues else self._of(PatchState):
+            where = self.forward.prompt.positions(edit.position, "PatchState.position").to(self.device)
             state = self._patch(edit, operands)
             for position in where.any(0).nonzero()[:, 0].tolist():
                 yield Cut(position, where[:, position], self._features(edit), state)
 
     def _patch(self, edit: PatchState, operands: Operands) -> Tensor:
-        state: Tensor = edit.state.to(self.device)
+        state = torch.as_tensor(edit.state, device=self.device)
         if state.ndim == 0:
             return state
-        points, head_dim = self.site.points, operands.x.shape[3]
+        points, head_dim = self.forward.points, operands.x.shape[3]
         expected = (points.heads, head_dim, points.state_size)
         if tuple(state.shape[-3:]) != expected or (state.ndim == 4 and state.shape[0] not in (1, self.batch)):
             raise InterventionError(
-                f"layer {self.site.layer}: PatchState.state is {list(state.shape)}, but the state here is [h p n] = "
+                f"layer {self.forward.layer}: PatchState.state is {list(state.shape)}, but the state here is [h p n] = "
                 f"{list(expected)} in a batch of {self.batch}"
             )
         return state
 
     def _pieces(self, edit: Knockout) -> list[Piece]:
         """The edges of a knockout inside the prompt."""
-        features = self._features(edit)
-        found = self.site.edges(edit)
-        return [Piece(targets.to(self.device), sources.to(self.device), features) for targets, sources in found]
+        features, edges = self._features(edit), self.forward.prompt.edges(edit)
+        return [Piece(targets.to(self.device), sources.to(self.device), features) for targets, sources in edges]
 
     def _source_piece(self, edit: Knockout) -> Piece:
         """The sources of a knockout in the prompt, `[b t]`, and in one column more, whether generated positions are
         too."""
-        prompt = self.site.positions(edit.sources, "Knockout.sources")
-        generated = torch.full((self.batch, 1), edit.sources is None)
-        sources = torch.cat([prompt, generated], dim=1).to(self.device)
+        prompt = self.forward.prompt
+        ((_, sources),) = prompt.edges_over(edit, prompt.length + 1)
+        sources = sources.to(self.device)
         return Piece(torch.ones_like(sources[:, :1]), sources, self._features(edit))
 
     def _where(self, edit: SetDelta | ScaleFeatures) -> Tensor:
         """The positions of this call at which an intervention acts, `[b t]`."""
-        if self.site.continues or edit.positions is None:
-            return torch.full((self.batch, self.site.length), edit.positions is None, device=self.device)
-        return self.site.positions(edit.positions, f"{edit.kind}.positions").to(self.device)
+        if self.forward.continues or edit.positions is None:
+            return torch.full((self.batch, self.forward.length), edit.positions is None, device=self.device)
+        return self.forward.prompt.positions(edit.positions, f"{edit.kind}.positions").to(self.device)
 
     def _features(self, edit: Intervention) -> Tensor:
         """The features of an intervention: `[h 1]` for heads, `[h n]` for pairs."""
-        points = self.site.points
+        points = self.forward.points
         return feature_mask(edit.features, points.heads, points.state_size, self.device)
 
     def _of(self, kind: type[Kind]) -> list[Kind]:
-        return [edit for edit in self.site.edits if isinstance(edit, kind)]
+        return [edit for edit in self.forward.edits if isinstance(edit, kind)]
 
 
-def _column(site: Site, position: int, edit: EditAttention) -> int:
+def _column(forward: Forward, position: int, edit: EditAttention) -> int:
     """The column of a position that must be the same in every row."""
-    columns = site.columns(position, f"{edit.kind}.edges").unique()  # type: ignore[no-untyped-call]
+    columns = forward.prompt.column(position, f"{edit.kind}.edges").unique()  # type: ignore[no-untyped-call]
     if len(columns) > 1:
         raise InterventionError(
             f"{edit.kind}.edges names position {position}, which is column {columns.tolist()} in different rows; "
@@ -321,7 +320,7 @@ def _column(site: Site, position: int, edit: EditAttention) -> int:
 
 
 def _of_pairs(edit: Intervention) -> bool:
-    return edit.features is not None and isinstance(edit.features[0], tuple)
+    return isinstance(edit.features, tuple) and isinstance(edit.features[0], tuple)
 
 
 def _all_writes(terms: Terms, injected: Injected) -> Tensor:

@@ -219,7 +219,7 @@ def _differences(ssm: Attachment, native: Answers, way: str) -> Iterator[str]:
 
 def _knocked_out(ssm: Attachment, native: Answers, streams: tuple[str, ...]) -> Iterator[str]:
     """With nothing knocked out all is as it was; with all that the last token reads, that changes, and none before."""
-    with ssm.edit(Knockout(sources=[], through=streams)):
+    with ssm.edit(Knockout(sources=[[]], through=streams)):
         yield from _differences(ssm, native, f"under a knockout of nothing in its {streams[0]} layers")
     layers = ssm.layers_with(streams[0])
     outputs: list[Tensor] = []

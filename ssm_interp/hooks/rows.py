@@ -21,14 +21,15 @@ from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.cache import CACHES, cache_in, cache_parameter
-from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.inputs import check_ids
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.memory import free_memory
 from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.plan import Plan, resolve
-from ssm_interp.hooks.rowsite import Rows, rows_at_work
+from ssm_interp.hooks.rowsite import Rows
+from ssm_interp.hooks.serving import server_here
 from ssm_interp.hooks.softmax import knockable
+from ssm_interp.reprs import describe
 
 FRACTION = 4  # of the free memory, one part in so many
 CPU_ROWS = 512  # more rows in a step, or more bytes of states, make a CPU no faster
@@ -40,7 +41,7 @@ BATCH_ERROR = 1e-5  # of the largest logit, beside rounding, that the other rows
 _tried: WeakKeyDictionary[Attachment, tuple[int, str | None]] = WeakKeyDictionary()
 
 
-class Answers(NamedTuple):
+class RowLogits(NamedTuple):
     """Logits at the last token of some rows of a batch under some variants.
 
     Attributes:
@@ -54,7 +55,7 @@ class Answers(NamedTuple):
     logits: Float[Tensor, "m r v"]
 
     def __repr__(self) -> str:
-        return f"Answers({len(self.variants)} variants, {len(self.rows)} rows, logits {list(self.logits.shape)})"
+        return f"RowLogits({len(self.variants)} variants, {len(self.rows)} rows, logits {list(self.logits.shape)})"
 
 
 def run_each(
@@ -64,7 +65,8 @@ def run_each(
     *,
     attention_mask: Int[Tensor, "b s"] | None = None,
     max_memory: int | None = None,
-) -> Iterator[Answers]:
+    refuse: bool = True,
+) -> Iterator[RowLogits]:
     """Logits at the last token of every row under each of many knockouts, equal to those of a full forward for each.
 
     Args:
@@ -76,9 +78,10 @@ def run_each(
             Where a mixer's `in_proj` has a bias, a host's own forward of a left-padded row differs from that of the
             same row unpadded (its convolution sees the bias at the padding); what is given here is the unpadded one.
         max_memory: bytes that states and rows may take; None: a quarter of what is free.
+        refuse: variants of which not one has an edge.
 
     Yields:
-        Answers to some variants for some rows, in any order; every (variant, row) once.
+        Logits of some variants for some rows, in any order; every (variant, row) once.
 
     Raises:
         HookError: something that the batched step cannot be exact with (`obstacle` says what), then or before a later
@@ -115,7 +118,7 @@ def run_each(
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         got = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise HookError(f"the attention mask is {got}, but input_ids are {list(input_ids.shape)}")
-    plan = resolve(sets, ssm.streams, mask, ssm.default_stream)
+    plan = resolve(sets, ssm.streams, mask, ssm.default_stream, refuse=refuse)
     return _each_length(ssm, input_ids, mask, plan, max_memory or default_memory(input_ids.device))
 
 
@@ -228,7 +231,7 @@ def precision(ssm: Attachment, logits: Tensor) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _each_length(ssm: Attachment, ids: Tensor, mask: Tensor, plan: Plan, memory: int) -> Iterator[Answers]:
+def _each_length(ssm: Attachment, ids: Tensor, mask: Tensor, plan: Plan, memory: int) -> Iterator[RowLogits]:
     """Rows of the same length, without padding, together; and of their variants those with the same first target."""
     for rows, columns in _unpadded(mask):
         part = plan.narrow(rows.cpu(), columns)
@@ -243,7 +246,7 @@ def _each_length(ssm: Attachment, ids: Tensor, mask: Tensor, plan: Plan, memory:
             for some in (torch.arange(first, min(first + each, len(rows))) for first in range(0, len(rows), each)):
                 group = _Group(ssm, ids[rows[some]][:, columns], part.narrow(some, slice(None), members), start, memory)
                 for answers in group.answers(members):
-                    yield Answers(answers.variants, rows[some][answers.rows].tolist(), answers.logits)
+                    yield RowLogits(answers.variants, rows[some][answers.rows].tolist(), answers.logits)
 
 
 def _unpadded(mask: Tensor) -> Iterator[tuple[Tensor, slice]]:
@@ -272,7 +275,7 @@ class _Group:
         asked = [points.asked for points in ssm.layers.values()]
         self.rows = Rows(plan, len(ids), ids.shape[1], start, asked)
 
-    def answers(self, variants: list[int]) -> Iterator[Answers]:
+    def answers(self, variants: list[int]) -> Iterator[RowLogits]:
         """The answers to some variants, in as many steps as the memory asks for."""
         prompts = list(range(len(self.ids)))
         idle = [variant for variant in variants if self.plan.first_layer(variant) is None]
@@ -296,9 +299,9 @@ class _Group:
                 continue
             assert self.rows.members is not None
             if idle:
-                yield Answers(idle, prompts, logits[:1].expand(len(idle), -1, -1))
+                yield RowLogits(idle, prompts, logits[:1].expand(len(idle), -1, -1))
             if some:
-                yield Answers(list(self.rows.members), prompts, logits[1:])
+                yield RowLogits(list(self.rows.members), prompts, logits[1:])
             left, idle = left[each:], []
 
     @torch.no_grad()
@@ -364,7 +367,7 @@ class _Growing:
     def enter(
         self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if rows_at_work() is not self.rows:
+        if server_here() is not self.rows:
             return None  # another thread calls the same model
         before, now = self.rows.blocks(index - 1) if index else 1, self.rows.blocks(index)
         if self.cache is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,19 +11,14 @@ import torch
 from torch import Tensor
 
 from ssm_interp.errors import HookError
-from ssm_interp.hooks.convolution import Convolution, taps_between
+from ssm_interp.hooks.convolution import Convolution
+from ssm_interp.hooks.masks import as_matrix, as_taps, attention_heads, feature_mask
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.own import Asked, asking
-from ssm_interp.hooks.plan import Cell, Plan, attention_heads, feature_mask
+from ssm_interp.hooks.plan import Cell, Plan
 from ssm_interp.hooks.points import HookPoints
+from ssm_interp.hooks.serving import serving
 from ssm_interp.scan import Terms, leave, one_step, read_initial, removed, scan
-
-_rows: ContextVar[Rows | None] = ContextVar("ssm_interp_rows", default=None)
-
-
-def rows_at_work() -> Rows | None:
-    """The rows that the forward of this thread computes, if `run_each` made it."""
-    return _rows.get()
 
 
 @dataclass(frozen=True)
@@ -121,18 +115,14 @@ class Rows:
         closed = torch.zeros(self.blocks(layer), self.prompts, 1 if whole else heads, queries, keys, dtype=torch.bool)
         for block, cell in cells:
             targets, sources = self.plan.positions[cell.targets], self.plan.positions[cell.sources]
-            edges = targets[:, -queries:, None] & sources[:, None, -keys:]  # n q k
+            edges = as_matrix(targets[:, -queries:], sources[:, -keys:])  # n q k
             closed[block] = edges[:, None] & attention_heads(self.plan.features[cell.features], closed.shape[2])
         return closed.flatten(0, 1)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        token = _rows.set(self)
-        try:
-            with asking(self._asked):
-                yield
-        finally:
-            _rows.reset(token)
+        with serving(self), asking(self._asked):
+            yield
 
 
 class RowSite:
@@ -163,7 +153,7 @@ class RowSite:
             return run(call)
         removed = []
         for cell, blocks in cells.items():
-            taps = taps_between(self._targets(cell), rows.plan.positions[cell.sources], rows.start, call.taps)
+            taps = as_taps(self._targets(cell), rows.plan.positions[cell.sources], rows.start, call.taps)
             device = call.inputs.device
             removed.append((self._rows(blocks, device), taps.repeat(1, len(blocks), 1).to(device)))
         return call.without(removed, run)
