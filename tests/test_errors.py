@@ -29,6 +29,7 @@ BUILT_IN = {
     "NothingAnswered": ValueError,
     "StudyError": ValueError,
     "JobError": ValueError,
+    "MetricError": ValueError,
     "RecipeError": ValueError,
     "ContradictionError": ValueError,
 }

@@ -46,25 +46,26 @@ def job(tmp_path: Path) -> Squares:
 
 
 @quietly
-def test_a_machine_that_joins_late_gets_work(
+def test_a_machine_joins_late_gets_work_and_is_lost(
     machines: Any, job: Squares, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two workers hold their shards until the third one has done one."""
-    job.tell(wait_0=1, wait_1=1)
+    """Two workers hold their shards until the third one has begun one, and its machine is gone."""
+    job.tell(wait_0=1, wait_1=1, wait_2=1)
     joined: list[Any] = []
 
     def joins(*_: int) -> None:
         if not joined:
             joined.append(machines.add_node(num_cpus=1))
-        if job.logged(2):
-            for wait in {"wait-0", "wait-1"} & set(os.listdir(job.folder)):
-                job.forget(wait)
+        if job.logged(2) and job.told("wait-0"):
+            machines.remove_node(joined[0], allow_graceful=False)
+            job.forget("wait-0", "wait-1", "wait-2")
 
     with caplog.at_level(logging.WARNING):
         assert values(run(job, tmp_path / "store", Where(workers=3), progress=joins)) == VALUES
-    machines.remove_node(joined[0])
     assert "room for 2 of 3 workers (a CPU and 0 GPUs each); the others begin when machines join" in caplog.text
-    assert len({*job.logged(0), *job.logged(1), *job.logged(2)}) == 3
+    assert "a worker died at shard 00002; it is started again" in caplog.text
+    assert len(job.logged(2)) == 2
+    assert job.logged(2)[0] not in job.logged(0) + job.logged(1)
 
 
 def test_the_table_is_that_of_one_process_and_warnings_come_once(machines: Any, job: Squares, tmp_path: Path) -> None:
