@@ -160,7 +160,20 @@ _HOMES = {
 """Floor -> the names of `__all__` that live there."""
 
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-_FLOORS = ("errors", "features", "flow", "hooks", "jobs", "models", "plots", "prompts", "recipes", "results", "scan")
+_FLOORS = (
+    "errors",
+    "features",
+    "flow",
+    "hooks",
+    "hosts",
+    "jobs",
+    "models",
+    "plots",
+    "prompts",
+    "recipes",
+    "results",
+    "scan",
+)
 
 
 def __getattr__(name: str) -> Any:
