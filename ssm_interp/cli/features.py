@@ -36,7 +36,7 @@ from ssm_interp.flow import Study
 from ssm_interp.flow.study_facts import StudyFacts
 from ssm_interp.flow.study_job import load_for
 from ssm_interp.hooks import attach
-from ssm_interp.hooks.answers import device_of
+from ssm_interp.hooks.asked import device_of
 from ssm_interp.prompts import encode
 
 MODELS = ("tiny-mamba1", "tiny-mamba2")

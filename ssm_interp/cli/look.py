@@ -32,7 +32,7 @@ from ssm_interp.errors import HookError
 from ssm_interp.features import attention_views
 from ssm_interp.flow import Study, check_edges_exist, token_map
 from ssm_interp.hooks import Attachment, attach
-from ssm_interp.hooks.answers import device_of
+from ssm_interp.hooks.asked import device_of
 from ssm_interp.hooks.check import check as check_model
 from ssm_interp.prompts import (
     Prompt,

@@ -13,7 +13,7 @@ from ssm_interp.errors import FeatureError
 from ssm_interp.features import STATISTICS, FeatureGroup, feature_groups, spectrum
 from ssm_interp.features.groups import ALL, DECAY_NORM
 from ssm_interp.hooks import Attachment, Intervention
-from ssm_interp.hooks.answers import device_of
+from ssm_interp.hooks.asked import device_of
 from ssm_interp.prompts import TokenizedPrompt, pad
 
 
