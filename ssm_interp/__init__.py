@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         LoadError,
         MetricError,
         MissingError,
+        PlotError,
         PromptError,
         RecipeError,
         ResultError,
@@ -56,12 +57,12 @@ if TYPE_CHECKING:
         Run,
         ScaleFeatures,
         SetDelta,
-        answers,
         attach,
         attached,
         log_probability,
         logit_difference,
     )
+    from ssm_interp.hooks.answers import answers
     from ssm_interp.models import load
     from ssm_interp.plots import TokenMap
     from ssm_interp.prompts import Batch, Fact, Prompt, load_prompts, pad, tokenize
@@ -98,6 +99,7 @@ __all__ = [
     "MetricError",
     "MissingError",
     "PatchState",
+    "PlotError",
     "Prompt",
     "PromptError",
     "RecipeError",
@@ -137,8 +139,8 @@ __all__ = [
 
 _HOMES = {
     "errors": (
-        "FeatureError FlowError HookError InterventionError JobError LoadError MetricError MissingError PromptError "
-        "RecipeError ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
+        "FeatureError FlowError HookError InterventionError JobError LoadError MetricError MissingError PlotError "
+        "PromptError RecipeError ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
     ),
     "features": (
         "AttentionView AttentionViews Circuit Decomposition Decompositions EdgeAttribution EdgeCheck "
@@ -158,7 +160,20 @@ _HOMES = {
 """Floor -> the names of `__all__` that live there."""
 
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-_FLOORS = ("errors", "features", "flow", "hooks", "jobs", "models", "plots", "prompts", "recipes", "results", "scan")
+_FLOORS = (
+    "errors",
+    "features",
+    "flow",
+    "hooks",
+    "hosts",
+    "jobs",
+    "models",
+    "plots",
+    "prompts",
+    "recipes",
+    "results",
+    "scan",
+)
 
 
 def __getattr__(name: str) -> Any:

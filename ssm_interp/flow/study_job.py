@@ -22,7 +22,7 @@ from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, sweep
 from ssm_interp.flow.windows import windows
 from ssm_interp.hooks import Attachment, Intervention, answers, attach
 from ssm_interp.hooks.answers import device_of
-from ssm_interp.hooks.rows import default_memory
+from ssm_interp.hooks.steps import default_memory
 from ssm_interp.jobs import Job, Prepared, Report, Shard, Worker
 from ssm_interp.jobs.files import digest
 from ssm_interp.models import load, weights_hash

@@ -323,7 +323,7 @@ class SetDelta(_OfHeads):
 
     Raises:
         InterventionError: a negative or non-finite step; features that are (head, state) pairs (a step belongs to a
-        head).
+            head).
 
     Example:
         >>> SetDelta(value=0.0, positions=[2, 3])
