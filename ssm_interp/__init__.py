@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         LoadError,
         MetricError,
         MissingError,
+        PlotError,
         PromptError,
         RecipeError,
         ResultError,
@@ -55,12 +56,12 @@ if TYPE_CHECKING:
         Run,
         ScaleFeatures,
         SetDelta,
-        answers,
         attach,
         attached,
         log_probability,
         logit_difference,
     )
+    from ssm_interp.hooks.answers import answers
     from ssm_interp.models import load
     from ssm_interp.plots import TokenMap
     from ssm_interp.prompts import Batch, Fact, Prompt, load_prompts, pad, tokenize
@@ -96,6 +97,7 @@ __all__ = [
     "MetricError",
     "MissingError",
     "PatchState",
+    "PlotError",
     "Prompt",
     "PromptError",
     "RecipeError",
@@ -135,8 +137,8 @@ __all__ = [
 
 _HOMES = {
     "errors": (
-        "FeatureError FlowError HookError InterventionError LoadError MetricError MissingError PromptError RecipeError "
-        "ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
+        "FeatureError FlowError HookError InterventionError LoadError MetricError MissingError PlotError PromptError "
+        "RecipeError ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
     ),
     "features": (
         "AttentionView AttentionViews Circuit Decomposition Decompositions EdgeAttribution EdgeCheck "

@@ -43,7 +43,7 @@ class Result(ABC):
 
     Attributes:
         frame: the table.
-        holds: the dataclasses, pydantic models and named tuples that its fields hold beside numbers, texts, tensors,
+        holds: the dataclasses, named tuples and pydantic models that its fields hold beside numbers, texts, tensors,
             tables, and sequences and mappings of these.
         version: of its file; raised when its fields change.
 

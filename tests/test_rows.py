@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.hooks import rows as rows_module
 from ssm_interp.hooks import rowsite
+from ssm_interp.hooks import steps as rows_module
 from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.operators import OPERATORS, Operator
-from ssm_interp.hooks.rows import obstacle, run_each
+from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.trial import obstacle
 
 LENGTH = 9
 ROLES = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from drawn import png
 from random_terms import as_users_run_it
 from tiny_flow import World, world
 from tiny_hosts import build, inputs
@@ -88,6 +90,10 @@ def test_every_metric_of_every_variant_is_that_of_a_hooked_forward(scene: World,
             expected = by_hand(ssm, batch, variant)
             for name, values in zip(found.metrics, found.values[:, number], strict=True):
                 torch.testing.assert_close(values, expected[name], rtol=1e-4, atol=1e-5, msg=f"{name}, {variant}")
+        frame = found.frame
+        assert list(frame.columns) == ["variant", "intervention", "row", *METRICS, "metric"]
+        rank = frame[(frame["variant"] == 2) & (frame["row"] == 3)]["rank"].item()
+        assert rank == float(found.values[METRICS.index("rank"), 2, 3])
         spread = found.values[0].amax(0) - found.values[0].amin(0)
         assert spread.min() > 0.05  # there is something to get wrong
 
@@ -211,3 +217,18 @@ def test_roles_in_an_edit_need_a_batch(scene: World, batch: Batch) -> None:
             ssm.edit(si.Knockout(sources=0, features="top third")),
         ):
             pass
+
+
+def test_answers_are_drawn_and_stored(scene: World, batch: Batch, tmp_path: Path) -> None:
+    with si.attach(scene.model) as ssm:
+        found = answers(ssm, batch, variants_of(ssm), ["probability", entropy])
+    found.save(tmp_path / "answers.parquet")
+    again = si.Answers.load(tmp_path / "answers.parquet")
+    assert torch.equal(again.values, found.values)
+    assert (again.metrics, again.how, again.variants) == (found.metrics, found.how, found.variants)
+    assert again.variants[0] == "the clean run"
+    figure = found.plot()
+    assert [axes.get_xlabel() for axes in figure.axes] == ["probability", "metric"]
+    means = figure.axes[0].lines[1].get_xdata()
+    assert list(means) == pytest.approx(found.values[0].mean(1).tolist())
+    assert png(figure) == png(found.plot())

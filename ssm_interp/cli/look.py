@@ -29,8 +29,9 @@ from ssm_interp.cli.options import (
 )
 from ssm_interp.cli.output import console, picture, wrote
 from ssm_interp.errors import HookError
+from ssm_interp.features import attention_views
 from ssm_interp.flow import Study, check_edges_exist, token_map
-from ssm_interp.hooks import attach
+from ssm_interp.hooks import Attachment, attach
 from ssm_interp.hooks.answers import device_of
 from ssm_interp.hooks.check import check as check_model
 from ssm_interp.prompts import (
@@ -101,8 +102,7 @@ def attention(
             raise HookError(f"{model} has no SSM layers: this command draws SSM attention; see heatmap and flow for it")
         number = layers[len(layers) // 2] if layer is None else layer
         inputs = {"input_ids": torch.tensor([encoding.ids], device=device_of(host))}
-        matrix = ssm.run(inputs, read=["attn"], layers=[number])["attn", number][0].float().cpu()
-    shown, label = _one_map(matrix, head, reduce or "mean")
+        shown, label = _one_map(ssm, inputs, number, head, reduce or "mean")
     figure = plots.attention_figure(shown, encoding.tokens, title=f"{model}, layer {number}", label=label)
     verb = wrote(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -179,15 +179,15 @@ def _with_edges(rows: list[TokenizedPrompt], target: str) -> list[Prompt]:
 
 
 def _one_map(
-    matrix: Float[Tensor, "h t s"], head: int | None, reduction: Reduction
+    ssm: Attachment, inputs: dict[str, Tensor], layer: int, head: int | None, reduction: Reduction
 ) -> tuple[Float[Tensor, "t s"], str]:
-    heads = matrix.shape[0]
-    if head is not None:
-        if not 0 <= head < heads:
-            raise HookError(f"there is no head {head}: this layer has {heads}, numbered 0 to {heads - 1}")
-        return matrix[head], f"attention of head {head}"
-    if reduction == "mean":
-        return matrix.mean(0), f"mean attention of {heads} heads"
-    if reduction == "mean_abs":
-        return matrix.abs().mean(0), f"mean |attention| of {heads} heads"
-    return matrix.norm(dim=0), f"norm of the attention of {heads} heads"
+    heads = ssm.layers[layer].heads if layer in ssm.layers else 0
+    if head is not None and heads and not 0 <= head < heads:
+        raise HookError(f"there is no head {head}: this layer has {heads}, numbered 0 to {heads - 1}")
+    view = attention_views(ssm, inputs, reduction=reduction, layers=layer, heads=head)[layer]
+    labels = {
+        "mean": f"mean attention of {heads} heads",
+        "mean_abs": f"mean |attention| of {heads} heads",
+        "norm": f"norm of the attention of {heads} heads",
+    }
+    return view.values[0].cpu(), labels[reduction] if head is None else f"attention of head {head}"

@@ -132,7 +132,7 @@ class EdgeAttribution(Result):
 
         Raises:
             FeatureError: no such row or group, or a group left open; no position.
-            ValueError: a target outside the prompt.
+            PlotError: a target outside the prompt.
 
         Example:
             >>> found.plot(target=-1).savefig("edges.png", dpi=200)     # doctest: +SKIP

@@ -98,7 +98,7 @@ class LogitAttribution(Result):
 
         Raises:
             FeatureError: no such row.
-            ValueError: a subject outside the prompt.
+            PlotError: a subject outside the prompt.
 
         Example:
             >>> found.plot(title="tiny-mamba1: Paris or London").savefig("logits.png")     # doctest: +SKIP

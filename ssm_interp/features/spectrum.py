@@ -101,7 +101,7 @@ class Spectrum(Result):
         """Over the features of each layer: `model`, `statistic`, `layer`, `quantile`, `value`; see `plots.quantiles`.
 
         Raises:
-            ValueError: a quantile outside [0, 1], or none.
+            PlotError: a quantile outside [0, 1], or none.
         """
         return plots.quantiles(self.frame, q)
 

@@ -33,7 +33,7 @@ from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, check
 from ssm_interp.flow.windows import windows
 from ssm_interp.hooks import Attachment, answers, attach
 from ssm_interp.hooks.answers import device_of
-from ssm_interp.hooks.rows import default_memory
+from ssm_interp.hooks.steps import default_memory
 from ssm_interp.models import load, load_outline, load_tokenizer
 from ssm_interp.prompts import Prompt, load_prompts, pad, tokenize, warn_shared, with_ids
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ssm_interp.arguments import as_index, as_list, as_streams
@@ -27,9 +30,12 @@ from ssm_interp.hooks.metrics import (
     of_full_answer,
     precise,
 )
-from ssm_interp.hooks.rows import obstacle, run_each
+from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.trial import obstacle
 from ssm_interp.hooks.virtual import refuse_virtual_tokens
+from ssm_interp.plots import answers_figure
 from ssm_interp.reprs import describe
+from ssm_interp.results import Result
 
 Variant: TypeAlias = Intervention | Sequence[Intervention]
 """One intervention, or several that act together; none: the clean run."""
@@ -38,22 +44,42 @@ ROWS = "rows of one step"
 ROW_INPUTS = {"input_ids", "attention_mask"}
 
 
-@dataclass(frozen=True, eq=False)
-class Answers:
+@dataclass(frozen=True, eq=False, repr=False)
+class Answers(Result):
     """What metrics say of a batch under each of many variants.
 
     Attributes:
         values: `[m b]`, float64, on the CPU; of several metrics `[metric m b]`.
         metrics: their names; "metric" of a function.
         how: how they were computed, and why so: as rows of one step, or by full forwards.
+        variants: what each of them does, in words.
+
+    Example:
+        >>> answers(ssm, batch, [(), Knockout(sources="subject")], ["probability", "rank"]).frame      # doctest: +SKIP
     """
 
     values: Float[Tensor, "*metric m b"]
     metrics: tuple[str, ...]
     how: str
+    variants: tuple[str, ...]
 
     def __repr__(self) -> str:
         return f"Answers({', '.join(self.metrics)}: {list(self.values.shape)}; {self.how})"
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row per variant and prompt: `variant`, its number; `intervention`, what it does; `row` of the batch; and a
+        column per metric."""
+        m, b = self.values.shape[-2:]
+        columns = self.values.reshape(-1, m * b).numpy()
+        variant, row = np.divmod(np.arange(m * b), b)
+        named = np.array(self.variants, dtype=object)[variant]
+        frame = pd.DataFrame({"variant": variant, "intervention": named, "row": row})
+        return frame.assign(**dict(zip(self.metrics, columns, strict=True)))
+
+    def plot(self) -> Figure:
+        """A row per variant, a dot per prompt, and the mean over prompts, see `plots.answers_figure`."""
+        return answers_figure(self.frame, self.metrics)
 
 
 def answers(
@@ -134,7 +160,8 @@ def answers(
                 progress(len(numbers) * len(rows))
     names = tuple(one if isinstance(one, str) else "metric" for one in several)
     one = isinstance(metric, str) or callable(metric)
-    return Answers(values[0] if one else values, names, _how(slow, len(sets)))
+    words = tuple(map(_in_words, variants))
+    return Answers(values[0] if one else values, names, _how(slow, len(sets)), words)
 
 
 @dataclass(frozen=True)
@@ -346,8 +373,12 @@ class _Scores:
             whole[rows] = logits
             return self._of_all(whole)[:, rows]
         except MetricError as error:
-            under = ", ".join(map(repr, sets[number])) or "the clean run"
-            raise MetricError(f"variant {number} ({under}): {error}") from error
+            raise MetricError(f"variant {number} ({_in_words(sets[number])}): {error}") from error
+
+
+def _in_words(variant: Variant) -> str:
+    several = [variant] if isinstance(variant, Intervention) else variant
+    return ", ".join(map(repr, several)) or "the clean run"
 
 
 def _nothing(logits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.activations import ACT2FN
@@ -83,7 +84,7 @@ class Convolution:
         for rows, taps, other in parts:
             first = outputs.shape[-1] - taps.shape[-1]
             before = outputs if rows is None else outputs[rows]
-            kept = torch.where(taps.any(0)[:, None], other.to(outputs), before[..., first:])
+            kept = torch.where(rearrange(taps.any(0), "b t -> b 1 t"), other.to(outputs), before[..., first:])
             changed = torch.cat([before[..., :first], kept], dim=-1)
             outputs = changed if rows is None else outputs.index_copy(0, rows, changed)
         return self.activate(outputs)
@@ -93,7 +94,7 @@ class Convolution:
         window = self.window(removed.shape[-1], rows)
         precise = torch.promote_types(window.dtype, torch.float32)
         found = carry(window.to(precise), self.weight.to(precise), ~removed)
-        return found if self.bias is None else found + self.bias[:, None]
+        return found if self.bias is None else found + rearrange(self.bias, "d -> d 1")
 
     def window(self, length: int, rows: Tensor | None = None) -> Tensor:
         """The inputs that the last outputs read, `[b d (k-1)+length]`; of some rows, which may share cached ones."""
@@ -146,8 +147,8 @@ def carry(window: Tensor, weight: Tensor, edges: Tensor) -> Tensor:
     carried = window.new_zeros(())
     for j in edges.flatten(1).any(1).nonzero()[:, 0].tolist():
         first = k - 1 - j
-        read = window[..., first : first + t] * weight[:, first, None]
-        carried = carried + torch.where(edges[j][:, None], read, 0)
+        read = window[..., first : first + t] * rearrange(weight[:, first], "d -> d 1")
+        carried = carried + torch.where(rearrange(edges[j], "b t -> b 1 t"), read, 0)
     return carried.expand(*window.shape[:2], t)
 
 
@@ -155,11 +156,11 @@ def _through_point(call: Convolution, forward: Forward) -> Convolution:
     """The call with what the hook point lets pass, also in what the cache keeps of the inputs."""
     before, inputs = call.inputs[..., : -forward.length], call.inputs[..., -forward.length :]
     version = None if inputs.is_inference() else inputs._version
-    shown = inputs.transpose(1, 2)
+    shown = rearrange(inputs, "b d t -> b t d")
     found = through_point(forward.points.hook_conv, shown)
     in_place = forward.points.hook_conv.has_hooks() if version is None else inputs._version != version
     changed = found is not shown or in_place
-    inputs = found.transpose(1, 2)
+    inputs = rearrange(found, "b t d -> b d t")
     if changed and forward.cache is not None and call.cached is None:
         kept: Tensor = forward.cache.layers[forward.layer].conv_states[0]
         columns = min(kept.shape[-1], forward.length)

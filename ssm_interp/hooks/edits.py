@@ -8,6 +8,7 @@ from itertools import combinations, groupby
 from typing import TypeVar
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ssm_interp.errors import InterventionError
@@ -40,7 +41,7 @@ class Cut:
     state: Tensor  # b h p n, or any shape that broadcasts to it
 
     def apply(self, state: Tensor, wipe: bool) -> Tensor:
-        where = self.rows[:, None, None, None] & self.features[:, None, :]  # b h 1 #n
+        where = rearrange(self.rows, "b -> b 1 1 1") & rearrange(self.features, "h n -> h 1 n")  # b h 1 #n
         return torch.where(where, 0.0 if wipe else self.state.to(state), state)
 
     def overlaps(self, other: Cut) -> bool:
@@ -50,7 +51,7 @@ class Cut:
     def piece(self, length: int) -> Piece:
         """The edges that this cut leaves nothing of: those from before it (or at it) to after it (or at it)."""
         column = torch.arange(length, device=self.rows.device)
-        rows = self.rows[:, None]
+        rows = rearrange(self.rows, "b -> b 1")
         return Piece(rows & (column >= self.position), rows & (column <= self.position), self.features)
 
 
@@ -95,7 +96,7 @@ class LayerEdits:
         """The steps with every SetDelta applied, `[b t h]`."""
         taken = torch.zeros(dt.shape, dtype=torch.bool, device=self.device)
         for edit in self._of(SetDelta):
-            where = self._where(edit)[:, :, None] & self._features(edit)[:, 0]
+            where = rearrange(self._where(edit), "b t -> b t 1") & self._features(edit)[:, 0]
             if (where & taken).any():
                 raise InterventionError(
                     f"layer {self.forward.layer}: two SetDelta set the same step; edits have no order, "
@@ -108,9 +109,9 @@ class LayerEdits:
         """C scaled for the ScaleFeatures of (head, state) pairs; B and C are then written out per head."""
         for edit in self._of(ScaleFeatures):
             if _of_pairs(edit):
-                where = self._where(edit)[:, :, None, None] & self._features(edit)
+                where = rearrange(self._where(edit), "b t -> b t 1 1") & self._features(edit)
                 each = terms.heads // terms.groups
-                B, C = (part.repeat_interleave(each, dim=2) for part in (terms.B, terms.C))
+                B, C = (repeat(part, "b t g n -> b t (g each) n", each=each) for part in (terms.B, terms.C))
                 terms = replace(terms, B=B, C=torch.where(where, C * edit.factor, C))
         return terms
 
@@ -118,8 +119,8 @@ class LayerEdits:
         """y with every ScaleFeatures of whole heads applied, `[b t h p]`."""
         for edit in self._of(ScaleFeatures):
             if not _of_pairs(edit):
-                where = self._where(edit)[:, :, None] & self._features(edit)[:, 0]
-                y = torch.where(where[..., None], y * edit.factor, y)
+                where = rearrange(self._where(edit), "b t -> b t 1") & self._features(edit)[:, 0]
+                y = torch.where(rearrange(where, "b t h -> b t h 1"), y * edit.factor, y)
         return y
 
     def scan(self, terms: Terms, initial: Tensor | None, *, wipe: bool = False) -> tuple[Tensor, Tensor]:
@@ -199,9 +200,9 @@ class LayerEdits:
         """What a piece's edges carry, `[b t h p]`."""
         if injected is None or (injected.writes is None and injected.replaced is None):
             return removed(terms, (piece.targets, piece.sources), piece.as_features())
-        kept = torch.where(piece.sources[:, :, None, None, None], _all_writes(terms, injected), 0)
-        states = self.accumulate(terms, kept, injected.replaced) * piece.features[:, None, :]
-        return torch.where(piece.targets[:, :, None, None], read(states, terms.C), 0)
+        kept = torch.where(rearrange(piece.sources, "b t -> b t 1 1 1"), _all_writes(terms, injected), 0)
+        states = self.accumulate(terms, kept, injected.replaced) * rearrange(piece.features, "h n -> h 1 n")
+        return torch.where(rearrange(piece.targets, "b t -> b t 1 1"), read(states, terms.C), 0)
 
     def _carried_on(self, terms: Terms, piece: Piece, key: Hashable, injected: Injected | None) -> Tensor:
         """Keep the part of the state that open-ended knockouts' sources wrote with the cache, for the next call; and
@@ -216,13 +217,13 @@ class LayerEdits:
         carried = terms.x.new_zeros(())
         if continues or injected is not None:
             kept = write(terms) if injected is None else _all_writes(terms, injected)
-            kept = torch.where(sources[:, :, None, None, None], kept, 0)
+            kept = torch.where(rearrange(sources, "b t -> b t 1 1 1"), kept, 0)
             states = self.accumulate(terms, kept, None if injected is None else injected.replaced, before)
             state = states[:, -1]
             if continues:
-                carried = read(states * piece.features[:, None, :], terms.C)
+                carried = read(states * rearrange(piece.features, "h n -> h 1 n"), terms.C)
         else:
-            part = terms.with_x(torch.where(sources[:, :, None, None], terms.x, 0))
+            part = terms.with_x(torch.where(rearrange(sources, "b t -> b t 1 1"), terms.x, 0))
             state = self.scan(part, None, wipe=True)[1]
         remember(self.forward.cache, self.forward.layer, key, state.detach(), self.forward.length)
         return carried

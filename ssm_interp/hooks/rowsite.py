@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ssm_interp.errors import HookError
@@ -116,8 +117,10 @@ class Rows:
         for block, cell in cells:
             targets, sources = self.plan.positions[cell.targets], self.plan.positions[cell.sources]
             edges = as_matrix(targets[:, -queries:], sources[:, -keys:])  # n q k
-            closed[block] = edges[:, None] & attention_heads(self.plan.features[cell.features], closed.shape[2])
-        return closed.flatten(0, 1)
+            closed[block] = rearrange(edges, "n q k -> n 1 q k") & attention_heads(
+                self.plan.features[cell.features], closed.shape[2]
+            )
+        return rearrange(closed, "blocks n h q k -> (blocks n) h q k")
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -187,7 +190,7 @@ class RowSite:
             return ()
         if self._is_own(operator):
             return leave(operands.terms(), torch.stack(masks).to(operands.x.device, torch.float32)).unbind()
-        kept = [torch.where(mask[:, :, None, None], operands.x, 0) for mask in masks]
+        kept = [torch.where(rearrange(mask, "n t -> n t 1 1"), operands.x, 0) for mask in masks]
         return [_run(operator, replace(operands, x=x))[1] for x in kept]
 
     def _is_own(self, operator: Operator) -> bool:
@@ -223,7 +226,9 @@ class RowSite:
         for cell, blocks in cells.items():
             features = self._features(cell, terms, heads)
             chosen = self._rows(blocks, y.device)
-            state = torch.where(features[:, None], start.state - start.written[cell.sources], start.state)
+            state = torch.where(
+                rearrange(features, "h n -> h 1 n"), start.state - start.written[cell.sources], start.state
+            )
             found, targets = read_initial(_take(terms, chosen), state), self._targets(cell).to(y.device)
             y[chosen] = found if targets.all() else torch.where(_each(targets, blocks), found, y[chosen])
         return y
@@ -268,4 +273,4 @@ def _take(terms: Terms, rows: Tensor) -> Terms:
 
 
 def _each(targets: Tensor, blocks: list[int]) -> Tensor:
-    return targets.repeat(len(blocks), 1)[:, :, None, None]
+    return repeat(targets, "n t -> (blocks n) t 1 1", blocks=len(blocks))

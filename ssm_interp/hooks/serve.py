@@ -96,7 +96,9 @@ def _kept_over_padding(terms: Terms, forward: Forward) -> Terms:
     if forward.continues or not right_padded(forward.mask):
         return terms
     assert forward.mask is not None
-    return replace(terms, dt=torch.where(forward.mask.bool().to(terms.dt.device)[..., None], terms.dt, 0))
+    return replace(
+        terms, dt=torch.where(rearrange(forward.mask.bool().to(terms.dt.device), "b t -> b t 1"), terms.dt, 0)
+    )
 
 
 def _with_rounding(edited: Result, own: Result, host: Result) -> Result:
