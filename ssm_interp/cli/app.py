@@ -129,10 +129,9 @@ def _message(error: Exception) -> str:
 
 
 def _complain(message: str, error: BaseException | None) -> None:
-    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     parts = [message, *getattr(error, "__notes__", ())]
     text = parts[0] if len(parts) == 1 else ". ".join(part.removesuffix(".") for part in parts)
-    typer.echo(rank + " ".join(text.split()), err=True)
+    typer.echo(" ".join(text.split()), err=True)
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, rich_markup_mode="rich")

@@ -29,8 +29,9 @@ from ssm_interp.cli.options import (
 from ssm_interp.cli.output import picture_and_table, progress_bar, wrote
 from ssm_interp.errors import FeatureError
 from ssm_interp.features import fact_roles, find_circuit
-from ssm_interp.flow import Ranks, Study
-from ssm_interp.flow.study_run import StudyFacts, load_for
+from ssm_interp.flow import Study
+from ssm_interp.flow.study_facts import StudyFacts
+from ssm_interp.flow.study_job import load_for
 from ssm_interp.hooks import attach
 from ssm_interp.hooks.answers import device_of
 from ssm_interp.models import INDUCTION
@@ -108,7 +109,7 @@ def circuit(
     """
     (study,) = studies([model], {**locals(), "facts": facts or (FRESH if model in INDUCTION else DEFAULT["facts"])})
     picture, table = picture_and_table(out, "circuit.png", ".csv")
-    host, tokenizer = load_for(study, Ranks())
+    host, tokenizer = load_for(study)
     roles = _roles(study.facts, role)
     batch = _batch([tokenize(prompt, tokenizer) for prompt in _prompts(study, tokenizer)], roles)
     with (

@@ -32,8 +32,9 @@ from ssm_interp.cli.output import check_folder, console, progress_bar, wrote
 from ssm_interp.errors import FeatureError
 from ssm_interp.features import STATISTICS, Spectrum, spectrum
 from ssm_interp.features.groups import unknown_statistic
-from ssm_interp.flow import Ranks, Study
-from ssm_interp.flow.study_run import StudyFacts, load_for
+from ssm_interp.flow import Study
+from ssm_interp.flow.study_facts import StudyFacts
+from ssm_interp.flow.study_job import load_for
 from ssm_interp.hooks import attach
 from ssm_interp.hooks.answers import device_of
 from ssm_interp.prompts import encode
@@ -89,7 +90,7 @@ def _measured(study: Study, statistics: list[str] | None) -> Spectrum:
     facts = StudyFacts(study)
     if facts.bad:
         typer.echo(f"{study.facts}: rows left out: {len(facts.bad)}, no prompts; first: {facts.bad[0]}", err=True)
-    loaded, tokenizer = load_for(study, Ranks())
+    loaded, tokenizer = load_for(study)
     texts = [torch.tensor(encode(prompt.text, tokenizer).ids) for prompt in facts.prompts]
     inputs = {
         "input_ids": pad_sequence(texts, batch_first=True),

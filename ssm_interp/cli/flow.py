@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from ssm_interp.cli.options import (
     DEFAULT,
+    Address,
     Alignment,
     BatchSize,
     Columns,
@@ -19,6 +19,7 @@ from ssm_interp.cli.options import (
     Facts,
     Features,
     FullAnswer,
+    GpusPerWorker,
     Ids,
     Limit,
     MaxMemory,
@@ -28,12 +29,12 @@ from ssm_interp.cli.options import (
     SkipBad,
     Spread,
     Through,
+    Workers,
     option,
     studies,
 )
 from ssm_interp.cli.output import check_folder, console, progress_bar
-from ssm_interp.flow import FlowResult, FlowRun, Ranks, Study, ranks, run_study, windows
-from ssm_interp.flow.study_run import StudyFacts
+from ssm_interp.flow import FlowResult, FlowRun, Study, run_study, windows
 from ssm_interp.models import EMBEDDED
 
 Models = Annotated[list[str] | None, option("model", "--model", show_default="the embedded ones")]
@@ -65,13 +66,16 @@ def flow(
     batch_size: BatchSize = DEFAULT["batch_size"],
     shard_size: ShardSize = DEFAULT["shard_size"],
     max_memory: MaxMemory = DEFAULT["max_memory"],
+    workers: Workers = DEFAULT["workers"],
+    gpus_per_worker: GpusPerWorker = DEFAULT["gpus_per_worker"],
+    address: Address = DEFAULT["address"],
     out: Annotated[Path, typer.Option(help="Folder for figures, table, shards.")] = Path("flow"),
 ) -> None:
     """Draw an information-flow map: where in the layers each part of a prompt reaches the answer.
 
     Asks each model for facts, keeps those it answers correctly, and knocks out source -> target in every layer window.
     Prints the largest drop of the answer's probability per source; writes figures and a table of every number.
-    Interrupted, the same command goes on where it was; under torchrun or accelerate launch, ranks share the prompts.
+    Interrupted, the same command goes on where it was; with --workers, processes share the prompts.
 
     Options that name one thing can be repeated: --model --id --source --target --window --features --through --column.
 
@@ -81,27 +85,22 @@ def flow(
 
 
 def run_studies(asked: Sequence[Study], out: Path) -> None:
-    """Run studies one after another, then write and print what they found together; on rank 0, if there are several.
+    """Run studies one after another, then write and print what they found together.
 
     Raises:
         OSError: the folder cannot be written; else as `run_study`.
     """
     check_folder(out)
-    with ranks() as peers:
-        if peers.count > 1 and peers.index == 0:
-            _tell_idle(asked[0], peers)
-        results = []
-        with progress_bar(shown=peers.index == 0) as progress:
-            for study in asked:
-                full = ", full answers: a forward per knockout" if study.full_answer else ""
-                task = progress.add_task(f"{study.model}{full}", total=None)
+    results = []
+    with progress_bar(shown=True) as progress:
+        for study in asked:
+            full = ", full answers: a forward per knockout" if study.full_answer else ""
+            task = progress.add_task(f"{study.model}{full}", total=None)
 
-                def report(done: int, total: int, task: Any = task) -> None:
-                    progress.update(task, completed=done, total=total)
+            def report(done: int, total: int, task: Any = task) -> None:
+                progress.update(task, completed=done, total=total)
 
-                results.append(run_study(study, out, progress=report))
-        if peers.index:
-            return
+            results.append(run_study(study, out, progress=report))
     result = FlowResult.join(results)
     picture, table = out / "flow.png", out / "flow.parquet"
     result.save(table)
@@ -111,19 +110,6 @@ def run_studies(asked: Sequence[Study], out: Path) -> None:
     picture.with_suffix(".html").write_text(result.page(), encoding="utf-8")
     print_flow(result)
     typer.echo(f"\nwrote {picture} (.svg, .html) and {table} ({len(result.frame)} rows)")
-
-
-def _tell_idle(study: Study, peers: Ranks) -> None:
-    """Say so if there are more ranks than shards."""
-    prompts = len(StudyFacts(study).prompts)
-    shards = ceil(prompts / study.shard_size)
-    if idle := max(0, peers.count - shards):
-        typer.echo(
-            f"{idle} of {peers.count} ranks have nothing to do: {prompts} prompts make {shards} shard"
-            f"{'' if shards == 1 else 's'} of {study.shard_size}; in another --out, --shard-size "
-            f"{max(1, prompts // peers.count)} gives each of them some",
-            err=True,
-        )
 
 
 def print_flow(result: FlowResult) -> None:

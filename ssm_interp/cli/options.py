@@ -9,9 +9,9 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssm_interp.errors import StudyError
-from ssm_interp.flow import Align, Ranks, Study
+from ssm_interp.flow import Align, Study
 from ssm_interp.flow.study import DeviceMap, Dtype
-from ssm_interp.flow.study_run import load_for
+from ssm_interp.flow.study_job import load_for
 
 
 def option(field: str, *names: str, **more: Any) -> Any:
@@ -40,6 +40,9 @@ Device = Annotated[str, option("device")]
 Spread = Annotated[DeviceMap | None, option("device_map")]
 BatchSize = Annotated[int, option("batch_size", min=1)]
 MaxMemory = Annotated[str | None, option("max_memory", metavar="BYTES")]
+Workers = Annotated[int | None, option("workers", min=1)]
+GpusPerWorker = Annotated[float, option("gpus_per_worker", min=0)]
+Address = Annotated[str | None, option("address")]
 
 FIELDS = {"column": "columns", "id": "ids", "source": "sources", "target": "targets", "window": "windows"}
 """Options that are named in the singular, since each of their values has its own; and the fields that have them all."""
@@ -75,4 +78,4 @@ def loaded(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, where and as the options say; raises as `Study` and `load_for`."""
     given = {"revision": revision, "dtype": dtype, "device": device, "device_map": device_map}
-    return load_for(Study.model_validate({"model": model, **given}), Ranks())
+    return load_for(Study.model_validate({"model": model, **given}))

@@ -13,9 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ssm_interp.cli.flow import print_flow
-from ssm_interp.cli.options import Columns, MaxMemory, Spread, columns_of, option
+from ssm_interp.cli.options import Address, Columns, GpusPerWorker, MaxMemory, Spread, Workers, columns_of, option
 from ssm_interp.cli.output import check_folder, console, progress_bar
-from ssm_interp.flow import ranks
 from ssm_interp.flow.sweep import Progress
 from ssm_interp.plots import TokenMap, token_label
 from ssm_interp.recipes import Findings, read_recipe, run_recipe
@@ -42,12 +41,15 @@ def run(
     device_map: Spread = None,
     batch_size: Annotated[int | None, option("batch_size", min=1, show_default="32")] = None,
     max_memory: MaxMemory = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    address: Address = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all files.", show_default="the recipe's name")] = None,
 ) -> None:
     """Run an experiment from a recipe: a TOML file that says what is asked, knocked out and drawn.
 
     Prints what `flow` prints; writes the table, the pictures and a copy of the recipe. Interrupted, the same command
-    goes on where it was; under torchrun or accelerate launch, ranks share the prompts.
+    goes on where it was; with --workers, processes share the prompts.
 
     Options that name one thing can be repeated: --model --column --window --prompt.
 
@@ -62,22 +64,25 @@ def run(
         "sweep.windows": window,
         "plot.prompts": prompt,
     }
-    how = {"device": device, "device_map": device_map, "batch_size": batch_size, "max_memory": max_memory}
+    how: dict[str, Any] = {
+        "device": device,
+        "device_map": device_map,
+        "batch_size": batch_size,
+        "max_memory": max_memory,
+    }
+    how |= {"workers": workers, "gpus_per_worker": gpus_per_worker or None, "address": address}
     chosen = read_recipe(recipe, {key: value for key, value in given.items() if value is not None})
     copy = _copy(recipe, given)
     folder = out or Path(recipe.stem)
     check_folder(folder)
-    with ranks() as peers:
-        with progress_bar(shown=peers.index == 0) as progress:
+    with progress_bar(shown=True) as progress:
 
-            def started(label: str) -> Progress:
-                task = progress.add_task(label, total=None)
-                return lambda done, total: progress.update(task, completed=done, total=total)
+        def started(label: str) -> Progress:
+            task = progress.add_task(label, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
 
-            used = {key: value for key, value in how.items() if value is not None}
-            findings = run_recipe(chosen, folder, started=started, **used)
-        if peers.index:
-            return
+        used = {key: value for key, value in how.items() if value is not None}
+        findings = run_recipe(chosen, folder, started=started, **used)
     written = findings.write(folder)
     (folder / "recipe.toml").write_text(copy, encoding="utf-8")
     _print(findings)

@@ -6,8 +6,7 @@ from ssm_interp.flow.metrics import changes
 from ssm_interp.flow.named_edges import check_edges_exist
 from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.study import Study, explain
-from ssm_interp.flow.study_ranks import Ranks, ranks
-from ssm_interp.flow.study_run import check_study, run_study, study_folder
+from ssm_interp.flow.study_run import check_study, run_study
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.sweep import FeatureGroups, Variant, sweep
 from ssm_interp.flow.tokens import token_map
@@ -23,7 +22,6 @@ __all__ = [
     "NoEdgesError",
     "NoEdgesWarning",
     "NothingAnswered",
-    "Ranks",
     "Study",
     "StudyError",
     "Variant",
@@ -35,9 +33,7 @@ __all__ = [
     "default_size",
     "explain",
     "leak",
-    "ranks",
     "run_study",
-    "study_folder",
     "summarise",
     "sweep",
     "token_map",

@@ -30,7 +30,9 @@ Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Stream = Literal["ssm", "conv", "attention"]
 
-WITHOUT_EFFECT = frozenset({"device", "device_map", "batch_size", "max_memory"})
+WITHOUT_EFFECT = frozenset(
+    {"device", "device_map", "batch_size", "max_memory", "workers", "gpus_per_worker", "address"}
+)
 """Options that change how a table is computed and not what is in it, beyond rounding."""
 
 
@@ -98,7 +100,7 @@ class Study(BaseModel):
     revision: str = Field("main", min_length=1, description="Of a hub id: branch, tag or commit.")
     dtype: Dtype = Field("float32", description="Of the parameters.")
     device: Annotated[str, AfterValidator(_device)] = Field(
-        "auto", description="auto: a CUDA device where there is one, else the CPU. Each rank takes its own."
+        "auto", description="auto: a CUDA device where there is one, else the CPU. Each worker takes its own."
     )
     device_map: DeviceMap | None = Field(None, description="Spread a model larger than a device over all, as named.")
     facts: str = Field(
@@ -139,6 +141,14 @@ class Study(BaseModel):
         None, gt=0, description="For the rows of a step, such as 4GB; none: a quarter of what is free."
     )
 
+    workers: PositiveInt | None = Field(
+        None, description="Processes that share the shards, run by Ray; none: this one computes them all."
+    )
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that each worker has to itself; 0: they use the CPU.")
+    address: str | None = Field(
+        None, min_length=1, description="Of a Ray cluster: auto, host:port, ray://...; none: workers on this machine."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _known(cls, given: Any) -> Any:
@@ -149,7 +159,7 @@ class Study(BaseModel):
         return given
 
     def options(self) -> dict[str, Any]:
-        """What the table depends on, as JSON values: all but device, device_map, batch_size, max_memory."""
+        """What the table depends on, as JSON values: all options but those in `WITHOUT_EFFECT`."""
         return self.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
 
 

@@ -22,8 +22,9 @@ from ssm_interp.errors import (
     RecipeError,
     WindowError,
 )
-from ssm_interp.flow import FlowResult, Study, check_study, run_study, study_folder, summarise
+from ssm_interp.flow import FlowResult, Study, check_study, run_study, summarise
 from ssm_interp.flow.sweep import Progress
+from ssm_interp.jobs import job_folder
 from ssm_interp.models import load_tokenizer
 from ssm_interp.plots import TokenMap
 from ssm_interp.prompts import TokenizedPrompt, load_prompts, tokenize, with_ids
@@ -113,7 +114,7 @@ class Findings:
             return {"depth": plots.depth_figure(self.summary(), statistic=statistic)}
         labels = dict.fromkeys(label for label, _ in self.maps)
         return {
-            f"heatmap-{study_folder('', label)}": plots.heatmap_figure(
+            f"heatmap-{job_folder('', label)}": plots.heatmap_figure(
                 *(one for name, one in self.maps if name == label), limit=plot.colour_limit
             )
             for label in labels
@@ -143,14 +144,14 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
     """Run the studies of a recipe, one per model and operation, or what is left of them.
 
     Each is stored in `folder/operation-<number>/<model>` as soon as it is there, see `run_study`: interrupted, the same
-    call goes on where it was; the ranks of `torchrun` or `accelerate launch` share the prompts.
+    call goes on where it was; `workers` share the prompts.
 
     Args:
         recipe: from `read_recipe`, or made in Python.
         folder: for the studies.
         started: called as a study begins, with what it is called.
         how: options of a study that change how it is computed and not what is found: device, device_map, batch_size,
-            max_memory.
+            max_memory, workers, gpus_per_worker, address.
 
     Raises:
         RecipeError: what the models or the facts do not allow: a model or a file that cannot be loaded, a window of

@@ -216,7 +216,7 @@ class Recipe(Section):
             knockout: one of `knockouts`.
             positions: for a heat map, how many of them are sources: the number of tokens of the longest prompt.
             how: options that change how a table is computed and not what is in it: device, device_map, batch_size,
-                max_memory.
+                max_memory, workers, gpus_per_worker, address.
         """
         options = {
             "model": model,
