@@ -22,11 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ssm_interp
 from ssm_interp.errors import NothingAnswered, PromptError, SsmInterpWarning, StudyError
+from ssm_interp.experiments import Study
 from ssm_interp.features import feature_groups
 from ssm_interp.flow.engine import CLEAN, full_forwards
 from ssm_interp.flow.named_edges import check_edges_exist
 from ssm_interp.flow.result import FlowResult
-from ssm_interp.flow.study import Study
 from ssm_interp.flow.study_held import check_held, held_on, measured
 from ssm_interp.flow.study_ranks import Ranks, ranks
 from ssm_interp.flow.study_store import Store, digest
@@ -299,13 +299,13 @@ class _Job:
                     align=study.align,
                     features=self.features,
                     through=study.through,
-                    answered_only=study.answered_only,
+                    answered_only=not study.all_prompts,
                     full_answer=study.full_answer,
                     allow_no_edges=True,
                     batch_size=study.batch_size,
                     max_memory=max_memory,
                     progress=progress,
-                    name=study.model,
+                    name=study.label,
                 )
         except NothingAnswered:
             return None

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.errors import FeatureError, FlowError, NothingAnswered, PromptError
+from ssm_interp.experiments.values import Align
 from ssm_interp.features import feature_groups
 from ssm_interp.flow.engine import (
     ALL_FEATURES,
@@ -30,7 +31,7 @@ from ssm_interp.flow.engine import (
 from ssm_interp.flow.metrics import changes
 from ssm_interp.flow.named_edges import check_edges_exist, edge_count
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.windows import Align, default_size
+from ssm_interp.flow.windows import default_size
 from ssm_interp.flow.windows import windows as windows_over
 from ssm_interp.hooks import Attachment, warn_hooked
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize, warn_shared

@@ -56,7 +56,8 @@ class Intervention:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", as_indices(self.layers, f"{self.kind}.layers"))
-        object.__setattr__(self, "features", as_features(self.features, f"{self.kind}.features"))
+        if not isinstance(self.features, str):  # the name of a feature group
+            object.__setattr__(self, "features", as_features(self.features, f"{self.kind}.features"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `{"kind": ..., field: value, ...}` without the fields that have their defaults."""
