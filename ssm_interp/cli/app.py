@@ -31,6 +31,8 @@ With --debug, wherever it stands, an error shows its traceback."""
 
 def _default(value: Any) -> str:
     """A default as it would be given."""
+    if value is None or value is False or value == {}:
+        return "none" if value is not False else "no"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -133,7 +135,8 @@ def _flag(problem: Problem) -> str:
         if isinstance(data, Parameter)
         for name in data.name or ()
     ]
-    return names[0] if names else f"--{str(problem.key[-1]).replace('_', '-')}"
+    field = next(part for part in reversed(problem.key) if isinstance(part, str))
+    return names[0] if names else f"--{field.replace('_', '-')}"
 
 
 def _complain(message: str, error: BaseException | None) -> None:

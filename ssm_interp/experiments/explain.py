@@ -91,7 +91,7 @@ def problems(error: ValidationError) -> list[Problem]:
 
 
 class _Spot(NamedTuple):
-    """Where one of pydantic's errors is."""
+    """What one of pydantic's errors is about."""
 
     key: Key  # its location without the names of the types that were tried
     section: type[BaseModel]  # the declaration that its last field stands in

@@ -15,10 +15,22 @@ Align = Literal["left", "centre"]
 Interval = Literal["bootstrap", "t"]
 ALL = "all"
 """The feature group of all features."""
+ROLES = (
+    "first",
+    "last",
+    "subject",
+    "relation",
+    "context",
+    "all",
+    "relation_minus_last",
+    "subject_first",
+    "subject_last",
+)
+"""Those of `ssm_interp.prompts`, which need not be loaded to know them."""
 
 
 def _role(value: Any) -> Any:
-    if isinstance(value, str):
+    if isinstance(value, str) and value not in ROLES:
         from ssm_interp.prompts import check_role
 
         check_role(value)
@@ -48,17 +60,19 @@ def _device(value: str) -> str:
 
 def _columns(value: Any) -> Any:
     """FIELD=COLUMN pairs, of a command line, as a mapping."""
-    if not isinstance(value, list | tuple):
+    if isinstance(value, Mapping):
         return value
+    value = value if isinstance(value, list | tuple) else [value]
     if wrong := [pair for pair in value if "=" not in str(pair)]:
         raise ValueError(f"{wrong[0]}: give FIELD=COLUMN, such as text=question")
     return {field: column for field, _, column in (pair.partition("=") for pair in value)}
 
 
 def _fields(value: dict[str, str]) -> dict[str, str]:
-    from ssm_interp.prompts.facts_file import check_columns
+    if value:
+        from ssm_interp.prompts.facts_file import check_columns
 
-    check_columns(value)
+        check_columns(value)
     return value
 
 
@@ -82,7 +96,7 @@ def check_share(value: str) -> str:
 
 
 def _group(value: str, info: Any) -> str:
-    own = info.data.get("groups")  # absent where they are wrong themselves
+    own = (info.data or {}).get("groups")  # absent where they are wrong themselves
     if own is None or value in own:
         return value
     try:
@@ -113,13 +127,13 @@ def _own_names(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _all_used(value: Any, info: Any) -> Any:
-    if unused := [name for name in info.data.get("groups", ()) if name not in value]:
+    if unused := [name for name in (info.data or {}).get("groups", ()) if name not in value]:
         raise ValueError(f"the group {unused[0]!r} is given and not used: name it in features, or leave it out")
     return value
 
 
 def _not_of_conv(value: Any, info: Any) -> Any:
-    groups = [name for name in info.data.get("features", ()) if name != ALL]
+    groups = [name for name in (info.data or {}).get("features", ()) if name != ALL]
     if groups and "conv" in (value or ()):
         raise ValueError(
             f"the convolution feeds all features together, so a knockout through it takes no group such as "
