@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from pydantic import ValidationError
 
 from ssm_interp import __version__
@@ -123,6 +123,8 @@ def _message(error: Exception) -> str:
     invalid = error.__cause__ if isinstance(error, CycloptsError) else error
     if isinstance(invalid, ValidationError):
         return "; ".join(f"{_flag(one)}: {one.message}" if one.key else one.message for one in problems(invalid))
+    if isinstance(error, UnusedCliTokensError):
+        return f"there is nothing here that takes {' '.join(error.unused_tokens or ())!r}; --help says what there is"
     return str(error) or type(error).__name__
 
 

@@ -29,8 +29,9 @@ def run(circuit: Circuit) -> None:
     fresh = asked.facts == FRESH if chosen else name in INDUCTION and not asked.target
     prompts = _made(asked) if fresh else picked(asked)
     host, tokenizer = loaded(name, circuit.model, circuit.computed)
-    roles = _roles(induction_roles if fresh else fact_roles, circuit.roles)
-    batch = _batch(tokenized(prompts, tokenizer, skip_bad=asked.skip_bad), roles)
+    rows = tokenized(prompts, tokenizer, skip_bad=asked.skip_bad)
+    roles = _roles(induction_roles if fresh else fact_roles, circuit.roles, rows)
+    batch = _batch(rows, roles)
     with (
         attach(host, own_operator=device_of(host).type == "cpu") as ssm,
         progress_bar(shown=True, unit="trials") as bar,
@@ -65,10 +66,14 @@ def _made(asked: Picked) -> list[Prompt]:
     return with_ids(made, asked.words) if asked.words else made
 
 
-def _roles(default: Roles, names: tuple[str | int, ...] | None) -> Roles:
-    if names is None:
-        return default
-    return lambda batch: {str(name): batch.positions(name) for name in names}
+def _roles(default: Roles, names: tuple[str | int, ...] | None, rows: list[TokenizedPrompt]) -> Roles:
+    """The roles that are asked for; else the default ones, but for those that none of the prompts has a token of."""
+    if names is not None:
+        return lambda batch: {str(name): batch.positions(name) for name in names}
+    there = {name for row in rows for name, (columns,) in default(pad([row])).items() if columns}
+    if missing := [name for name in default(pad(rows[:1])) if name not in there]:
+        say(f"none of these prompts has a token that is {' or '.join(missing)}, so these are no roles here")
+    return lambda batch: {name: columns for name, columns in default(batch).items() if name in there}
 
 
 def _batch(rows: list[TokenizedPrompt], roles: Roles) -> Batch:
@@ -79,9 +84,7 @@ def _batch(rows: list[TokenizedPrompt], roles: Roles) -> Batch:
     for row, names in zip(rows, lacking, strict=True):
         for name in names:
             examples.setdefault(name, []).append(row)
-    why = "; ".join(
-        f"no token is {name} in {len(some)} of them, such as {_shown(some[0])}" for name, some in examples.items()
-    )
+    why = "; ".join(f"in {len(some)} no token is {name}, such as {_shown(some[0])}" for name, some in examples.items())
     if not kept:
         others = ", ".join(roles(pad(rows[:1])))
         raise FeatureError(

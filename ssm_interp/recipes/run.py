@@ -23,7 +23,7 @@ from ssm_interp.errors import (
     WindowError,
 )
 from ssm_interp.experiments import Key, Study, dotted
-from ssm_interp.experiments.held import under
+from ssm_interp.experiments.held import described
 from ssm_interp.flow import FlowResult, check_study, run_study, study_folder, summarise
 from ssm_interp.flow.study_held import check_held
 from ssm_interp.flow.sweep import Progress
@@ -94,6 +94,11 @@ class Findings:
         written = [folder / "table.parquet"]
         self.result.save(written[0])
         figures = self._figures()
+        saving: dict[str, Any] = {"dpi": 200, "metadata": {"Title": self.recipe.title}}
+        if self.recipe.held:  # said in a line below, for which the picture grows
+            saving["bbox_inches"] = "tight"
+            for figure in figures.values():
+                figure.text(0.5, -0.02, self._edited, ha="center", va="top", fontsize="small", wrap=True)
         for suffix in plot.formats:
             if suffix == "html":
                 written.append(folder / f"{plot.kind}.html")
@@ -101,21 +106,26 @@ class Findings:
                 continue
             for name, figure in figures.items():
                 written.append(folder / f"{name}.{suffix}")
-                figure.savefig(written[-1], dpi=200, metadata={"Title": self.recipe.title})
+                figure.savefig(written[-1], **saving)
         return written
+
+    @property
+    def _edited(self) -> str:
+        """What is held on, if anything is."""
+        return f"edited: {'; '.join(map(described, self.recipe.held))}" if self.recipe.held else ""
 
     def _figures(self) -> dict[str, Figure]:
         """By file name."""
         plot, statistic = self.recipe.plot, self.recipe.metrics.statistic
         if plot.kind == "flow":
-            return {"flow": plots.flow_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)}
+            return {"flow": plots.flow_figure(self._drawn(), x_labels=self._x_labels(), statistic=statistic)}
         if plot.kind == "features":
-            figure = plots.features_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)
+            figure = plots.features_figure(self._drawn(), x_labels=self._x_labels(), statistic=statistic)
             return {"features": figure}
         if plot.kind == "streams":
             return {"streams": plots.stream_figure(self._by_sweep(), statistic=statistic)}
         if plot.kind == "depth":
-            return {"depth": plots.depth_figure(self.summary(), statistic=statistic)}
+            return {"depth": plots.depth_figure(self._drawn(), statistic=statistic)}
         labels = dict.fromkeys(label for label, _ in self.maps)
         return {
             f"heatmap-{study_folder('', label)}": plots.heatmap_figure(
@@ -126,22 +136,34 @@ class Findings:
 
     def _page(self) -> str:
         recipe = self.recipe
+        title = f"{recipe.title} ({self._edited})" if recipe.held else recipe.title
         if isinstance(recipe.plot, HeatMap):
             maps = (one for _, one in self.maps)
-            return plots.heatmap_page(*maps, limit=recipe.plot.colour_limit, title=recipe.title)
+            return plots.heatmap_page(*maps, limit=recipe.plot.colour_limit, title=title)
         statistic = recipe.metrics.statistic
-        return plots.flow_page(self.summary(), x_labels=self._x_labels(), statistic=statistic, title=recipe.title)
+        return plots.flow_page(self._drawn(), x_labels=self._x_labels(), statistic=statistic, title=title)
 
     def _by_sweep(self) -> pd.DataFrame:
         """The summary, with the name of the sweep as what was knocked out `through`."""
         recipe, summary = self.recipe, self.summary()
         pairs = [(model, one) for one in recipe.sweep for model in recipe.model.names]
-        models = {recipe.label(model, one): ", ".join([model, *under(recipe.held)]) for model, one in pairs}
+        models = {recipe.label(model, one): recipe.panel(model) for model, one in pairs}
         names = {recipe.label(model, one): one.name for model, one in pairs}
         return summary.assign(model=summary["model"].map(models), through=summary["model"].map(names))
 
+    def _drawn(self) -> pd.DataFrame:
+        """The summary, with what pictures call the models."""
+        return self.summary().replace({"model": self._panels()})
+
+    def _panels(self) -> dict[str, str]:
+        """What tables call a model in a sweep -> what pictures call it, which is shorter."""
+        recipe = self.recipe
+        pairs = [(model, one) for one in recipe.sweep for model in recipe.model.names]
+        return {recipe.label(model, one): recipe.panel(model, one) for model, one in pairs}
+
     def _x_labels(self) -> dict[str, str]:
-        return {run.model: run.x_label for run in self.result.runs}
+        panels = self._panels()
+        return {panels[run.model]: run.x_label for run in self.result.runs}
 
 
 def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = None, **computed: Any) -> Findings:
@@ -177,7 +199,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
             found = run_study(one.study, Path(folder) / f"sweep-{one.number + 1}", progress=progress)
         studies.append((one.study, found))
         results.setdefault(one.label, []).append(found)
-        maps += [(one.label, drawn) for prompt in one.prompts for drawn in _maps(found, prompt, one.label)]
+        maps += [(one.panel, drawn) for prompt in one.prompts for drawn in _maps(found, prompt, one.panel)]
     joined = FlowResult.join([_as_one(label, parts) for label, parts in results.items()])
     return Findings(recipe, joined, tuple(maps), tuple(studies))
 
@@ -185,6 +207,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
 class _Planned(NamedTuple):
     number: int  # of the sweep
     label: str
+    panel: str
     study: Study
     prompts: list[TokenizedPrompt]  # of a heat map
 
@@ -200,7 +223,7 @@ def _checked(recipe: Recipe, computed: Mapping[str, Any]) -> Iterator[_Planned]:
                 longest = max((len(prompt) for prompt in prompts), default=0)
                 study = recipe.study(model, sweep, positions=longest, **computed)
                 check_study(study)
-            yield _Planned(number, label, study, prompts)
+            yield _Planned(number, label, recipe.panel(model, sweep), study, prompts)
 
 
 def _check_held(recipe: Recipe, model: str) -> None:

@@ -140,6 +140,11 @@ class Recipe(Declared):
         """What tables and pictures call a model in a sweep."""
         return ", ".join([model, *([sweep.name] if sweep.name else []), *under(self.held)])
 
+    def panel(self, model: str, sweep: NamedSweep | None = None) -> str:
+        """What pictures call it, which say elsewhere how it is edited."""
+        name = [sweep.name] if sweep and sweep.name else []
+        return ", ".join([model, *name, *(["edited"] if self.held else [])])
+
     def study(self, model: str, sweep: NamedSweep, *, positions: int = 0, **computed: Any) -> Study:
         """The study of one model in one of the sweeps.
 
