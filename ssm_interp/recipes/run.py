@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -95,10 +96,10 @@ class Findings:
         self.result.save(written[0])
         figures = self._figures()
         saving: dict[str, Any] = {"dpi": 200, "metadata": {"Title": self.recipe.title}}
-        if self.recipe.held:  # said in a line below, for which the picture grows
+        if self.recipe.held:  # said in a line above, for which the picture grows
             saving["bbox_inches"] = "tight"
             for figure in figures.values():
-                figure.text(0.5, -0.02, self._edited, ha="center", va="top", fontsize="small", wrap=True)
+                figure.text(0.5, 1.02, fill(self._edited, 100), ha="center", va="bottom", fontsize="small")
         for suffix in plot.formats:
             if suffix == "html":
                 written.append(folder / f"{plot.kind}.html")
