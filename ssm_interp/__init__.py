@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _HOMES = ("hooks", "models", "prompts")
-_FLOORS = (*_HOMES, "features", "flow", "plots", "recipes", "scan")
+_FLOORS = (*_HOMES, "features", "flow", "jobs", "plots", "recipes", "scan")
 
 
 def __getattr__(name: str) -> Any:

@@ -86,6 +86,10 @@ class StudyError(FlowError):
     """A study that cannot be run, or continued, as it is."""
 
 
+class JobError(SsmInterpError, ValueError):
+    """A job that cannot be run, or continued, as it is."""
+
+
 class RecipeError(SsmInterpError, ValueError):
     """A recipe that cannot be run as it is; the message names file, line and key."""
 
@@ -104,3 +108,7 @@ class SharedTokenWarning(SsmInterpWarning):
 
 class NoEdgesWarning(SsmInterpWarning):
     """Some of the knockouts of a sweep have no edges in any prompt, so that they change nothing."""
+
+
+class JobWarning(SsmInterpWarning):
+    """A job runs, and maybe not in the way one thinks."""

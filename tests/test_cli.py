@@ -3,8 +3,6 @@
 import io
 import json
 import time
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,9 +16,9 @@ from typer.testing import CliRunner, Result
 import ssm_interp as si
 from ssm_interp import cli, plots
 from ssm_interp.cli import flow, look, output
-from ssm_interp.flow import FlowResult, Ranks, Study, run_study, study_run
-from ssm_interp.flow.study_store import Store
+from ssm_interp.flow import FlowResult, Study, run_study, study_job
 from ssm_interp.hooks.check import Row
+from ssm_interp.jobs import Store
 from ssm_interp.models import EMBEDDED
 from ssm_interp.prompts import save_prompts
 
@@ -113,7 +111,8 @@ def test_flow_takes_every_option_of_a_study(
 
     def spy(study: Study, *positional: object, **options: object) -> FlowResult:
         given.append(study)
-        return run_study(study, *positional, **options)
+        here = study.model_copy(update={"workers": None, "gpus_per_worker": 0.0, "address": None})
+        return run_study(here, *positional, **options)
 
     monkeypatch.setattr(flow, "run_study", spy)
     rows = [{"question": p.text, "subject": p.subject, "target": p.target, "n": p.id} for p in scene.prompts]
@@ -140,6 +139,9 @@ def test_flow_takes_every_option_of_a_study(
         batch_size=3,
         shard_size=2,
         max_memory=2_000_000,
+        workers=2,
+        gpus_per_worker=0.5,
+        address="auto",
     )
     kept = [name for name, field in Study.model_fields.items() if getattr(wanted, name) == field.default]
     assert kept == ["answered_only", "targets", "groups", "held"]  # for recipes, but for the targets
@@ -358,7 +360,7 @@ def test_a_look_at_a_model_takes_its_type_and_its_device(
         given.append(options)
         return si.load(name, **options)
 
-    monkeypatch.setattr(study_run, "load", spy)
+    monkeypatch.setattr(study_job, "load", spy)
     how = ["--revision", "v1", "--dtype", "float64", "--device", "cpu", "--device-map", "auto"]
     for words in (["check", model], ["attention", "ban dus", "--model", model], ["heatmap", "p0", "--facts", prompts]):
         out = [] if words[0] == "check" else ["--out", tmp_path / "a.png"]
@@ -369,20 +371,6 @@ def test_a_look_at_a_model_takes_its_type_and_its_device(
     assert result.stdout.startswith(f"overwrote {tmp_path / 'a.png'}: ")  # where the attention was
     for words in (["check", model], ["attention", "ban", "--model", model], ["heatmap", "p0", "--facts", prompts]):
         refused(run(*words, "--device", "gpu"), "there is no device 'gpu'")
-
-
-def test_ranks_without_a_shard_are_told(
-    model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["flow", "--model", model, "--prompts", prompts, "--shard-size", 4, "--source", "subject"]
-    for index, count, told in ((0, 3, True), (1, 3, False), (0, 2, False)):
-        monkeypatch.setattr(flow, "ranks", partial(nullcontext, Ranks(index, count)))
-        result = run(*words, "--out", tmp_path / f"{index}{count}")
-        assert result.exit_code == 0, result.output
-        assert result.stderr == told * (
-            "1 of 3 ranks have nothing to do: 8 prompts make 2 shards of 4; in another --out, --shard-size 2 gives "
-            "each of them some\n"
-        )
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ BUILT_IN = {
     "NoEdgesError": ValueError,
     "NothingAnswered": ValueError,
     "StudyError": ValueError,
+    "JobError": ValueError,
     "RecipeError": ValueError,
     "ContradictionError": ValueError,
 }
@@ -52,7 +53,7 @@ def test_every_exception_of_the_package_is_below_its_root_and_a_built_in() -> No
     every = own_exceptions()
     warned = {name: kind for name, kind in every.items() if issubclass(kind, Warning)}
     raised = {name: kind for name, kind in every.items() if name not in warned and kind is not SsmInterpError}
-    assert set(warned) == {"SsmInterpWarning", "HookedWarning", "SharedTokenWarning", "NoEdgesWarning"}
+    assert set(warned) == {"SsmInterpWarning", "HookedWarning", "SharedTokenWarning", "NoEdgesWarning", "JobWarning"}
     assert all(issubclass(kind, SsmInterpWarning) for kind in warned.values())
     assert issubclass(SsmInterpWarning, UserWarning)
     assert set(raised) == set(BUILT_IN)

@@ -1,9 +1,6 @@
 """Studies: their options, their table, and what they refuse."""
 
-import errno
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +8,8 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import disk_offload
-from filelock import FileLock
 from pydantic import ValidationError
-from tiny_study import Scene, manifest, rewrite, same, scene, shards
+from tiny_study import Scene, manifest, same, scene, shards
 
 import ssm_interp as si
 from ssm_interp.features import FeatureError, feature_groups
@@ -25,10 +21,11 @@ from ssm_interp.flow import (
     check_study,
     explain,
     run_study,
-    study_folder,
     sweep,
 )
-from ssm_interp.flow import study_run as running
+from ssm_interp.flow import study_job as working
+from ssm_interp.jobs import JobError
+from ssm_interp.models import weights_hash
 from ssm_interp.prompts import PromptError, load_prompts, save_prompts
 
 CPU = {"model": "tiny-mamba2"}
@@ -56,28 +53,27 @@ def test_a_study_is_a_sweep_over_all_its_prompts(tiny: Scene) -> None:
     assert (expected.runs[0].asked, expected.runs[0].kept) == (10, 8)
 
 
-def test_the_manifest_says_what_the_study_is(tiny: Scene) -> None:
-    stored = manifest(tiny.study(), tiny.folder)
-    assert stored["options"]["windows"] == [1, 2]
-    assert stored["versions"].keys() == {"ssm_interp", "torch", "transformers", "python"}
-    assert len(stored["weights"]) == len(stored["prompts"]) == 64
-    records = stored["shards"]
-    assert [path.stem for path in shards(tiny.study(), tiny.folder)] == list(records)
-    assert [record["asked"] for record in records.values()] == [2, 2, 2, 2, 2]
-    assert sum(record["rows"] for record in records.values()) == len(tiny.result.frame)
+def test_shards_are_stored_with_what_the_study_is(tiny: Scene, tmp_path: Path) -> None:
+    """Those without a right answer, too."""
+    seen: list[tuple[int, int]] = []
+    study = tiny.study(shard_size=1)
+    result = run_study(study, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    pd.testing.assert_frame_equal(result.frame, tiny.result.frame, rtol=1e-9, atol=1e-9)
+    stored = manifest(study, tmp_path)
+    assert (stored["experiment"], stored["options"]["windows"]) == ("flow", [1, 2])
+    assert len(stored["weights"]) == len(stored["prompts"]) == len(stored["measured features"]) == 64
+    assert [path.stem for path in shards(study, tmp_path)] == list(stored["shards"])
+    records = stored["shards"].values()
+    assert [(record["asked"], record["kept"]) for record in records] == [(1, int(kept)) for kept in "1110011111"]
+    assert sum(record["rows"] for record in records) == len(tiny.result.frame)
+    assert seen == sorted(seen)
+    assert seen[-1] == (10, 10)
 
 
 def test_a_finished_study_is_read_and_not_computed(tiny: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "sweep", None)
+    monkeypatch.setattr(working, "sweep", None)
     same(run_study(tiny.study(), tiny.folder), tiny.result)
     same(run_study(tiny.study(batch_size=1, max_memory="1GB", device="auto"), tiny.folder), tiny.result)
-
-
-def test_shards_without_a_right_answer_do_not_stop_a_study(tiny: Scene, tmp_path: Path) -> None:
-    result = run_study(tiny.study(shard_size=1), tmp_path)
-    pd.testing.assert_frame_equal(result.frame, tiny.result.frame, rtol=1e-9, atol=1e-9)
-    kept = [record["kept"] for record in manifest(tiny.study(), tmp_path)["shards"].values()]
-    assert kept == [1, 1, 1, 0, 0, 1, 1, 1, 1, 1]
 
 
 def test_a_study_without_any_right_answer_is_an_error(tiny: Scene, tmp_path: Path) -> None:
@@ -87,19 +83,8 @@ def test_a_study_without_any_right_answer_is_an_error(tiny: Scene, tmp_path: Pat
             run_study(tiny.study(facts=str(tmp_path / "p"), shard_size=1), tmp_path)
 
 
-def test_progress_counts_the_prompts_that_are_left(tiny: Scene, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    run_study(tiny.study(), tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen)
-    assert seen[-1] == (10, 10)
-    shards(tiny.study(), tmp_path)[3].unlink()
-    seen.clear()
-    run_study(tiny.study(), tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert (seen[0][1], seen[-1]) == (2, (2, 2))
-
-
 def test_changed_options_are_refused_with_what_differs(tiny: Scene) -> None:
-    with pytest.raises(StudyError, match="what differs") as refusal:
+    with pytest.raises(JobError, match="what differs") as refusal:
         run_study(tiny.study(windows=[1, 3], align="centre", batch_size=3), tiny.folder)
     message = str(refusal.value)
     assert "windows (stored: [1, 2], given: [1, 3])" in message
@@ -117,56 +102,13 @@ def test_changed_weights_and_prompts_are_refused(tiny: Scene, tmp_path: Path) ->
     study = tiny.study(model=str(tmp_path / "tiny"), facts=str(tmp_path / "p"))
     run_study(study, tmp_path)
     save_prompts(prompts[1:], tmp_path / "p")
-    with pytest.raises(StudyError, match="what differs: the prompts"):
+    with pytest.raises(JobError, match="what differs: the prompts"):
         run_study(study, tmp_path)
     save_prompts(prompts, tmp_path / "p")
     next(model.parameters()).data[0, 0] += 1
     model.save_pretrained(tmp_path / "tiny")
-    with pytest.raises(StudyError, match="what differs: the model's weights"):
+    with pytest.raises(JobError, match="what differs: the weights"):
         run_study(study, tmp_path)
-
-
-def test_damaged_and_foreign_shards_are_named(tiny: Scene, tmp_path: Path) -> None:
-    run_study(tiny.study(), tmp_path)
-    folder, third = study_folder(tmp_path, tiny.options["model"]) / "shards", shards(tiny.study(), tmp_path)[2]
-    whole = third.read_bytes()
-    third.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    with pytest.raises(StudyError, match=r"00002.parquet is damaged: .* delete it, and give the same command again"):
-        run_study(tiny.study(), tmp_path)
-    third.unlink()
-    same(run_study(tiny.study(), tmp_path), tiny.result)
-    other = tiny.study(sources=["first"])
-    run_study(other, tmp_path / "other")
-    for name, content in (("00007", shards(other, tmp_path / "other")[0].read_bytes()), ("notes", b"text")):
-        (folder / f"{name}.parquet").write_bytes(content)
-        with pytest.raises(StudyError, match=f"{name}.parquet is no shard of this study: .* delete it or move it"):
-            run_study(tiny.study(), tmp_path)
-        (folder / f"{name}.parquet").unlink()
-    same(run_study(tiny.study(), tmp_path), tiny.result)
-
-
-def test_a_shard_of_this_study_without_a_record_is_computed_anew(tiny: Scene, tmp_path: Path) -> None:
-    run_study(tiny.study(), tmp_path)
-    rewrite(tiny.study(), tmp_path, lambda stored: stored["shards"].pop("00001"))
-    same(run_study(tiny.study(), tmp_path), tiny.result)
-
-
-def test_a_damaged_manifest_is_named(tiny: Scene, tmp_path: Path) -> None:
-    path = study_folder(tmp_path, tiny.options["model"]) / "manifest.json"
-    path.parent.mkdir(parents=True)
-    for content in ("", "[]", '{"study": "x"}', "[" * 10**5):
-        path.write_text(content)
-        with pytest.raises(StudyError, match=r"manifest.json is damaged, or from another .* delete it, and"):
-            run_study(tiny.study(), tmp_path)
-    path.unlink()
-    run_study(tiny.study(), tmp_path)
-    stored = json.loads(path.read_text())
-    stored["shards"]["00001"]["kept"] += 1
-    path.write_text(json.dumps(stored))
-    with pytest.raises(StudyError, match="manifest.json is damaged"):
-        run_study(tiny.study(), tmp_path)
-    path.unlink()
-    same(run_study(tiny.study(), tmp_path), tiny.result)
 
 
 def test_a_study_that_found_nothing_makes_room_for_another(tiny: Scene, tmp_path: Path) -> None:
@@ -175,73 +117,8 @@ def test_a_study_that_found_nothing_makes_room_for_another(tiny: Scene, tmp_path
         run_study(wrong, tmp_path)
     assert len(shards(wrong, tmp_path)) == 1
     same(run_study(tiny.study(), tmp_path), tiny.result)
-    with pytest.raises(StudyError, match="is another one; what differs: ids"):
+    with pytest.raises(JobError, match="is another one; what differs: ids"):
         run_study(wrong, tmp_path)
-    same(run_study(tiny.study(), tmp_path), tiny.result)
-
-
-def test_a_study_that_may_have_found_something_makes_no_room(tiny: Scene, tmp_path: Path) -> None:
-    run_study(tiny.study(), tmp_path)
-    rewrite(tiny.study(), tmp_path, lambda stored: stored["shards"].clear())
-    with pytest.raises(StudyError, match="is another one; what differs: windows"):
-        run_study(tiny.study(windows=[1]), tmp_path)
-    same(run_study(tiny.study(), tmp_path), tiny.result)
-
-
-def test_two_processes_do_not_work_on_one_study(tiny: Scene) -> None:
-    with (
-        FileLock(study_folder(tiny.folder, tiny.options["model"]) / ".lock"),
-        pytest.raises(StudyError, match="another process is at work on the study in .*; wait for it"),
-    ):
-        run_study(tiny.study(), tiny.folder)
-    same(run_study(tiny.study(), tiny.folder), tiny.result)
-
-
-@pytest.mark.parametrize(
-    ("error", "advice"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "free some space, then the same command continues"),
-        (torch.OutOfMemoryError("out of memory"), "with a smaller max_memory or batch_size, which change no result"),
-        (KeyboardInterrupt(), "the same command continues from there"),
-        (FlowError("the logits are not numbers"), "the same command continues from there"),
-    ],
-)
-def test_an_error_loses_nothing_and_says_so(
-    tiny: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, advice: str
-) -> None:
-    swept: list[Any] = []
-
-    def fails_at_the_third(*positional: Any, **options: Any) -> Any:
-        swept.append(positional)
-        if len(swept) == 3:
-            raise error
-        return sweep(*positional, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(running, "sweep", fails_at_the_third)
-        with pytest.raises(type(error)) as raised:
-            run_study(tiny.study(), tmp_path)
-    (note,) = raised.value.__notes__
-    assert note.startswith("Nothing that was stored is lost: 2 of 5 shards are in ")
-    assert advice in note
-    del raised.value.__notes__
-    assert [path.name for path in shards(tiny.study(), tmp_path)] == ["00000.parquet", "00001.parquet"]
-    same(run_study(tiny.study(), tmp_path), tiny.result)
-
-
-def test_a_full_disk_leaves_no_half_of_a_file(tiny: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-
-    def full(descriptor: int) -> None:
-        synced.append(descriptor)
-        if len(synced) == 5:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            run_study(tiny.study(), tmp_path)
-    assert not list(tmp_path.rglob(".*.tmp"))
     same(run_study(tiny.study(), tmp_path), tiny.result)
 
 
@@ -254,27 +131,12 @@ def test_a_study_keeps_the_memory_that_it_began_with(
         given.append(options["max_memory"])
         return sweep(*positional, **options)
 
-    monkeypatch.setattr(running, "sweep", spy)
+    monkeypatch.setattr(working, "sweep", spy)
     for free, study in ((10**6, tiny.study()), (10**7, tiny.study()), (10**7, tiny.study(max_memory="2MB"))):
-        monkeypatch.setattr(running, "default_memory", lambda device, free=free: free)
+        monkeypatch.setattr(working, "default_memory", lambda device, free=free: free)
         run_study(study, tmp_path)
         shards(study, tmp_path)[4].unlink()
     assert given == [10**6] * 6 + [2 * 10**6]
-
-
-def test_versions_that_changed_are_told(
-    tiny: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    run_study(tiny.study(), tmp_path)
-    shards(tiny.study(), tmp_path)[0].unlink()
-    now = running._versions() | {"torch": "9.9"}
-    monkeypatch.setattr(running, "_versions", lambda: now)
-    with caplog.at_level(logging.WARNING):
-        run_study(tiny.study(), tmp_path)
-    (told,) = caplog.messages
-    assert "has shards made with torch 2." in told
-    assert "(now: 9.9)" in told
-    assert manifest(tiny.study(), tmp_path)["shards"]["00000"]["versions"]["torch"] == "9.9"
 
 
 def test_rows_that_are_no_prompts_are_left_out_on_request(
@@ -318,6 +180,7 @@ def test_nothing_is_written_before_the_options_are_known_to_fit(tiny: Scene, tmp
         ({"through": ["attention"]}, si.InterventionError, "has no attention layers"),
         ({"groups": {"mine": {0: [1]}}, "features": ["mine"]}, FeatureError, "'mine' names no features for layer 1"),
         ({"groups": {"mine": {0: [9]}}, "features": ["mine"]}, FeatureError, "layer 0 has no feature 9"),
+        ({"address": "auto"}, JobError, "address is given without workers"),
         ({"model": "tiny-llama", "facts": "geo", "features": ["top half"]}, FeatureError, "has no SSM layers"),
         ({"held": [{"kind": "SetDelta", "value": 1, "layers": [7]}]}, si.InterventionError, r"no such layer \[7\]"),
     ],
@@ -325,7 +188,7 @@ def test_nothing_is_written_before_the_options_are_known_to_fit(tiny: Scene, tmp
 def test_a_study_is_checked_without_its_weights(
     tiny: Scene, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    monkeypatch.setattr(running, "load", None)
+    monkeypatch.setattr(working, "load", None)
     held = [{"kind": "ScaleFeatures", "factor": 0.5, "features": "top half by half-life"}]
     check_study(tiny.study(features=["top half by half-life"], held=held))
     with pytest.raises(error, match=message):
@@ -337,7 +200,8 @@ def test_studies_survive_json() -> None:
     assert Study.model_validate_json(study.model_dump_json()) == study
     assert study.sources == ("subject", 4)
     assert study.max_memory == 4_000_000_000
-    assert study.options().keys() == Study.model_fields.keys() - {"device", "device_map", "batch_size", "max_memory"}
+    how = {"device", "device_map", "batch_size", "max_memory", "workers", "gpus_per_worker", "address"}
+    assert study.options().keys() == Study.model_fields.keys() - how
 
 
 @pytest.mark.parametrize(
@@ -353,6 +217,8 @@ def test_studies_survive_json() -> None:
             {"held": [{"kind": "SetDelta", "value": 1, "layers": [2, 0, 2]}]},
             "held.0.SetDelta.layers: layer 2 occurs more than once; name each layer once",
         ),
+        ({"workers": 0}, "workers: input should be greater than 0, got 0"),
+        ({"gpus_per_worker": -1}, "gpus_per_worker: input should be greater than or equal to 0, got -1"),
         ({"windows": [0]}, "windows.0: input should be greater than 0, got 0"),
         ({"windows": []}, "windows: tuple should have at least 1 item"),
         ({"sources": ["subjct"]}, "sources.0: there is no role 'subjct': did you mean 'subject'?"),
@@ -373,23 +239,14 @@ def test_wrong_options_are_explained_in_a_line(options: dict[str, Any], message:
     assert "\n" not in explain(error.value)
 
 
-def test_folders_of_models_are_file_names() -> None:
-    assert study_folder("out", "state-spaces/mamba-130m-hf") == Path("out/state-spaces--mamba-130m-hf")
-    assert study_folder("out", "../models/a b/") == Path("out/models--a--b")
-    assert study_folder("out", "/") == Path("out/model")
-    long = [study_folder("out", f"{letter}/{'x' * 300}").name for letter in "ab"]
-    assert len(set(long)) == 2
-    assert max(map(len, long)) < 128
-
-
 def test_weights_have_one_hash_wherever_they_are(tmp_path: Path) -> None:
     model, tokenizer = si.load("tiny-mamba2")
-    expected = running.weights_hash(model)
-    assert running.weights_hash(si.load("tiny-mamba2", device_map="auto")[0]) == expected
-    assert running.weights_hash(si.load("tiny-mamba2", dtype=torch.float64)[0]) != expected
+    expected = weights_hash(model)
+    assert weights_hash(si.load("tiny-mamba2", device_map="auto")[0]) == expected
+    assert weights_hash(si.load("tiny-mamba2", dtype=torch.float64)[0]) != expected
     disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
     assert all(weight.is_meta for weight in model.parameters())
-    assert running.weights_hash(model) == expected
+    assert weights_hash(model) == expected
     prompts = load_prompts()[:3]
     with si.attach(model) as ssm:
         found = sweep(ssm, tokenizer, prompts, sources=["subject"])

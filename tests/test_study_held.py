@@ -12,8 +12,9 @@ from tiny_study import Scene, rewrite, scene
 import ssm_interp as si
 from ssm_interp.features import FeatureError, feature_groups, spectrum
 from ssm_interp.features.groups import DECAY_NORM
-from ssm_interp.flow import Study, StudyError, explain, run_study, sweep
+from ssm_interp.flow import Study, explain, run_study, sweep
 from ssm_interp.flow.study_held import ScaleFeatures, held_on, measured
+from ssm_interp.jobs import JobError
 from ssm_interp.models import load
 from ssm_interp.prompts import load_prompts, pad, tokenize
 
@@ -44,8 +45,8 @@ def test_groups_by_data_are_ranked_on_the_prompts_that_are_asked(tiny: Scene, tm
 def test_other_features_in_a_group_are_another_study(tiny: Scene, tmp_path: Path) -> None:
     study = tiny.study(features=[BY_DATA], limit=4)
     run_study(study, tmp_path)
-    rewrite(study, tmp_path, lambda stored: stored.update(study="0", features="0" * 64))
-    with pytest.raises(StudyError, match="the features in the groups, as measured .stored: '0000"):
+    rewrite(study, tmp_path, lambda stored: stored.update({"job": "0", "measured features": "0" * 64}))
+    with pytest.raises(JobError, match="the measured features .stored: '0000"):
         run_study(study, tmp_path)
 
 

@@ -1,11 +1,8 @@
-"""A small study in a folder of its own, and ways to run it in other processes that can be killed."""
+"""A small study in a folder of its own."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +11,10 @@ from typing import Any
 import pandas as pd
 from tiny_flow import world
 
-from ssm_interp.flow import FlowResult, Study, run_study, study_folder
-from ssm_interp.flow.study_store import digest
-from ssm_interp.prompts import save_prompts
-
-FORK = multiprocessing.get_context("fork")  # starts without importing everything anew
+from ssm_interp.flow import FlowResult, Study, run_study
+from ssm_interp.jobs import job_folder
+from ssm_interp.jobs.files import digest
+from ssm_interp.prompts import Prompt, load_prompts, save_prompts
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,9 @@ class Scene:
 
     def study(self, **changed: Any) -> Study:
         return Study(**self.options | changed)
+
+    def prompts(self) -> list[Prompt]:
+        return load_prompts(self.options["facts"])
 
 
 def scene(folder: Path) -> Scene:
@@ -58,13 +57,13 @@ def same(found: FlowResult, expected: FlowResult) -> None:
 
 
 def manifest(study: Study, folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((study_folder(folder, study.model) / "manifest.json").read_text())
+    content: dict[str, Any] = json.loads((job_folder(folder, study.model) / "manifest.json").read_text())
     return content
 
 
 def rewrite(study: Study, folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes the manifest as the program could have written it."""
-    path = study_folder(folder, study.model) / "manifest.json"
+    path = job_folder(folder, study.model) / "manifest.json"
     content = json.loads(path.read_text())
     del content["sha256"]
     change(content)
@@ -72,24 +71,4 @@ def rewrite(study: Study, folder: Path, change: Callable[[dict[str, Any]], objec
 
 
 def shards(study: Study, folder: Path) -> list[Path]:
-    return sorted((study_folder(folder, study.model) / "shards").glob("*"))
-
-
-def started(work: Callable[..., object], *arguments: object, rank: int = 0, ranks: int = 1, port: int = 0) -> Any:
-    """A process at work, on its own or as one of several ranks."""
-
-    def run() -> None:
-        if ranks > 1:
-            here = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
-            os.environ |= {name: str(value) for name, value in (here | {"MASTER_PORT": port}).items()}
-        work(*arguments)
-
-    process = FORK.Process(target=run)
-    process.start()
-    return process
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
+    return sorted((job_folder(folder, study.model) / "shards").glob("*"))

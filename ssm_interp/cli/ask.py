@@ -11,8 +11,8 @@ from ssm_interp.errors import FlowError, PromptError
 from ssm_interp.experiments import Study
 from ssm_interp.experiments.commands import flat
 from ssm_interp.experiments.parts import Facts, OnDevice, Picked, Weights
-from ssm_interp.flow import Ranks
-from ssm_interp.flow.study_run import StudyFacts, load_for
+from ssm_interp.flow.study_facts import StudyFacts
+from ssm_interp.flow.study_job import load_for
 from ssm_interp.prompts import Prompt, TokenizedPrompt, load_prompts, tokenize, with_ids
 
 OWN_TEXT = "For a text of your own, give its answer too: --target Paris"
@@ -22,7 +22,7 @@ def loaded(name: str, model: Weights, computed: OnDevice) -> tuple[PreTrainedMod
     """A model and its tokenizer, where and as the options say; raises as `load_for`."""
     options = {"model": name, "revision": model.revision, "dtype": model.dtype}
     how = {"device": computed.device, "device_map": computed.device_map}
-    return load_for(Study.model_validate(options | how), Ranks())
+    return load_for(Study.model_validate(options | how))
 
 
 def check_once(models: Sequence[str]) -> None:

@@ -179,9 +179,11 @@ class AsJob(InBatches):
     max_memory: Annotated[ByteSize | None, flag(metavar="BYTES", show_default="a quarter of what is free")] = option(
         None, "For the rows of a step, such as 4GB.", gt=0
     )
-    workers: PositiveInt | None = option(None, "Share the shards among so many processes; absent: none but this one.")
-    gpus_per_worker: float = option(0, "CUDA devices that each worker takes.", ge=0)
-    address: Name | None = option(None, "Of a running cluster for the workers: auto, host:port or ray://host:port.")
+    workers: PositiveInt | None = option(
+        None, "Processes that share the shards, run by Ray; absent: this one computes them all."
+    )
+    gpus_per_worker: float = option(0, "GPUs that each worker has to itself; 0: they use the CPU.", ge=0)
+    address: Name | None = option(None, "Of a Ray cluster: auto, host:port, ray://...; absent: this machine.")
 
 
 @Parameter(name="*", group=COMPUTED)

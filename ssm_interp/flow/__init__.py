@@ -9,8 +9,7 @@ from ssm_interp.flow.leak import LeakReport, leak
 from ssm_interp.flow.metrics import changes, outcome
 from ssm_interp.flow.named_edges import check_edges_exist
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.study_ranks import Ranks, ranks
-from ssm_interp.flow.study_run import check_study, run_study, study_folder
+from ssm_interp.flow.study_run import check_study, run_study
 from ssm_interp.flow.summary import summarise
 from ssm_interp.flow.sweep import FeatureGroups, sweep
 from ssm_interp.flow.tokens import token_map
@@ -29,7 +28,6 @@ __all__ = [
     "NoEdgesError",
     "NoEdgesWarning",
     "NothingAnswered",
-    "Ranks",
     "Study",
     "StudyError",
     "Variant",
@@ -45,10 +43,8 @@ __all__ = [
     "full_forwards",
     "leak",
     "outcome",
-    "ranks",
     "rows_engine",
     "run_study",
-    "study_folder",
     "summarise",
     "sweep",
     "token_map",

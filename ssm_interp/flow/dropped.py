@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.experiments import Study
 from ssm_interp.flow.result import FlowResult
+from ssm_interp.flow.study_facts import StudyFacts
 from ssm_interp.flow.study_held import held_on, measured
-from ssm_interp.flow.study_ranks import Ranks
-from ssm_interp.flow.study_run import StudyFacts, load_for
+from ssm_interp.flow.study_job import load_for
 from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import Attachment, attach
 from ssm_interp.models import load_tokenizer
@@ -40,7 +40,7 @@ def dropped_prompts(study: Study, result: FlowResult) -> pd.DataFrame:
         return pd.DataFrame(columns=COLUMNS)
     asked = StudyFacts(study).askable(load_tokenizer(study.model, revision=study.revision), say=False)
     kept = set(result.frame["prompt_id"])
-    model, tokenizer = load_for(study, Ranks())
+    model, tokenizer = load_for(study)
     rows = [tokenize(prompt, tokenizer) for prompt in asked]
     left_out = [row for row in rows if (row.prompt.id or row.prompt.text) not in kept]
     with attach(model) as ssm:

@@ -25,10 +25,11 @@ from ssm_interp.errors import (
 )
 from ssm_interp.experiments import Key, Study, dotted
 from ssm_interp.experiments.held import described
-from ssm_interp.flow import FlowResult, check_study, run_study, study_folder, summarise
+from ssm_interp.flow import FlowResult, check_study, run_study, summarise
 from ssm_interp.flow.study_held import check_held
 from ssm_interp.flow.sweep import Progress
 from ssm_interp.hooks import attach
+from ssm_interp.jobs import job_folder
 from ssm_interp.models import load_outline, load_tokenizer
 from ssm_interp.plots import TokenMap
 from ssm_interp.prompts import TokenizedPrompt, load_prompts, tokenize, with_ids
@@ -129,7 +130,7 @@ class Findings:
             return {"depth": plots.depth_figure(self._drawn(), statistic=statistic)}
         labels = dict.fromkeys(label for label, _ in self.maps)
         return {
-            f"heatmap-{study_folder('', label)}": plots.heatmap_figure(
+            f"heatmap-{job_folder('', label)}": plots.heatmap_figure(
                 *(one for name, one in self.maps if name == label), limit=plot.colour_limit
             )
             for label in labels
