@@ -1,10 +1,14 @@
-"""Summaries and sweeps made up for pictures, and a check that a figure can be drawn."""
+"""Summaries and sweeps made up for pictures, and checks that figures can be drawn and pages read."""
 
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Sequence
+from html.parser import HTMLParser
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +17,7 @@ from matplotlib.figure import Figure
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", dpi=60)
     assert buffer.getvalue().startswith(b"\x89PNG")
     return buffer.getvalue()
 
@@ -54,9 +58,45 @@ def positions(values: np.ndarray, *, p_base: float = 0.5, model: str = "m") -> p
             "target": "last",
             "feature_group": "all",
             "layer": window,
+            "window_start": window,
+            "window_size": 3,
             "n_edges": 0 if np.isnan(value) else 1,
             "p_base": p_base,
             "p": p_base + (0.0 if np.isnan(value) else value),
         }
         for (token, window), value in np.ndenumerate(values)
     )
+
+
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attributes)))
+
+
+def on_page(page: str) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """The traces, the layout and the options that the page hands to plotly."""
+    call = page.rindex("Plotly.newPlot(")
+    place, parts = page.index("[", call), []
+    for _ in range(3):
+        place = re.compile(r"[\[{]").search(page, place).start()  # type: ignore[union-attr]
+        part, length = json.JSONDecoder().raw_decode(page[place:])
+        parts.append(part)
+        place += length
+    return parts[0], parts[1], parts[2]
+
+
+def check_offline(page: str) -> None:
+    """Nothing is fetched: no tag has an address, the drawing library is in the page, and no number leaves it."""
+    tags = Tags(page).found
+    assert not [tag for tag in tags if {"src", "href", "data", "action"} & set(tag[1])]
+    assert {tag for tag, _ in tags} == {"html", "head", "meta", "title", "body", "h1", "div", "script"}
+    assert len(page) > 1_000_000
+    assert on_page(page)[2]["showSendToCloud"] is False
+    assert page.startswith("<!DOCTYPE html>")

@@ -187,7 +187,7 @@ def test_what_a_circuit_says_and_shows() -> None:
     assert lines[1].startswith("logprob (mean over 8 prompts): clean -")
     assert lines[3].split()[:5] == ["layer", "0", "query", "<-", "answer"]
     assert str(circuit.groups[0]) == "layer 0: query <- answer"
-    frame = circuit.frame()
+    frame = circuit.frame
     assert len(frame) == 30
     assert frame["kept"].sum() == 1
     assert frame["effect"].notna().sum() == 1

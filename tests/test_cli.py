@@ -72,6 +72,9 @@ def test_flow_writes_a_picture_and_every_number(model: str, prompts: str, tmp_pa
     assert f"{drop['mean']:+.1f}" in line
     assert f"{drop['window_start']} to {drop['window_start'] + 1}" in line
     assert f"{drop['low']:+.1f} to {drop['high']:+.1f}" in line
+    for row in found.largest_drops().to_dict("records"):  # where no window has a drop, none is named
+        (line,) = [line for line in result.stdout.splitlines() if f"{row['source']} →" in line]
+        assert (line.count("\N{EN DASH}") == 4) == (round(row["mean"], 1) >= 0)
 
 
 def test_flow_takes_several_models_roles_and_a_seeded_draw(

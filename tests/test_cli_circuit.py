@@ -24,7 +24,7 @@ def test_the_circuit_of_fresh_induction_prompts(tmp_path: Path) -> None:
     assert result.stdout.endswith(f"\nwrote {files} (30 edge groups; {found.trials} trials)\n")
     assert "<svg" in (tmp_path / "new" / "c.svg").read_text()
     table = pd.read_csv(tmp_path / "new" / "c.csv")
-    assert table["kept"].tolist() == found.frame()["kept"].tolist()
+    assert table["kept"].tolist() == found.frame["kept"].tolist()
 
 
 def test_facts_with_the_roles_around_the_subject(tmp_path: Path) -> None:

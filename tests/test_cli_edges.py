@@ -31,7 +31,7 @@ def test_edges_of_a_fact_beside_exact_knockouts(tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "new" / "e.parquet")
     assert len(table) == 10 * len(row) * (len(row) + 1) // 2
     assert table["exact"].notna().sum() == 8
-    assert (table["attribution"] - found.frame()["attribution"]).abs().max() <= 1e-5
+    assert (table["attribution"] - found.frame["attribution"]).abs().max() <= 1e-5
     assert table["target_token"].tolist() == [row.tokens[target] for target in table["target"]]
     assert "<svg" in (tmp_path / "new" / "e.svg").read_text()
     strongest = checked.frame.iloc[0]

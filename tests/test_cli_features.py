@@ -46,7 +46,7 @@ def test_it_writes_a_table_and_pictures_and_prints_quantiles(scene: World, folde
     with si.attach(model) as ssm:
         batch = pad([tokenize(prompt, tokenizer) for prompt in scene.prompts])
         found = spectrum(ssm, batch, name=str(folder / "tiny"), batch_size=2)
-    pd.testing.assert_frame_equal(frame, found.frame())
+    pd.testing.assert_frame_equal(frame, found.frame)
     assert f"({int(batch.attention_mask.sum())} tokens)" in done.stdout
     assert all(word in done.stdout for name in STATISTICS for word in name.split())
     median = found["half-life"][3].quantile(0.5, interpolation="nearest")

@@ -164,7 +164,7 @@ def test_the_frame_has_a_row_per_part_and_readable_position() -> None:
     with si.attach(build("mamba2")) as ssm:
         prompt = inputs(batch=1, length=6)
         groups = feature_groups(ssm, ["top half"])
-        frame = decompose(ssm, prompt, targets=[2], layers=0, by="input", features=groups)[0].frame()
+        frame = decompose(ssm, prompt, targets=[2], layers=0, by="input", features=groups)[0].frame
         assert list(frame) == ["row", "layer", "target", "part", "feature_group", "source", "norm"]
         counts = frame.groupby("part").size().to_dict()  # two groups; three positions; no tap before the prompt
         assert counts == {"ssm": 6, "skip": 6, "ssm_bias": 2, "skip_bias": 2, "out_bias": 1}

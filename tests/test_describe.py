@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from random_terms import as_users_run_it
@@ -17,8 +18,8 @@ from transformers import BatchEncoding
 
 import ssm_interp as si
 from ssm_interp.hooks import MissingError, run_each
-from ssm_interp.hooks.describe import describe
 from ssm_interp.prompts import pad, tokenize
+from ssm_interp.reprs import describe
 
 BIG = torch.full((3, 700), 0.125)
 
@@ -38,6 +39,10 @@ BIG = torch.full((3, 700), 0.125)
         ("x" * 1000, "'" + "x" * 37 + "..." + "x" * 38 + "'"),
         ([1, "a", None, True, 2.5], "[1, 'a', None, True, 2.5]"),
         (range(3), "range(0, 3)"),
+        (list(range(100)), "[0, 1, 2, 3, 4, 5, 6, 7, ...]"),
+        ({at: None for at in range(9)}, "{" + ", ".join(f"{at}: None" for at in range(8)) + ", ... 9 in all}"),
+        ((1,), "(1,)"),
+        (pd.DataFrame({"a": [1, 2], "b": [3, 4]}), "DataFrame of 2 rows: a, b"),
     ],
 )
 def test_descriptions(value: Any, shown: str) -> None:

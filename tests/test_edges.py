@@ -120,7 +120,7 @@ def test_pairs_add_up_to_their_heads(name: str) -> None:
     assert relative_error(first + second, head) <= 1e-12
     assert not found[:, 1:].any()  # of layers that no group names
     small = check_edges(ssm, given, metric, edge_attribution(ssm, given, metric, features=groups), top=4, random=0)
-    assert set(small.frame["group"]) <= {"first", "second", "head"}
+    assert set(small.frame["feature_group"]) <= {"first", "second", "head"}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -138,7 +138,7 @@ def test_padding_changes_nothing_and_has_no_edges(name: str, side: Any) -> None:
         assert relative_error(here[:, columns][:, :, columns], expected) <= tight
         assert not here[:, ~columns].any()
         assert not here[:, :, ~columns].any()
-    assert len(found.frame()) == len(ssm.layers) * (LENGTH * (LENGTH + 1) // 2 + 10)
+    assert len(found.frame) == len(ssm.layers) * (LENGTH * (LENGTH + 1) // 2 + 10)
 
 
 def test_integrated_gradients_add_up() -> None:
@@ -241,7 +241,7 @@ def test_single_edges_of_the_embedded_models_rank_as_they_should(name: str) -> N
     with si.attach(model) as ssm:
         found = edge_attribution(ssm, batch, metric)
         checked = check_edges(ssm, batch, metric, found, top=10**6)
-    assert len(checked.frame) == len(found.frame()) == 10 * len(row) * (len(row) + 1) // 2
+    assert len(checked.frame) == len(found.frame) == 10 * len(row) * (len(row) + 1) // 2
     assert checked.correlation() >= 0.9
     assert checked.correlation("top") == checked.correlation()
     assert checked.correlation("random") != checked.correlation("random")  # NaN: there are none
@@ -249,31 +249,31 @@ def test_single_edges_of_the_embedded_models_rank_as_they_should(name: str) -> N
 
 def test_tables_and_pictures() -> None:
     ssm, batch = double("mamba2"), padded([LENGTH, 4])
-    found = edge_attribution(ssm, batch, METRIC, features={"a": {0: [0, 1]}, "b": None})
     tokens = [[f"{row}.{column}" for column in range(LENGTH)] for row in range(2)]
-    frame = found.frame(tokens)
-    columns = ["row", "layer", "group", "target", "source", "attribution", "target_token", "source_token"]
+    found = edge_attribution(ssm, batch, METRIC, features={"a": {0: [0, 1]}, "b": None}, tokens=tokens)
+    frame = found.frame
+    columns = ["row", "layer", "feature_group", "target", "source", "attribution", "target_token", "source_token"]
     assert list(frame.columns) == columns
     edge = frame.iloc[1234 % len(frame)]
-    place = edge["row"], found.layers.index(edge["layer"]), found.groups.index(edge["group"])
+    place = edge["row"], found.layers.index(edge["layer"]), found.groups.index(edge["feature_group"])
     assert edge["attribution"] == float(found.values[(*place, edge["target"], edge["source"])])
     assert edge["source_token"] == f"{edge['row']}.{edge['source']}"
     top = found.top(5)["attribution"].abs()
     assert top.is_monotonic_decreasing
     assert top[0] == float(found.values.abs().max())
-    left, right, *_ = found.plot(tokens, row=1, group="b").axes
+    left, right, *_ = found.plot(row=1, group="b").axes
     assert left.get_title() == "Edges into “1.6”, position 3"
     figure = left.figure.figure
     assert figure.get_suptitle() == f"{ssm.name}: metric = {float(found.metric[1]):.3g}, features: b"
-    assert found.plot(tokens, group="b", title="mine").get_suptitle() == "mine"
-    integrated = edge_attribution(ssm, batch, METRIC, steps=2).plot(tokens)
+    assert found.plot(group="b", title="mine").get_suptitle() == "mine"
+    integrated = edge_attribution(ssm, batch, METRIC, steps=2).plot()
     assert integrated.axes[-1].get_ylabel().startswith("Share of the change of the metric")
     assert [text.get_text() for text in right.get_xticklabels()] == ["1.3", "1.4", "1.5", "1.6"]
     for options, message in (({}, "name one of the feature groups"), ({"row": 2, "group": "b"}, "there is no row 2")):
         with pytest.raises(FeatureError, match=message):
-            found.plot(tokens, **options)
+            found.plot(**options)
     with pytest.raises(FeatureError, match=r"there are \[7, 3\] tokens, but 2 rows of 7 positions"):
-        found.frame([tokens[0], tokens[1][:3]])
+        edge_attribution(ssm, batch, METRIC, tokens=[tokens[0], tokens[1][:3]])
     with pytest.raises(FeatureError, match="feature groups may overlap"):
         edge_attribution(ssm, batch, METRIC, features={"b": None}, steps=2).gap  # noqa: B018
     with pytest.raises(FeatureError, match="no integral"):

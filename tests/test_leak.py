@@ -63,7 +63,7 @@ def test_the_picture_has_a_line_per_stream() -> None:
     assert [axes.get_title() for axes in figure.axes] == ["source: subject", "source: last"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(THROUGH)
     assert figure.get_suptitle() == f"Mamba2ForCausalLM   ({len(given.prompts)} prompts)"
-    assert figure.axes[0].get_xlabel() == "Layer (windows of 1 layer)"
+    assert figure.axes[0].get_xlabel() == "Layer"
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
     summary = report.summary()
     for name in THROUGH:

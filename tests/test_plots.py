@@ -46,7 +46,8 @@ def test_attention_of_any_length(length: int) -> None:
     assert len(labels) <= 64
     assert labels[0] == "·t0"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("Source token", "Target token")
-    assert bar.get_ylabel() == "Attention"
+    signs = "\n(blue: positive, red: negative)" if (matrix < 0).any() else ""
+    assert bar.get_ylabel() == f"Attention{signs}"
 
 
 def test_signed_attention_is_centred_on_zero_and_unsigned_starts_there() -> None:
@@ -90,6 +91,26 @@ def test_blue_speaks_for_the_answer_in_every_map() -> None:
         assert image.get_cmap().name == (WRITTEN if axes in written else CHANGED)
 
 
+def test_a_map_of_rounding_is_drawn_as_nothing_and_says_so() -> None:
+    values, tokens = 3e-9 * torch.ones(1, 2, 2).tril(), ["a", "b"]
+    figures = {
+        "the metric": edge_figure(values, tokens, [0], scale=-4.0),
+        "the logit difference": attribution_figure(values[0], tokens, [0, 1], scale=4.0),
+        "the answer's probability": heatmap_figure(TokenMap(values[0].double().numpy(), tokens, [0, 1], p_base=0.5)),
+    }
+    for what, figure in figures.items():
+        png(figure)
+        for axes in (axes for axes in figure.axes if axes.get_images()):
+            (note,) = axes.texts
+            assert note.get_text() == f"nothing above 1e-06 of {what}\n(largest entry: 3e-09)"
+            (image,) = axes.get_images()
+            assert image.to_rgba(3e-9)[:3] == pytest.approx((1, 1, 1), abs=0.04)
+    for figure in (edge_figure(values, tokens, [0]), edge_figure(values, tokens, [0], scale=1e-3)):
+        assert not figure.axes[0].texts  # nothing is known of its size, or it is large enough
+    zeros = attention_figure(torch.zeros(2, 2), tokens)
+    assert [text.get_text() for text in zeros.axes[0].texts] == ["all entries are 0"]
+
+
 def edges(layers: int, length: int) -> torch.Tensor:
     return torch.randn(layers, length, length, generator=torch.Generator().manual_seed(0)).tril()
 
@@ -107,7 +128,9 @@ def test_edges_into_a_token_and_of_each_edge_its_strongest_layer(layers: int, le
     np.testing.assert_allclose(drawn.abs(), values.abs().amax(0), rtol=1e-6)
     assert (drawn[None].float() == values).any(0).all()  # each is one layer's, with its sign
     assert left.get_images()[0].get_clim() == right.get_images()[0].get_clim()
-    assert bar.get_ylabel().replace("\n", " ") == "Predicted change of the metric if the edge is removed"
+    assert bar.get_ylabel().replace("\n", " ") == (
+        "Predicted change of the metric if the edge is removed (blue: the edge supports the metric, red: it opposes it)"
+    )
     assert (left.get_xlabel(), left.get_ylabel()) == ("Layer", "Source token")
     assert left.get_title() == f"Edges into “t{place}”, position {place}"
     assert right.get_title().replace("\n", " ") == (

@@ -86,7 +86,9 @@ def test_a_long_row_of_panels_is_broken(count: int, shape: tuple[int, int]) -> N
     assert titles == ["windows of 1 layer", *(f"windows of {size} layers" for size in range(2, count + 1))]
     assert len({axes.get_ylim() for axes in shown(figure)}) == len({axes.get_xlim() for axes in shown(figure)}) == 1
     lowest = shown(figure)[-shape[1] :]
-    assert all(axes.get_xlabel() == "Layer of the window" for axes in lowest)
+    words = [title.removeprefix("windows of ") for title in titles[-shape[1] :]]
+    labels = ["Layer" if word == "1 layer" else f"Layer (first of the window, {word})" for word in words]
+    assert [axes.get_xlabel() for axes in lowest] == labels
     assert all(axes.xaxis.get_major_ticks()[0].label1.get_visible() for axes in lowest)
 
 
@@ -170,6 +172,52 @@ def test_depth_has_rows_for_the_rest_and_knows_layer_numbers() -> None:
     np.testing.assert_allclose(lines(figure.axes[0])["one"].get_xdata(), [0, 12.5, 37.5, 100])
 
 
+def flat(sources: list[str], values: list[list[float]]) -> pd.DataFrame:
+    """A summary with these means, per source and layer, and intervals of no width."""
+    frame, numbers = summary(["one"], sources, layers=len(values[0])), np.ravel(values)
+    return frame.assign(mean=numbers, low=numbers, high=numbers)
+
+
+def stripes(axes: Axes) -> list[Any]:
+    return [line for line in axes.get_lines() if line.get_label() == "_hidden"]
+
+
+def test_a_line_that_others_hide_stands_out_on_both_sides() -> None:
+    figure = flow_figure(flat(["subject", "relation", "last"], [[0, 0, 0, -80], [0, 0.1, -40, 0], [0, 0, 0, -40]]))
+    png(figure)
+    drawn = [(line.get_color(), *line.get_xydata()[:2, 0], line.get_linewidth()) for line in stripes(figure.axes[0])]
+    widest, two = sorted({width for *_, width in drawn}, reverse=True)
+    assert drawn == [
+        (STYLES["subject"].colour, 1, 2, two),  # under the last one alone
+        (STYLES["subject"].colour, 0, 1, widest),
+        (STYLES["relation"].colour, 0, 1, two),
+    ]
+    assert two > lines(figure.axes[0])["last"].get_linewidth()
+    assert figure.legends[0].get_title().get_text().endswith("\nstripes: lines on top of each other")
+    apart = flow_figure(flat(["subject", "last"], [[0, -40], [-40, 0]]))  # they cross, and are both seen
+    assert not stripes(apart.axes[0])
+    assert "stripes" not in apart.legends[0].get_title().get_text()
+
+
+def test_noise_does_not_fill_its_axes_and_rows_have_one_scale() -> None:
+    quiet = flat(["subject"], [[0.001, -0.002]])
+    low, high = flow_figure(quiet).axes[0].get_ylim()
+    assert low <= -5 and high >= 5
+    loud = flat(["subject"], [[0, -80]])
+    both = pd.concat([loud, quiet.assign(feature_group="bottom third"), loud.assign(target="first")])
+    for draw in (flow_figure, features_figure, depth_figure):
+        figure = draw(pd.concat([both, both.assign(model="two")]))
+        png(figure)
+        assert len({axes.get_ylim() for axes in shown(figure)}) == 1
+
+
+def test_centred_windows_say_so_on_the_layer_axis() -> None:
+    centred = summary(["one"], ["last"], layers=5).assign(window_size=[2, 3, 3, 3, 2], window_start=[0, 0, 1, 2, 3])
+    assert flow_figure(centred).axes[0].get_xlabel() == "Layer (centre of the window, 3 layers)"
+    depth = depth_figure(centred).axes[0].get_xlabel()
+    assert depth == "Layer depth in %\n(0: the model's first window, 100: its last)"
+
+
 @pytest.mark.parametrize("draw", [flow_figure, depth_figure])
 def test_a_summary_that_cannot_be_drawn_is_refused(draw: Any) -> None:
     frame = summary(["one"], ["last"])
@@ -190,7 +238,7 @@ def test_feature_groups_share_axes_a_panel_per_model() -> None:
     figure = features_figure(frame, x_labels={"one": "First layer"}, statistic="median")
     png(figure)
     assert [axes.get_title() for axes in figure.axes] == ["one   (12 prompts)", "two   (12 prompts)"]
-    assert [axes.get_xlabel() for axes in figure.axes] == ["First layer", "Layer of the window"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["First layer", "Layer"]
     assert figure.axes[0].get_ylabel() == "subject last → last"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(groups)
     for axes, model in zip(figure.axes, ["one", "two"], strict=True):
@@ -223,5 +271,5 @@ def test_streams_have_a_row_per_model_and_feature_group() -> None:
     png(figure)
     assert figure.get_suptitle() == "2 models   (12 prompts)"
     assert len(figure.axes) == 4  # a line of its own for each stream in every panel
-    assert {len(axes.get_lines()) for axes in figure.axes} == {3}
+    assert {len(lines(axes)) for axes in figure.axes} == {2}
     assert "features: top third" in figure.axes[1].get_ylabel()

@@ -9,7 +9,7 @@ import pytest
 from drawn import png, positions
 from matplotlib.figure import Figure
 
-from ssm_interp.plots import STYLES, TokenMap, heatmap_figure
+from ssm_interp.plots import TokenMap, heatmap_figure
 
 VALUES = np.array([[-0.2, -0.1, 0.0], [0.05, 0.1, np.nan]])
 
@@ -33,9 +33,11 @@ def test_a_row_per_token_and_a_column_per_window_with_the_numbers() -> None:
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "2"]
     assert axes.get_title() == "tiny $x\nanswer: Paris, p = 0.812"
     plain, subject = axes.get_yticklabels()
-    assert (subject.get_color(), subject.get_weight()) == (STYLES["subject"].colour, "bold")
+    assert (subject.get_color(), subject.get_weight()) == (plain.get_color(), "bold")  # blue is for what supports
     assert plain.get_weight() != "bold"
-    assert bar.get_ylabel().replace("\n", " ") == "Change of the answer's probability"
+    assert bar.get_ylabel().replace("\n", " ") == (
+        "Change of the answer's probability (blue: the token supports the answer, red: it opposes it)"
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 63), (13, 16), (130, 56)])
@@ -55,8 +57,9 @@ def test_colours_are_centred_and_may_be_fixed() -> None:
 
     assert limits(token_map(), limit=0.3) == [(-0.3, 0.3)]
     assert limits(token_map(), token_map(2 * VALUES)) == [(-0.4, 0.4)] * 2
-    assert limits(token_map(np.zeros((2, 2)))) == [(-1.0, 1.0)]
-    assert limits(token_map(np.full((2, 2), np.nan))) == [(-1.0, 1.0)]
+    assert limits(token_map(np.zeros((2, 2)))) == [(-0.01, 0.01)]  # 1 % of a probability that is not known
+    assert limits(token_map(np.full((2, 2), np.nan))) == [(-0.01, 0.01)]
+    assert limits(token_map(0.001 * VALUES, p_base=0.5)) == [(-0.005, 0.005)]  # so that noise is not drawn in full
 
 
 def test_several_maps_are_panels() -> None:
@@ -82,6 +85,7 @@ def test_from_the_rows_of_a_sweep() -> None:
     assert (list(one.layers), one.p_base, one.subject) == ([0, 1, 2], 0.5, (1,))
     assert one.title == "m: token → last"
     assert one.caption == "answer: Rome, p = 0.5"
+    assert one.layer_label == "Layer (first of the window, 3 layers)"
     padded = TokenMap.of(rows, ["a", "b", "c", "d", "e"])
     assert np.isnan(padded.values[2:]).all()
 

@@ -1,49 +1,12 @@
 """Interactive pages: the numbers in them, and that they need nothing from outside."""
 
-import json
-import re
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 import pytest
-from drawn import summary
+from drawn import check_offline, on_page, summary
 
 from ssm_interp.plots import STATISTICS, TokenMap, flow_page, heatmap_page
-
-
-class Tags(HTMLParser):
-    """Every tag of a page with its attributes."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attributes)))
-
-
-def drawn(page: str) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """The traces, the layout and the options that the page hands to plotly."""
-    call = page.rindex("Plotly.newPlot(")
-    place, parts = page.index("[", call), []
-    for _ in range(3):
-        place = re.compile(r"[\[{]").search(page, place).start()  # type: ignore[union-attr]
-        part, length = json.JSONDecoder().raw_decode(page[place:])
-        parts.append(part)
-        place += length
-    return parts[0], parts[1], parts[2]
-
-
-def check_offline(page: str) -> None:
-    """Nothing is fetched: no tag has an address, the drawing library is in the page, and no number leaves it."""
-    tags = Tags(page).found
-    assert not [tag for tag in tags if {"src", "href", "data", "action"} & set(tag[1])]
-    assert {tag for tag, _ in tags} == {"html", "head", "meta", "title", "body", "h1", "div", "script"}
-    assert len(page) > 1_000_000
-    assert drawn(page)[2]["showSendToCloud"] is False
-    assert page.startswith("<!DOCTYPE html>")
 
 
 def curves(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -55,7 +18,7 @@ def test_flow_lines_with_the_numbers(statistic: Any) -> None:
     frame, column = summary(["one", "two"], ["subject", "last"], layers=5, sizes=[2]), STATISTICS[statistic]
     page = flow_page(frame, statistic=statistic, x_labels={"one": "First <layer>"})
     check_offline(page)
-    traces, layout, _ = drawn(page)
+    traces, layout, _ = on_page(page)
     scale = 100 if statistic == "accuracy" else 1
     keys = [(model, source) for model in ("one", "two") for source in ("subject", "last")]
     for curve, band, (model, source) in zip(curves(traces), traces[::2], keys, strict=True):
@@ -84,12 +47,12 @@ def test_flow_lines_with_the_numbers(statistic: Any) -> None:
 def test_panels_as_in_the_figure() -> None:
     page = flow_page(summary(["one"], ["last"], sizes=range(1, 6), layers=5), title="A <study>")
     check_offline(page)
-    traces, layout, _ = drawn(page)
+    traces, layout, _ = on_page(page)
     assert len({curve["xaxis"] for curve in curves(traces)}) == 5
     assert layout["annotations"][4]["text"] == "windows of 5 layers<br>source → last"
     assert [layout[f"xaxis{n}"].get("matches") for n in ("", 2, 5)] == [None, "x", "x"]
     assert "<title>A &lt;study&gt;: one, 12 prompts</title>" in page
-    grouped, _, _ = drawn(flow_page(summary(["one"], ["last"], groups=("fast", "slow"))))
+    grouped, _, _ = on_page(flow_page(summary(["one"], ["last"], groups=("fast", "slow"))))
     assert "features: slow" in curves(grouped)[1]["text"][0]
 
 
@@ -99,7 +62,7 @@ def test_one_prompt_has_no_band_and_names_cannot_break_out() -> None:
     page = flow_page(frame)
     check_offline(page)
     assert name not in page
-    traces, layout, _ = drawn(page)
+    traces, layout, _ = on_page(page)
     assert traces[0]["y"] == []
     assert layout["annotations"][0]["text"].startswith("&lt;/script&gt;&lt;b&gt;&amp;x, 1 prompt")
     text = curves(traces)[0]["text"][0]
@@ -117,7 +80,7 @@ def test_heat_maps_with_the_numbers() -> None:
     one = TokenMap(values, [" <b>", "x"], [3, 4], subject=[1], title="one", answer="Rome", p_base=0.5)
     page = heatmap_page(one, TokenMap(values, ["a", "b"], [0, 1]))
     check_offline(page)
-    traces, layout, _ = drawn(page)
+    traces, layout, _ = on_page(page)
     assert [trace["type"] for trace in traces] == ["heatmap", "heatmap"]
     assert traces[0]["z"] == [[-0.25, 0.125], [None, 0.0]]
     assert traces[0]["x"] == ["3", "4"]
@@ -125,7 +88,7 @@ def test_heat_maps_with_the_numbers() -> None:
     assert layout["yaxis"]["ticktext"] == ["·&lt;b&gt;", "<b>x</b>"]
     assert (layout["coloraxis"]["cmin"], layout["coloraxis"]["cmax"]) == (-0.25, 0.25)
     assert layout["annotations"][0]["text"] == "one<br>answer: Rome, p = 0.5"
-    fixed = drawn(heatmap_page(one, limit=0.3))[1]
+    fixed = on_page(heatmap_page(one, limit=0.3))[1]
     assert (fixed["coloraxis"]["cmin"], fixed["coloraxis"]["cmax"]) == (-0.3, 0.3)
 
 

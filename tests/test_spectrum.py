@@ -79,7 +79,7 @@ def test_statistics_are_those_of_the_definitions_and_padding_never_counts(name: 
         expected = by_hand(ssm, [tokens_of(batch, row) for row in range(len(ROWS))])
         for side, size in (("left", 32), ("right", 1)):
             found = spectrum(ssm, padded(ROWS, side=side), batch_size=size)
-            assert found.tokens == sum(ROWS)
+            assert found.n_tokens == sum(ROWS)
             assert list(found.statistics) == list(STATISTICS)
             for statistic, layers in expected.items():
                 assert list(found[statistic]) == list(ssm.layers)
@@ -105,7 +105,7 @@ def test_one_padded_text_alone() -> None:
         batch = padded([4, 9], side="left")
         alone = {name: tensor[:1] for name, tensor in batch.items()}
         found, expected = spectrum(ssm, alone), spectrum(ssm, tokens_of(batch, 0)["input_ids"])
-    assert found.tokens == 4
+    assert found.n_tokens == 4
     assert torch.equal(found["mean distance"][0], expected["mean distance"][0])
 
 
@@ -125,7 +125,7 @@ def test_state_dimensions_one_by_one() -> None:
 def test_the_weights_alone() -> None:
     with si.attach(build("bamba")) as ssm:
         found, norms = spectrum(ssm, name="mine"), decay_norms(ssm)
-    assert (found.model, found.tokens, list(found.statistics)) == ("mine", 0, ["decay norm"])
+    assert (found.model, found.n_tokens, list(found.statistics)) == ("mine", 0, ["decay norm"])
     assert all(torch.equal(found["decay norm"][layer], norms[layer]) for layer in norms)
     with pytest.raises(FeatureError, match=r"half-life was not measured, only decay norm; give spectrum\(ssm, inputs"):
         found["half-life"]
@@ -140,8 +140,8 @@ def test_it_takes_batches_of_prompts_and_what_else_a_tokenizer_gives() -> None:
         found = spectrum(ssm, batch)
         given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": None}
         again = spectrum(ssm, given | {"position_ids": batch.attention_mask.cumsum(1)})
-    assert found.tokens == 12
-    pd.testing.assert_frame_equal(found.frame(), again.frame())
+    assert found.n_tokens == 12
+    pd.testing.assert_frame_equal(found.frame, again.frame)
 
 
 def test_nothing_is_left_behind() -> None:
@@ -178,7 +178,7 @@ def measured(*names: str) -> list[Spectrum]:
 
 def test_the_table_and_its_quantiles() -> None:
     (found,) = measured("nemotron_h")
-    frame = found.frame()
+    frame = found.frame
     assert list(frame.columns) == ["model", "layer", "feature", "statistic", "value"]
     assert len(frame) == len(STATISTICS) * sum(len(values) for values in found["mean dt"].values())
     row = frame[(frame["statistic"] == "mean dt") & (frame["layer"] == 0) & (frame["feature"] == 3)]
@@ -201,7 +201,7 @@ def test_the_table_and_its_quantiles() -> None:
 
 def test_the_picture_has_a_row_per_statistic_and_a_column_per_model() -> None:
     found = measured("mamba", "mamba2")
-    frame = pd.concat([one.frame() for one in found])
+    frame = pd.concat([one.frame for one in found])
     figure = spectrum_figure(frame)
     png(figure)
     grid = [figure.axes[row * 2 : row * 2 + 2] for row in range(len(STATISTICS))]
@@ -219,7 +219,7 @@ def test_the_picture_has_a_row_per_statistic_and_a_column_per_model() -> None:
     assert [line.get_color() for line in legend.findobj(Line2D)] == colours  # a line and two bands of each model
     bands = [to_hex(band.get_facecolor()[:3]).upper() for band in legend.findobj(Rectangle)]
     assert bands == colours * 2
-    assert found[0].plot().get_suptitle() == f"measured on {found[0].tokens} tokens"
+    assert found[0].plot().get_suptitle() == f"measured on {found[0].n_tokens} tokens"
 
 
 INPUTS: list[tuple[Any, dict[str, Any], str]] = [

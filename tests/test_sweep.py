@@ -212,27 +212,13 @@ def test_results_are_saved_joined_and_loaded(scene: World, tmp_path: Path) -> No
     one, two = swept(scene, name="one", windows=2), swept(scene, name="two", windows=3, align="centre")
     both = FlowResult.join([one, two])
     both.save(tmp_path / "flow.parquet")
-    loaded = FlowResult.load(tmp_path / "flow.parquet")
-    pd.testing.assert_frame_equal(loaded.frame, both.frame)
-    assert loaded.runs == (*one.runs, *two.runs)
-    assert pd.read_parquet(tmp_path / "flow.parquet").equals(both.frame)
+    assert FlowResult.load(tmp_path / "flow.parquet").runs == (*one.runs, *two.runs)
     with pytest.raises(FlowError, match="same model name, 'one'"):
         FlowResult.join([one, one])
     with pytest.raises(FlowError, match="no results"):
         FlowResult.join([])
     with pytest.raises(FlowError, match=r"these are missing: \['p_base'\]"):
         FlowResult(one.frame.drop(columns="p_base"), one.runs)
-
-
-def test_files_that_are_no_results_are_refused(scene: World, tmp_path: Path) -> None:
-    with pytest.raises(FlowError, match="there is no file"):
-        FlowResult.load(tmp_path / "missing.parquet")
-    (tmp_path / "text.parquet").write_text("hello")
-    with pytest.raises(FlowError, match="is not a Parquet file"):
-        FlowResult.load(tmp_path / "text.parquet")
-    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(FlowError, match=r"not one that FlowResult\.save wrote"):
-        FlowResult.load(tmp_path / "other.parquet")
 
 
 def test_largest_drops_are_the_lowest_means(scene: World) -> None:
@@ -311,8 +297,3 @@ def test_what_a_sweep_takes(scene: World) -> None:
                     sweep(ssm, scene.tokenizer, wrong)
         with pytest.raises(si.HookError, match="this attachment was detached; call attach"):
             sweep(ssm, scene.tokenizer, scene.prompts)
-
-
-def test_results_are_saved_as_parquet_only(scene: World, tmp_path: Path) -> None:
-    with pytest.raises(FlowError, match=r"save writes Parquet.*result\.frame\.to_csv"):
-        swept(scene, windows=2).save(tmp_path / "flow.csv")

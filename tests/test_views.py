@@ -137,10 +137,10 @@ def test_rollout_of_a_model_is_causal_and_sums_to_one() -> None:
 def test_a_view_draws_itself(form: Any, reduction: Any, title: str, label: str) -> None:
     tokens = [[f"{row}.{column}" for column in range(9)] for row in range(2)]
     with si.attach(build("mamba2")) as ssm:
-        view = attention_views(ssm, inputs(), form, reduction=reduction, layers=2)[2]
+        view = attention_views(ssm, inputs(), form, reduction=reduction, layers=2, tokens=tokens)[2]
         some = attention_views(ssm, inputs(), form, reduction=reduction, layers=2, targets=-1)[2]
         apart = attention_views(ssm, inputs(), form, reduction=None, layers=2)[2]
-    figure = view.plot(tokens, row=1)
+    figure = view.plot(row=1)
     png(figure)
     axes, bar = figure.axes
     shown: Any = axes.get_images()[0].get_array()
@@ -150,9 +150,9 @@ def test_a_view_draws_itself(form: Any, reduction: Any, title: str, label: str) 
     assert axes.get_xticklabels()[0].get_text() == "1.0"
     for one in (some, apart):
         with pytest.raises(FeatureError, match=r"a heat map needs \[b t s\] with t = s, this view has \[2, "):
-            one.plot(tokens)
+            one.plot()
     with pytest.raises(FeatureError, match="no row 2; the batch has rows 0 to 1"):
-        view.plot(tokens, row=2)
+        view.plot(row=2)
 
 
 def test_bad_input_is_refused() -> None:

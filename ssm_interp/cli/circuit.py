@@ -54,7 +54,7 @@ def run(circuit: Circuit) -> None:
     verb = wrote(picture, table)
     picture.parent.mkdir(parents=True, exist_ok=True)
     found.plot().savefig(picture, dpi=200)
-    frame = found.frame()
+    frame = found.frame
     write_table(frame, table)
     say(f"\n{verb} {picture} and {table} ({len(frame)} edge groups; {found.trials} trials)")
 

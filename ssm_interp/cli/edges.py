@@ -51,10 +51,10 @@ def run(edges: Edges) -> None:
             number = logit_difference(row.target_id, against)
             wrong = _word(tokenizer, against) if rival is None else rival.asked
             label = f"logit({asked_for}) - logit({wrong})"
-        found = edge_attribution(ssm, ids, number, steps=edges.steps)
+        found = edge_attribution(ssm, ids, number, steps=edges.steps, tokens=row.tokens)
         count = edges.check
         checked = check_edges(ssm, ids, number, found, top=count, random=count) if count else None
-    frame = _with_exact(found.frame(row.tokens), checked)
+    frame = _with_exact(found.frame, checked)
     if likely[0] != row.target_id:
         said = _word(tokenizer, likely[0])
         say(f"{name} answers {said}, not {asked_for}; what follows is about {asked_for} all the same")
@@ -63,7 +63,7 @@ def run(edges: Edges) -> None:
         _print_correlation(checked)
     verb = wrote(picture, table)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    found.plot(row.tokens, title=f"{name}: {label} = {float(found.metric):.3g}").savefig(picture, dpi=200)
+    found.plot(title=f"{name}: {label} = {float(found.metric):.3g}").savefig(picture, dpi=200)
     write_table(frame, table)
     say(f"\n{verb} {picture} and {table} ({len(frame)} edges)")
 

@@ -51,7 +51,7 @@ def _measured(name: str, features: Features, prompts: list[Prompt]) -> Spectrum:
 
 
 def _write(found: list[Spectrum], out: Path) -> None:
-    frame = pd.concat([one.frame() for one in found], ignore_index=True)
+    frame = pd.concat([one.frame for one in found], ignore_index=True)
     figure = plots.spectrum_figure(frame)
     picture, table = out / "features.png", out / "features.parquet"
     verb = wrote(picture, table)
@@ -66,7 +66,7 @@ def _write(found: list[Spectrum], out: Path) -> None:
 
 def _print(found: Spectrum) -> None:
     """A row per layer, a column per statistic: the median of the features, and below it 5 to 95 % of them."""
-    read = f"{found.tokens} tokens" if found.tokens else "weights alone"
+    read = f"{found.n_tokens} tokens" if found.n_tokens else "weights alone"
     say(f"\n{found.model} ({read}): median over the features of a layer; below it, 5 to 95 % of them")
     table = Table("layer")
     for name in found.statistics:

@@ -116,6 +116,8 @@ def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
         "still\nright %": f"{100 * row['accuracy']:.0f}",
         "in\nlayers": f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0]),
     }
+    if float(f"{row['mean']:.1f}") >= 0:  # no window has a drop, so none is named
+        cells |= dict.fromkeys(["largest\ndrop %", "95 %\ninterval", "\nmedian %", "in\nlayers"], "\N{EN DASH}")
     return cells | ({"without\nedges": f"{row['n_empty']} of {row['n']}"} if some_empty else {})
 
 

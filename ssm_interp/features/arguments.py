@@ -16,6 +16,8 @@ from ssm_interp.hooks.cache import CACHES
 from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import as_index, as_indices, as_list
 from ssm_interp.hooks.virtual import refuse_virtual_tokens
+from ssm_interp.prompts import Batch
+from ssm_interp.results import Tokens
 
 UNFIT = (*CACHES, "seq_idx", "cu_seqlens", "cu_seq_lens_q", "logits_to_keep", "inputs_embeds")
 
@@ -137,15 +139,34 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
     return found
 
 
-def row_tokens(tokens: Any, batch: int, length: int) -> list[list[str]]:
-    """A readable token per column, for every row of a batch.
+def row_of(row: Any, count: int) -> int:
+    """A row of a batch of so many.
+
+    Raises:
+        FeatureError: no whole number, or no such row.
+    """
+    if (chosen := whole_number(row, "row", least=0)) >= count:
+        raise FeatureError(f"there is no row {chosen}; the batch has rows 0 to {count - 1}")
+    return chosen
+
+
+def row_tokens(tokens: Any, inputs: Any, mask: Bool[Tensor, "b t"]) -> Tokens | None:
+    """A readable token per column, for every row of a batch; None where none are known.
 
     Args:
-        tokens: one per column, or a sequence of such sequences, one per row.
+        tokens: one per column, or a sequence of such sequences, one per row; None: those of the inputs, if these are a
+            batch of prompts, with "" at padding.
+        inputs: what the model reads.
+        mask: of the columns that are no padding.
 
     Raises:
         FeatureError: something else; another number of tokens than there are columns.
     """
+    batch, length = mask.shape
+    if tokens is None:
+        if not isinstance(inputs, Batch):
+            return None
+        return tuple(("",) * (length - len(prompt)) + prompt.tokens for prompt in inputs.prompts)
     if isinstance(tokens, str) or not isinstance(tokens, Iterable):
         raise FeatureError(f"tokens must be one text per position, or one such list per row, got {tokens!r:.200}")
     given = as_list(tokens)
@@ -156,4 +177,4 @@ def row_tokens(tokens: Any, batch: int, length: int) -> list[list[str]]:
             f"there are {counts} tokens, but {batch} rows of {length} positions; give one token per position, or one "
             "such sequence per row"
         )
-    return [[str(token) for token in row] for row in rows]
+    return tuple(tuple(str(token) for token in row) for row in rows)

@@ -18,9 +18,9 @@ from ssm_interp.features.groups import ALL, check_attached, check_groups, featur
 from ssm_interp.features.metrics import Metric
 from ssm_interp.hooks import Attachment, Knockout, warn_hooked
 from ssm_interp.hooks.interventions import as_indices, as_number
-from ssm_interp.plots import circuit_figure, short
+from ssm_interp.plots import circuit_figure, circuit_page, short
 from ssm_interp.prompts import Batch, warn_shared
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import Result
 
 METRICS = {
     "logprob": "the answer's ln p (nats)",
@@ -29,8 +29,8 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Circuit:
+@dataclass(frozen=True, repr=False)
+class Circuit(Result):
     """The edge groups that a search could not remove, and what was found on the way.
 
     Attributes:
@@ -66,7 +66,7 @@ class Circuit:
     log: pd.DataFrame
     first_tokens: int = 0
 
-    __repr__ = short_repr
+    holds = (EdgeGroup,)
 
     @property
     def faithfulness(self) -> float:
@@ -74,6 +74,7 @@ class Circuit:
         number where they do nothing."""
         return (self.alone - self.empty) / (self.clean - self.empty) if self.clean != self.empty else math.nan
 
+    @property
     def frame(self) -> pd.DataFrame:
         """A row per edge group: layer, source, target, feature_group, kept, effect (NaN where it was removed)."""
         rows = [
@@ -85,9 +86,16 @@ class Circuit:
 
     def plot(self) -> Figure:
         """The circuit as a picture, see `plots.circuit_figure`."""
+        return circuit_figure(self.frame, **self._drawn)
+
+    def page(self) -> str:
+        """The same as an interactive page of HTML, see `plots.circuit_page`."""
+        return circuit_page(self.frame, **self._drawn)
+
+    @property
+    def _drawn(self) -> dict[str, Any]:
         title = f"{short(self.model)}, {self._counted}\n{self._size}, {self._faithful}"
-        metric = METRICS.get(self.metric, "the metric")
-        return circuit_figure(self.frame(), roles=self.roles, title=title, metric=metric)
+        return {"roles": self.roles, "title": title, "metric": METRICS.get(self.metric, "the metric")}
 
     def __str__(self) -> str:
         numbers = f"clean {self.clean:.4g}, circuit alone {self.alone:.4g}, all removed {self.empty:.4g}"

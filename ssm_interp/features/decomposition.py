@@ -9,14 +9,17 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp import plots
 from ssm_interp.errors import FeatureError
-from ssm_interp.features.arguments import chosen_layers, columns, whole_texts
+from ssm_interp.features.arguments import chosen_layers, columns, row_of, row_tokens, whole_texts
 from ssm_interp.features.groups import ALL, Groups, check_groups
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
 from ssm_interp.reprs import short_repr
+from ssm_interp.results import ByLayer, Result, Tokens, labels, with_tokens
 from ssm_interp.scan import Terms, attention_rows
 from ssm_interp.scan.unified import unified_rows
 
@@ -27,8 +30,8 @@ OTHER = "other"
 PARTS = ("ssm", "skip", "ssm_bias", "skip_bias", "out_bias")
 
 
-@dataclass(frozen=True, eq=False)
-class Decomposition:
+@dataclass(frozen=True, eq=False, repr=False)
+class Decomposition(Result):
     """The output of one mixer at some targets, as a sum.
 
     Letters: b batch row, r target, f feature group, c column, m model dimension (before the output projection: h p).
@@ -45,6 +48,8 @@ class Decomposition:
             "ssm_bias", "skip_bias": by input, what the convolution's bias gives through the operator and past it.
             "out_bias": of the output projection (not before it); belongs to no group, so f is 1.
         whole: what the host itself computed, `[b r *]`.
+        model: its name.
+        tokens: a readable token per column of the ids, row by row; None: not known.
 
     Held fixed, at their values in this forward: dt, B and C (so M), the gate and the scale of a norm behind it, and by
     input the slope Z of the convolution's SiLU. How these depend on the tokens is not part of the sum. Everything else
@@ -61,8 +66,8 @@ class Decomposition:
     groups: tuple[str, ...]
     parts: Mapping[str, Float[Tensor, "b r ..."]]
     whole: Float[Tensor, "b r ..."]
-
-    __repr__ = short_repr
+    model: str
+    tokens: Tokens | None = None
 
     @property
     def rest(self) -> Float[Tensor, "b r ..."]:
@@ -77,14 +82,72 @@ class Decomposition:
                 found[:, row, :, target - lag] += skip[:, row, :, lag]
         return found
 
+    @property
     def frame(self) -> pd.DataFrame:
         """A row per batch row, target, part, group and position that can be read, with the length of that vector.
 
-        Columns: row, layer, target, part, feature_group, source (missing where there is none), norm.
+        Columns: row, layer, target, part, feature_group, source (missing where there is none), norm, and where the
+        tokens are known, target_token and source_token.
         """
         axes = tuple(range(4, self.parts["ssm"].ndim))
         norms = {name: torch.linalg.vector_norm(part, dim=axes) for name, part in self.parts.items()}
-        return tidy(norms, self.layer, self.targets, self.groups).rename(columns={"value": "norm"})
+        table = tidy(norms, self.layer, self.targets, self.groups).rename(columns={"value": "norm"})
+        return with_tokens(table, self.tokens)
+
+    def lengths(self, row: int, target: int | None, group: str | None) -> Float[Tensor, " s"]:
+        """How much each position writes at a target, in norm: of a group, or of the sum of all.
+
+        Raises:
+            FeatureError: no such row, target or group; a target left open where there are several.
+        """
+        row = row_of(row, len(self.whole))
+        if target is None and len(self.targets) > 1:
+            raise FeatureError(f"name one of the targets {list(self.targets)} to draw")
+        if target is not None and target not in self.targets:
+            raise FeatureError(f"target {target!r:.200} was not asked for; there are {list(self.targets)}")
+        if group is not None and group not in self.groups:
+            raise FeatureError(f"there is no feature group {group!r:.200}; there are {list(self.groups)}")
+        at = self.by_position()[row, 0 if target is None else self.targets.index(target)]  # f s *
+        written = at.sum(0) if group is None else at[self.groups.index(group)]
+        lengths: Tensor = torch.linalg.vector_norm(written.flatten(1), dim=1)
+        return lengths
+
+    def plot(self, *, row: int = 0, target: int | None = None, group: str | None = None, **options: Any) -> Figure:
+        """How much each position writes, as a map of one layer: see `Decompositions.plot`."""
+        return Decompositions({self.layer: self}).plot(row=row, target=target, group=group, **options)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Decompositions(ByLayer[Decomposition]):
+    """Layer -> its decomposition.
+
+    Example:
+        >>> decompose(ssm, inputs).frame.groupby("layer")["norm"].sum()                    # doctest: +SKIP
+        >>> decompose(ssm, inputs).plot().savefig("written.png")                           # doctest: +SKIP
+    """
+
+    holds = (Decomposition,)
+
+    def plot(self, *, row: int = 0, target: int | None = None, group: str | None = None, **options: Any) -> Figure:
+        """How much each position writes at a target in each layer, in norm: `plots.attribution_figure`.
+
+        Args:
+            row: which row of the batch.
+            target: which of the targets, where there are several.
+            group: of which feature group; None: of all together.
+            options: as of `attribution_figure`: subject; title, in place of the model and the target; label; ax.
+
+        Raises:
+            FeatureError: no such row, target or group; a target left open where there are several.
+            ValueError: a subject outside the prompt.
+        """
+        written = torch.stack([layer.lengths(row, target, group).cpu() for layer in self.values()])
+        first = next(iter(self.values()))
+        features = "" if group is None else f", features: {group}"
+        position = first.targets[0] if target is None else target
+        options.setdefault("title", f"{plots.short(first.model)}\nwritten at position {position}{features}")
+        options.setdefault("label", "Length of what is written")
+        return plots.attribution_figure(written, labels(first.tokens, row, written.shape[1]), list(self), **options)
 
 
 def decompose(
@@ -96,7 +159,8 @@ def decompose(
     by: By = "source",
     features: Groups | None = None,
     project: bool = True,
-) -> dict[int, Decomposition]:
+    tokens: Any = None,
+) -> Decompositions:
     """Write the output of each mixer at some targets as a sum; see `Decomposition` for its parts.
 
     Args:
@@ -108,13 +172,15 @@ def decompose(
         features: groups, as `feature_groups` gives; no feature in two of them. None: all features together. The skip
             and the biases of a head go to the group that has all of it, else to "other".
         project: behind the output projection, in the residual stream's dimensions m; else before it, `[h p]`.
+        tokens: a readable token per column of the ids, or such a sequence per row, for tables and pictures; None: those
+            of a batch of prompts, else none.
 
     Returns:
         Layer -> its decomposition. Sums agree with the host's own output to rounding (`rest`).
 
     Raises:
         FeatureError: unknown layers, targets outside the prompt or in padding, groups that do not exist or overlap, an
-            unknown `by`; and as `record_mixers`.
+            unknown `by`; tokens of another number than the columns; and as `record_mixers`.
 
     Cost: one forward, and per layer and target O(L H N) for the row of M and O(L H P m) for the projection (by input
         O(L H P K) beside); the result has `b r f L m` numbers. A group of (head, state dimension) pairs takes a row
@@ -129,13 +195,26 @@ def decompose(
     chosen = chosen_layers(ssm, layers)
     groups = None if features is None else check_groups(ssm, features, disjoint=True)
     given, mask = whole_texts(ssm, inputs)
-    found = columns(targets, mask)
+    found, named = columns(targets, mask), row_tokens(tokens, inputs, mask)
     _, records = run_recorded(ssm, given, chosen)
     with precisely(records[chosen[0]].terms.x.device):
-        return {layer: _decomposed(record, found, by, groups, project) for layer, record in records.items()}
+        return Decompositions(
+            {
+                layer: _decomposed(record, found, by, groups, project, ssm.name, named)
+                for layer, record in records.items()
+            }
+        )
 
 
-def _decomposed(record: MixerRecord, found: list[int], by: By, features: Groups | None, project: bool) -> Decomposition:
+def _decomposed(
+    record: MixerRecord,
+    found: list[int],
+    by: By,
+    features: Groups | None,
+    project: bool,
+    model: str,
+    tokens: Tokens | None,
+) -> Decomposition:
     groups = groups_of(record, features)
 
     def onto_stream(piece: Tensor, heads: Tensor) -> Tensor:
@@ -151,7 +230,8 @@ def _decomposed(record: MixerRecord, found: list[int], by: By, features: Groups 
     if project:
         parts["out_bias"] = record.bias.expand(len(record.output), len(found), 1, 1, -1)
     whole = (record.output if project else record.inner)[:, found]
-    return Decomposition(record.layer, by, tuple(found), tuple(group.name for group in groups), parts, whole)
+    names = tuple(group.name for group in groups)
+    return Decomposition(record.layer, by, tuple(found), names, parts, whole, model, tokens)
 
 
 class Group(NamedTuple):

@@ -10,35 +10,35 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from ssm_interp import plots
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import whole_number
 from ssm_interp.features.differentiate import Question
 from ssm_interp.features.edges import EdgeAttribution
 from ssm_interp.features.metrics import Metric, Positions, measure
 from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each, warn_hooked
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import Result
 
 FAST_INPUTS = {"input_ids", "attention_mask"}
 
 
-@dataclass(frozen=True, eq=False)
-class EdgeCheck:
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeCheck(Result):
     """Attributions and exact effects of the same edges.
 
     Attributes:
-        frame: a row per edge: row, layer, (group,) target, source, attribution, `exact` (the metric with that edge
-            knocked out less the clean one), and `chosen`: "top" or "random".
+        frame: a row per edge: the columns of `EdgeAttribution.frame`, `exact` (the metric with that edge knocked out
+            less the clean one), and `chosen`: "top" or "random".
 
     Example:
         >>> check_edges(ssm, inputs, metric, found).correlation()         # doctest: +SKIP
     """
 
     frame: pd.DataFrame
-
-    __repr__ = short_repr
 
     def correlation(self, chosen: str | None = None, at_least: float = 0.0) -> float:
         """Spearman's rank correlation of attribution and exact effect; NaN where there is none to be had.
@@ -57,6 +57,10 @@ class EdgeCheck:
         if rows["attribution"].nunique() < 2 or rows["exact"].nunique() < 2:
             return float("nan")
         return float(spearmanr(rows["attribution"], rows["exact"]).statistic)
+
+    def plot(self) -> Figure:
+        """A point per edge, exact effect over attribution: `plots.agreement_figure`."""
+        return plots.agreement_figure(self.frame)
 
 
 def check_edges(
@@ -106,7 +110,7 @@ def check_edges(
             f"the attribution is of a metric that is {found.metric.tolist()} here, but this one is {clean.tolist()}; "
             "give the same model, inputs and metric to both"
         )
-    edges = found.top(len(found.frame()))
+    edges = found.top(len(found.frame))
     drawn = edges[top:].sample(min(random, max(0, len(edges) - top)), random_state=seed)
     chosen = pd.concat([edges[:top].assign(chosen="top"), drawn.assign(chosen="random")], ignore_index=True)
     exact = np.full(len(chosen), np.nan)
@@ -121,7 +125,7 @@ def check_edges(
 
 def _knockout(found: EdgeAttribution, edge: dict[Any, Any]) -> Knockout | None:
     """The knockout of an edge, in its row alone; None of a group that has no features in the edge's layer."""
-    group = (found.features or {}).get(edge.get("group", ""))
+    group = (found.features or {}).get(edge["feature_group"])
     features = None if group is None else group.get(edge["layer"])
     if group is not None and features is None:
         return None

@@ -10,24 +10,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp import plots
 from ssm_interp.errors import FeatureError
-from ssm_interp.features.arguments import chosen_layers, row_tokens, whole_number
+from ssm_interp.features.arguments import chosen_layers, row_of, row_tokens, whole_number
 from ssm_interp.features.differentiate import Question
-from ssm_interp.features.groups import Groups, PlainGroups, check_groups
+from ssm_interp.features.groups import ALL, Groups, PlainGroups, check_groups
 from ssm_interp.features.metrics import Metric, Positions
 from ssm_interp.hooks import Attachment, HookPoints, warn_hooked
 from ssm_interp.hooks.interventions import as_index
 from ssm_interp.hooks.plan import feature_mask
+from ssm_interp.results import Result, Tokens, labels, with_tokens
 from ssm_interp.scan import edge_products
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeAttribution:
+class EdgeAttribution(Result):
     """What removing each edge target <- source would do to a metric, to first order.
 
     An entry predicts `metric(edge knocked out) - metric`: negative where the edge supports the metric.
@@ -42,9 +43,10 @@ class EdgeAttribution:
         without: the metric with all edges of these layers removed, `[b]`; None for a single step, which does not ask.
         steps: how many gradients each entry is a mean of.
         model: its name.
+        tokens: a readable token per column, row by row; None: not known.
 
     Example:
-        >>> found.top(5, tokens=["The", " capital", " of", " France", " is"])      # doctest: +SKIP
+        >>> found.top(5)      # doctest: +SKIP
     """
 
     values: Float[Tensor, "b layer *group t s"]
@@ -55,6 +57,7 @@ class EdgeAttribution:
     without: Float[Tensor, " b"] | None
     steps: int
     model: str
+    tokens: Tokens | None = None
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -86,81 +89,97 @@ class EdgeAttribution:
         columns = {
             "row": row,
             "layer": np.array(self.layers)[layer],
-            **({"group": np.array(self.groups, dtype=object)[group]} if self.groups else {}),
+            "feature_group": np.array(self.groups or (ALL,), dtype=object)[group],
             "target": target,
             "source": source,
             "attribution": values.cpu().numpy()[row, layer, group, target, source],
         }
-        return pd.DataFrame(columns)
+        return with_tokens(pd.DataFrame(columns), self.tokens)
 
-    def frame(self, tokens: Sequence[Any] | None = None) -> pd.DataFrame:
-        """A row per edge that exists, padding left out: row, layer, (group,) target, source, attribution.
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row per edge that exists, padding left out.
 
-        Args:
-            tokens: a readable token per column of the input ids, or a sequence of such sequences, one per row; they
-                become the columns `target_token` and `source_token`.
-
-        Raises:
-            FeatureError: another number of tokens than the prompt has positions.
+        Columns: row, layer, feature_group ("all" without groups), target, source, attribution, and where the tokens are
+        known, target_token and source_token.
 
         Example:
-            >>> found.frame().groupby("layer")["attribution"].sum()      # doctest: +SKIP
+            >>> found.frame.groupby("layer")["attribution"].sum()      # doctest: +SKIP
         """
-        if tokens is None:
-            return self._table.copy()
-        named = np.array(row_tokens(tokens, *self.mask.shape), dtype=object)
-        row = self._table["row"]
-        return self._table.assign(
-            target_token=named[row, self._table["target"]], source_token=named[row, self._table["source"]]
-        )
+        return self._table.copy()
 
-    def top(self, count: int = 10, tokens: Sequence[Any] | None = None) -> pd.DataFrame:
-        """The rows of `frame(tokens)` with the largest attribution of either sign, the largest first.
+    def top(self, count: int = 10) -> pd.DataFrame:
+        """The rows of `frame` with the largest attribution of either sign, the largest first.
 
         Raises:
-            FeatureError: a negative count; and as `frame`.
+            FeatureError: a negative count.
 
         Example:
             >>> found.top(3)[["layer", "target", "source"]]              # doctest: +SKIP
         """
-        number, frame = whole_number(count, "the number of edges", least=0), self.frame(tokens)
-        order = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order[:number]].reset_index(drop=True)
+        number = whole_number(count, "the number of edges", least=0)
+        order = self._table["attribution"].abs().sort_values(ascending=False, kind="stable").index
+        return self._table.loc[order[:number]].reset_index(drop=True)
 
-    def plot(self, tokens: Sequence[Any], *, row: int = 0, group: str | None = None, **options: Any) -> Figure:
+    def plot(self, *, row: int = 0, group: str | None = None, **options: Any) -> Figure:
         """Two maps of a row of the batch, without its padding: `plots.edge_figure`.
 
         Args:
-            tokens: as of `frame`.
             row: which row.
             group: which feature group, where there are several.
             options: as of `edge_figure`: target (a position among the row's tokens); title, in place of the model and
-                the clean metric; label, in place of what an entry is.
+                the clean metric; label, in place of what an entry is; scale, in place of the clean metric.
 
         Raises:
-            FeatureError: no such row or group, or a group left open; tokens of another number; no position.
+            FeatureError: no such row or group, or a group left open; no position.
             ValueError: a target outside the prompt.
 
         Example:
-            >>> found.plot(tokens, target=-1).savefig("edges.png", dpi=200)     # doctest: +SKIP
+            >>> found.plot(target=-1).savefig("edges.png", dpi=200)     # doctest: +SKIP
         """
-        if (row := whole_number(row, "row", least=0)) >= len(self.mask):
-            raise FeatureError(f"there is no row {row}; the batch has rows 0 to {len(self.mask) - 1}")
+        row, group, kept, options = self._chosen(row, group, options)
+        values = self.values[row, :, self.groups.index(group)] if group is not None else self.values[row]
+        kept = kept.to(values.device)
+        return plots.edge_figure(values[:, kept][:, :, kept], layers=self.layers, **options)
+
+    def page(self, *, row: int = 0, group: str | None = None, **options: Any) -> str:
+        """The same as an interactive page of HTML, in which target and layer are chosen: `plots.edges_page`.
+
+        Args and errors are those of `plot`.
+
+        Example:
+            >>> Path("edges.html").write_text(found.page())             # doctest: +SKIP
+        """
+        row, group, kept, options = self._chosen(row, group, options)
+        edges = self._table[
+            (self._table["row"] == row) & (self._table["feature_group"] == (ALL if group is None else group))
+        ]
+        place = pd.Series(range(len(kept)), index=kept.tolist())  # of a column of the ids among those drawn
+        drawn = edges.assign(target=edges["target"].map(place), source=edges["source"].map(place))
+        return plots.edges_page(drawn, **options)
+
+    def _chosen(
+        self, row: int, group: str | None, options: Mapping[str, Any]
+    ) -> tuple[int, str | None, Int[Tensor, " t"], dict[str, Any]]:
+        """What is drawn of a batch: its row, the group, the columns that are no padding, and how."""
+        row = row_of(row, len(self.mask))
         if not self.groups and group is not None:
             raise FeatureError(f"this attribution was not split by features, so there is no group {group!r:.200}")
         if self.groups and group not in self.groups:
             raise FeatureError(f"name one of the feature groups {list(self.groups)} to draw, got group={group!r}")
         if (target := as_index(options.get("target", -1))) is None:
             raise FeatureError(f"target is one position of the row, got {options['target']!r:.200}")
-        values = self.values[row, :, self.groups.index(group)] if self.groups and group else self.values[row]
-        kept = self.mask[row].nonzero()[:, 0].to(values.device)
-        named = row_tokens(tokens, *self.mask.shape)[row]
-        shown = [named[column] for column in kept.tolist()]
+        kept = self.mask[row].nonzero()[:, 0]
+        named = labels(self.tokens, row, self.mask.shape[1])
         about = f"{plots.short(self.model)}: metric = {float(self.metric[row]):.3g}"
         integrated = f"Share of the change of the metric if all edges are removed ({self.steps} steps)"
-        options.setdefault("title", f"{about}, features: {group}" if self.groups else about)
-        options.setdefault("label", plots.EDGE_LABEL if self.steps == 1 else integrated)
-        return plots.edge_figure(values[:, kept][:, :, kept], shown, self.layers, **options | {"target": target})
+        defaults = {
+            "title": f"{about}, features: {group}" if self.groups else about,
+            "scale": float(self.metric[row]),
+            "label": plots.EDGE_LABEL if self.steps == 1 else integrated,
+        }
+        shown = {"tokens": [named[column] for column in kept.tolist()], "target": target}
+        return row, group, kept, defaults | dict(options) | shown
 
 
 def edge_attribution(
@@ -172,6 +191,7 @@ def edge_attribution(
     layers: Any = None,
     features: Groups | None = None,
     steps: int = 1,
+    tokens: Any = None,
 ) -> EdgeAttribution:
     """The first-order effect on a metric of removing each SSM edge, for all edges, layers and groups at once.
 
@@ -191,6 +211,8 @@ def edge_attribution(
         steps: 1 is the plain gradient. More: integrated gradients, the mean of so many gradients while all edges of
             these layers are scaled from 0 to 1 together (at Gauss-Legendre nodes), so that the entries sum to
             `metric(all removed) - metric`.
+        tokens: a readable token per column of the ids, or such a sequence per row, for tables and pictures; None: those
+            of a batch of prompts, else none.
 
     Returns:
         The attribution; see `check_edges` for how true it is.
@@ -200,7 +222,7 @@ def edge_attribution(
             layers; a metric that is not one finite number per row or does not depend on the logits; no layers, or
             unknown ones; groups that do not fit the model; edits at work that leave an edge no single worth (of some
             features, of states, of the matrix); hooks on hook_write, hook_state or hook_attn; a cache or packed
-            sequences among the inputs; steps below 1.
+            sequences among the inputs; steps below 1; tokens of another number than the columns.
 
     Warns:
         HookedWarning: hooks are on other hook points, under which the gradient is taken.
@@ -222,6 +244,7 @@ def edge_attribution(
     groups = None if features is None else _groups(ssm, features, chosen)
     masks = None if groups is None else _group_masks(ssm, groups, chosen)
     question = Question.of(ssm, inputs, metric, positions, chosen)
+    named = row_tokens(tokens, inputs, question.mask)
     warn_hooked(ssm, "the attribution")
     total, clean, without = None, None, None
     for scale, weight in _nodes(steps):
@@ -231,7 +254,7 @@ def edge_attribution(
     if steps > 1:
         clean, without = question.value(1.0), question.value(0.0)
     assert total is not None and clean is not None
-    return EdgeAttribution(-total, chosen, groups, question.mask, clean, without, steps, ssm.name)
+    return EdgeAttribution(-total, chosen, groups, question.mask, clean, without, steps, ssm.name, named)
 
 
 def _nodes(steps: int) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from ssm_interp import plots
 from ssm_interp.errors import FeatureError
-from ssm_interp.features.arguments import chosen_layers, columns, row_tokens, whole_number, whole_texts
+from ssm_interp.features.arguments import chosen_layers, columns, row_of, row_tokens, whole_texts
 from ssm_interp.features.decomposition import By, check_by, groups_of, parts_at, tidy
 from ssm_interp.features.groups import Groups, check_groups
 from ssm_interp.features.metrics import logits_of, token_ids
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.features.stream import frozen_scale, graph_from, last_norm, written_share
 from ssm_interp.hooks import Attachment
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import Result, Tokens, labels, with_tokens
 
 MEAN = "mean"
 
 
-@dataclass(frozen=True, eq=False)
-class LogitAttribution:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitAttribution(Result):
     """What mixers write, directly, along logit(target) - logit(other) at one position.
 
     Letters: b batch row, l layer, f feature group, c column (as in `Decomposition`), s source.
@@ -41,13 +41,14 @@ class LogitAttribution:
             "out_bias".
         difference: the logit difference that the model gave, `[b]`.
         model: its name.
+        tokens: a readable token per column of the ids, row by row; None: not known.
 
     Held fixed: the scale of the last norm, and what `Decomposition` holds fixed. Only the direct path counts: what a
     later layer, attention or MLP makes of a mixer's output is theirs.
 
     Example:
         >>> found = logit_attribution(ssm, inputs, paris, london)                          # doctest: +SKIP
-        >>> found.frame().nlargest(5, "attribution")                                       # doctest: +SKIP
+        >>> found.frame.nlargest(5, "attribution")                                       # doctest: +SKIP
     """
 
     by: By
@@ -57,8 +58,7 @@ class LogitAttribution:
     parts: Mapping[str, Float[Tensor, "b l _ _"]]
     difference: Float[Tensor, " b"]
     model: str
-
-    __repr__ = short_repr
+    tokens: Tokens | None = None
 
     @property
     def rest(self) -> Float[Tensor, " b"]:
@@ -72,10 +72,12 @@ class LogitAttribution:
             found[..., self.position - lag] += skip[..., lag]
         return found
 
+    @property
     def frame(self) -> pd.DataFrame:
         """A row per batch row, layer, part, group and source, and one of part "rest" that makes the sum complete.
 
-        Columns: row, layer, source (missing where there is none), part, feature_group, attribution.
+        Columns: row, layer, source (missing where there is none), part, feature_group, attribution, and where the
+        tokens are known, source_token.
         """
         tables = [
             tidy({name: part[:, [place]] for name, part in self.parts.items()}, layer, [self.position], self.groups)
@@ -84,29 +86,29 @@ class LogitAttribution:
         rest = pd.DataFrame({"row": range(len(self.rest)), "part": "rest", "value": self.rest.tolist()})
         table = pd.concat([*tables, rest.reindex(columns=tables[0].columns).astype({"source": "Int64"})])
         table = table.rename(columns={"value": "attribution"}).astype({"layer": "Int64"})
-        return table[["row", "layer", "source", "part", "feature_group", "attribution"]].reset_index(drop=True)
+        table = table[["row", "layer", "source", "part", "feature_group", "attribution"]].reset_index(drop=True)
+        return with_tokens(table, self.tokens)
 
-    def plot(self, tokens: Sequence[Any], *, row: int = 0, **options: Any) -> Figure:
+    def plot(self, *, row: int = 0, **options: Any) -> Figure:
         """A map of a row of the batch, source token x layer, all feature groups together: `plots.attribution_figure`.
 
         Args:
-            tokens: a readable token per column of the input ids, or a sequence of such sequences, one per row.
             row: which row.
             options: as of `attribution_figure`: subject; title, in place of the model and the difference; label; ax.
 
         Raises:
-            FeatureError: no such row; another number of tokens than the prompt has positions.
+            FeatureError: no such row.
             ValueError: a subject outside the prompt.
 
         Example:
-            >>> found.plot(tokens, title="tiny-mamba1: Paris or London").savefig("logits.png")     # doctest: +SKIP
+            >>> found.plot(title="tiny-mamba1: Paris or London").savefig("logits.png")     # doctest: +SKIP
         """
         values = self.by_position()
-        if (row := whole_number(row, "row", least=0)) >= len(values):
-            raise FeatureError(f"there is no row {row}; the batch has rows 0 to {len(values) - 1}")
-        named = row_tokens(tokens, len(values), values.shape[3])[row]
+        row = row_of(row, len(values))
+        named = labels(self.tokens, row, values.shape[3])
         shown = values[row].sum(1)
         whole = f"{float(self.difference[row]):.3g}, of which {float(shown.sum()):.3g} is shown"
+        options.setdefault("scale", float(self.difference[row]))
         options.setdefault("title", f"{plots.short(self.model)}\nlogit difference {whole}")
         return plots.attribution_figure(shown, named, self.layers, **options)
 
@@ -121,6 +123,7 @@ def logit_attribution(
     by: By = "source",
     layers: Any = None,
     features: Groups | None = None,
+    tokens: Any = None,
 ) -> LogitAttribution:
     """How much each (layer, source, feature group), and each path past the operator, writes along a logit difference.
 
@@ -134,13 +137,16 @@ def logit_attribution(
         by: "source" or "input", see `Decomposition`.
         layers: SSM layers, one or a sequence; None: all. What the others write is in the rest.
         features: groups, no feature in two of them; None: all features together.
+        tokens: a readable token per column of the ids, or such a sequence per row, for tables and pictures; None: those
+            of a batch of prompts, else none.
 
     Returns:
         The attributions; with `rest` they add up to the difference that the model gave.
 
     Raises:
         FeatureError: token ids outside the vocabulary, or not one per row; a position outside the prompt or in padding;
-            a model without output head, or whose last norm does more than scale; and as `decompose`.
+            tokens of another number than the columns; a model without output head, or whose last norm does more than
+            scale; and as `decompose`.
 
     Cost: a forward, the backward of the output head, a forward over one token (`stream.written_share`), and per layer
         O(L H N + L H P); nothing of the size of `L m` is made.
@@ -158,7 +164,7 @@ def logit_attribution(
     column, *more = columns(position, mask, "position")
     if more:
         raise FeatureError(f"position is one position, got {position!r:.200}; ask for each in a call of its own")
-    norm = last_norm(ssm)
+    named, norm = row_tokens(tokens, inputs, mask), last_norm(ssm)
     with graph_from(norm) as ends:
         ids, others = token_ids(target, "target"), _others(other)  # in here they are no inference tensors
         run, records = run_recorded(ssm, given, chosen)
@@ -174,7 +180,7 @@ def logit_attribution(
         ]
         parts = {name: torch.stack([layer[name] for layer in found], dim=1) for name in found[0]}
     names = tuple(group.name for group in groups_of(records[chosen[0]], groups))
-    return LogitAttribution(by, column, tuple(chosen), names, parts, difference.detach().to(direction), ssm.name)
+    return LogitAttribution(by, column, tuple(chosen), names, parts, difference.detach().to(direction), ssm.name, named)
 
 
 def _attributed(

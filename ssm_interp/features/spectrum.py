@@ -31,6 +31,7 @@ from ssm_interp.hooks import Attachment, warn_hooked
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.interventions import as_list
 from ssm_interp.hooks.own import Watch, watching
+from ssm_interp.results import Result
 from ssm_interp.scan import Terms, distance_sums
 
 BY_STATE = ("effective decay", "half-life")
@@ -38,12 +39,12 @@ SLAB = 2**22  # numbers of one temporary tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class Spectrum(Result):
     """Statistics of the features of every SSM layer, large where the memory is long (but for the steps).
 
     Attributes:
         model: its name.
-        tokens: how many tokens stand behind the numbers, padding left out; 0: the weights alone.
+        n_tokens: how many tokens stand behind the numbers, padding left out; 0: the weights alone.
         statistics: name -> layer -> a number per feature (a head, in Mamba-1 a channel), `[h]` in float64:
             "decay norm": `exp(-exp(A_log))`, what a unit step keeps of the state, as `decay_norms` gives it: the sum
             over the state dimensions (in Mamba-2 a head has one decay). Of the weights alone.
@@ -65,7 +66,7 @@ class Spectrum:
     """
 
     model: str
-    tokens: int
+    n_tokens: int
     statistics: Mapping[str, Mapping[int, Float[Tensor, " h"]]]
     by_state: Mapping[str, Mapping[int, Float[Tensor, "h n"]]]
 
@@ -76,8 +77,9 @@ class Spectrum:
 
     def __repr__(self) -> str:
         layers = list(next(iter(self.statistics.values())))
-        return f"Spectrum({self.model}, layers {layers}, {self.tokens} tokens: {', '.join(self.statistics)})"
+        return f"Spectrum({self.model}, layers {layers}, {self.n_tokens} tokens: {', '.join(self.statistics)})"
 
+    @property
     def frame(self) -> pd.DataFrame:
         """A row per layer, feature and statistic: `model`, `layer`, `feature`, `statistic`, `value`."""
         parts = [
@@ -101,12 +103,12 @@ class Spectrum:
         Raises:
             ValueError: a quantile outside [0, 1], or none.
         """
-        return plots.quantiles(self.frame(), q)
+        return plots.quantiles(self.frame, q)
 
     def plot(self) -> Figure:
         """The quantiles of every statistic over the layers; see `plots.spectrum_figure`."""
-        read = f"measured on {self.tokens} tokens" if self.tokens else "measured on the weights alone"
-        return plots.spectrum_figure(self.frame(), title=read)
+        read = f"measured on {self.n_tokens} tokens" if self.n_tokens else "measured on the weights alone"
+        return plots.spectrum_figure(self.frame, title=read)
 
 
 def spectrum(

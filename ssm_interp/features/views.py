@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -14,10 +16,10 @@ from torch import Tensor
 
 from ssm_interp import plots
 from ssm_interp.errors import FeatureError
-from ssm_interp.features.arguments import chosen_layers, columns, indices, row_tokens, whole_number, whole_texts
+from ssm_interp.features.arguments import chosen_layers, columns, indices, row_of, row_tokens, whole_texts
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import ByLayer, Result, Tokens, labels, with_tokens
 from ssm_interp.scan import Terms, attention, attention_rows
 from ssm_interp.scan.attention import Reduction
 from ssm_interp.scan.blocks import SLAB_BYTES
@@ -40,8 +42,8 @@ REDUCED: Mapping[Reduction, str] = {
 MEASURES = {"mean": torch.positive, "mean_abs": torch.abs, "norm": torch.square}
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionView:
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionView(Result):
     """The attention of one layer in one form. A row is a target t, a column a source s; above the diagonal it is zero.
 
     Attributes:
@@ -58,12 +60,12 @@ class AttentionView:
         values: `[b r s]`; with reduction None `[b c r s]`. c counts heads (in Mamba-1 they are channels), and in the
             unified form channels, `h p` flattened.
         bias: in the unified form the convolution's bias, as one more column, `[b r]` or `[b c r]`; else None.
-
         model: its name.
+        tokens: a readable token per column of the ids, row by row; None: not known.
 
     Example:
         >>> view = attention_views(ssm, inputs, "unified", layers=[3])[3]                  # doctest: +SKIP
-        >>> view.plot(tokens).savefig("unified.png")                                       # doctest: +SKIP
+        >>> view.plot().savefig("unified.png")                                       # doctest: +SKIP
     """
 
     layer: int
@@ -73,36 +75,88 @@ class AttentionView:
     values: Float[Tensor, "b *c r s"]
     bias: Float[Tensor, "b *c r"] | None
     model: str
+    tokens: Tokens | None = None
 
-    __repr__ = short_repr
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row per batch row, (channel,) target and source that it can read, padding (zero) included.
 
-    def plot(self, tokens: Sequence[Any], *, row: int = 0, **options: Any) -> Figure:
+        Columns: row, layer, channel (with no reduction: the place among the channels that were asked for), target,
+        source, attention, and where the tokens are known, target_token and source_token. In the unified form the bias's
+        column has no source.
+        """
+        values = self.values if self.reduction is None else self.values[:, None]  # b c r s
+        sources = np.arange(values.shape[-1])
+        readable = np.broadcast_to(sources <= np.array(self.targets)[:, None], values.shape)
+        row, channel, place, source = readable.nonzero()
+        columns = {"row": row, "channel": channel, "target": np.array(self.targets)[place], "source": source}
+        table = pd.DataFrame(columns).assign(attention=values.cpu().numpy()[row, channel, place, source])
+        if self.bias is not None:
+            bias = (self.bias if self.reduction is None else self.bias[:, None]).cpu().numpy()  # b c r
+            row, channel, place = np.ones(bias.shape).nonzero()
+            columns = {"row": row, "channel": channel, "target": np.array(self.targets)[place]}
+            table = pd.concat([table, pd.DataFrame(columns).assign(attention=bias.ravel())], ignore_index=True)
+        table = table.astype({"source": "Int64"})
+        table.insert(1, "layer", self.layer)
+        return with_tokens(table if self.reduction is None else table.drop(columns="channel"), self.tokens)
+
+    def plot(self, *, row: int = 0, **options: Any) -> Figure:
         """Heat map of a row of the batch: `plots.attention_figure`.
 
         Args:
-            tokens: a readable token per column of the input ids, or a sequence of such sequences, one per row.
             row: which row.
             options: as of `attention_figure`: title, in place of the model and the layer; label, in place of what an
                 entry is; ax.
 
         Raises:
-            FeatureError: all channels apart, or not all targets; no such row; another number of tokens.
+            FeatureError: all channels apart, or not all targets; no such row.
 
         Example:
-            >>> attention_views(ssm, inputs, "value")[3].plot(tokens).savefig("value.png")  # doctest: +SKIP
+            >>> attention_views(ssm, inputs, "value")[3].plot().savefig("value.png")  # doctest: +SKIP
         """
+        matrix, tokens, options = self._chosen(row, options)
+        return plots.attention_figure(matrix, tokens, **options)
+
+    def page(self, *, row: int = 0, **options: Any) -> str:
+        """The same as an interactive page of HTML: `plots.attention_page`. Args and errors are those of `plot`."""
+        matrix, tokens, options = self._chosen(row, options)
+        return plots.attention_page(matrix, tokens, **options)
+
+    def _chosen(
+        self, row: int, options: Mapping[str, Any]
+    ) -> tuple[Float[Tensor, "t s"], Sequence[str], dict[str, Any]]:
+        """What is drawn of a batch: a row's matrix, its tokens, and how."""
         *batch, targets, sources = self.values.shape
         if self.reduction is None or targets != sources:
             raise FeatureError(
                 f"a heat map needs [b t s] with t = s, this view has {list(self.values.shape)}; ask for all targets, "
                 "and for a reduction ('mean', 'mean_abs', 'norm')"
             )
-        if (row := whole_number(row, "row", least=0)) >= batch[0]:
-            raise FeatureError(f"there is no row {row}; the batch has rows 0 to {batch[0] - 1}")
+        row = row_of(row, batch[0])
         over = "channels" if self.form == "unified" else "heads"
-        options.setdefault("title", f"{plots.short(self.model)}, layer {self.layer}\n{LABELS[self.form]}")
-        options.setdefault("label", f"{REDUCED[self.reduction]} over {over}")
-        return plots.attention_figure(self.values[row], row_tokens(tokens, batch[0], sources)[row], **options)
+        defaults = {
+            "title": f"{plots.short(self.model)}, layer {self.layer}\n{LABELS[self.form]}",
+            "label": f"{REDUCED[self.reduction]} over {over}",
+        }
+        return self.values[row], labels(self.tokens, row, sources), defaults | dict(options)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionViews(ByLayer[AttentionView]):
+    """Layer -> its view.
+
+    Example:
+        >>> attention_views(ssm, inputs, layers=[1, 2]).plot().savefig("attention.png")    # doctest: +SKIP
+    """
+
+    holds = (AttentionView,)
+
+    def plot(self, *, row: int = 0) -> Figure:
+        """A heat map per layer, each with a scale of its own; see `AttentionView.plot`."""
+        figure, panels = plots.attention_panels(len(self), next(iter(self.values())).values.shape[-1])
+        for axes, view in zip(panels, self.values(), strict=True):
+            view.plot(row=row, ax=axes)
+        return figure
 
 
 def attention_views(
@@ -114,7 +168,8 @@ def attention_views(
     layers: Any = None,
     targets: Any = None,
     heads: Any = None,
-) -> dict[int, AttentionView]:
+    tokens: Any = None,
+) -> AttentionViews:
     """The attention of SSM layers as a matrix; see `AttentionView` for the forms and for what an entry means.
 
     Args:
@@ -125,14 +180,16 @@ def attention_views(
         layers: SSM layers, one or a sequence; None: all.
         targets: rows, one position or a sequence; None: all. A few are much cheaper than all.
         heads: those to look at, one or a sequence, or layer -> those; None: all.
+        tokens: a readable token per column of the ids, or such a sequence per row, for tables and pictures; None: those
+            of a batch of prompts, else none.
 
     Returns:
         Layer -> its view. Padding is zero, as rows and as columns (but for the unified columns of left padding where
         the input projection has a bias, which the host's convolution then reads).
 
     Raises:
-        FeatureError: an unknown form, reduction, layer or head; no heads; targets outside the prompt or in padding; and
-            as `record_mixers`.
+        FeatureError: an unknown form, reduction, layer or head; no heads; targets outside the prompt or in padding;
+            tokens of another number than the columns; and as `record_mixers`.
 
     Cost: one forward, and per layer what `scan.attention` (all rows) or `scan.attention_rows` cost; the unified form
         O(L² H P K) more, or O(L H P K) a row. Reduced, memory is O(L²) and a slab of heads.
@@ -150,7 +207,7 @@ def attention_views(
     chosen = chosen_layers(ssm, layers)
     looked_at = {layer: _heads(ssm, layer, heads) for layer in chosen}
     given, mask = whole_texts(ssm, inputs)
-    rows = None if targets is None else columns(targets, mask)
+    rows, named = None if targets is None else columns(targets, mask), row_tokens(tokens, inputs, mask)
     found = {}
     for layer, record in run_recorded(ssm, given, chosen)[1].items():
         with precisely(record.terms.x.device):
@@ -159,9 +216,9 @@ def attention_views(
         if form == "unified":
             values, bias = values[..., :-1], values[..., -1]
         found[layer] = AttentionView(
-            layer, form, reduction, tuple(rows or range(mask.shape[1])), values, bias, ssm.name
+            layer, form, reduction, tuple(rows or range(mask.shape[1])), values, bias, ssm.name, named
         )
-    return found
+    return AttentionViews(found)
 
 
 def rollout(matrices: Sequence[Float[Tensor, "b t s"]], *, residual: float = 0.5) -> Float[Tensor, "b t s"]:

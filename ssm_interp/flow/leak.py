@@ -16,13 +16,13 @@ from ssm_interp.flow.summary import KEYS, mean_interval, summarise
 from ssm_interp.flow.sweep import sweep
 from ssm_interp.hooks import Attachment
 from ssm_interp.prompts import Prompt
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import Result
 
 THROUGH: Mapping[str, tuple[str, ...]] = {"ssm": ("ssm",), "conv": ("conv",), "ssm + conv": ("ssm", "conv")}
 
 
-@dataclass(frozen=True, eq=False)
-class LeakReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class LeakReport(Result):
     """The same knockouts through the SSM alone, the convolution alone, and both.
 
     Attributes:
@@ -35,8 +35,6 @@ class LeakReport:
     """
 
     frame: pd.DataFrame
-
-    __repr__ = short_repr
 
     def by_prompt(self) -> pd.DataFrame:
         """One row per prompt and knockout.
@@ -108,4 +106,6 @@ def leak(
         name: sweep(ssm, tokenizer, prompts, sources=sources, through=streams, **options)
         for name, streams in THROUGH.items()
     }
-    return LeakReport(pd.concat([found.frame.assign(through=name) for name, found in results.items()]))
+    return LeakReport(
+        pd.concat([found.frame.assign(through=name) for name, found in results.items()], ignore_index=True)
+    )

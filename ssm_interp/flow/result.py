@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from ssm_interp import plots
 from ssm_interp.errors import FlowError
 from ssm_interp.experiments.values import Align
 from ssm_interp.flow.summary import summarise
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import Result
 
-METADATA = b"ssm_interp.flow"
 COLUMNS = [
     "prompt_id",
     "answer",
@@ -69,12 +64,14 @@ class FlowRun:
     @property
     def x_label(self) -> str:
         """What the layer axis of its picture says."""
-        place = "First" if self.align == "left" else "Centre"
-        return f"{place} layer of the window ({', '.join(map(str, self.windows))} of {len(self.layers)} layers)"
+        if self.windows == (1,):
+            return "Layer"
+        drawn_at = "first" if self.align == "left" else "centre"
+        return f"Layer ({drawn_at} of the window, {', '.join(map(str, self.windows))} of {len(self.layers)} layers)"
 
 
-@dataclass(frozen=True, eq=False)
-class FlowResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class FlowResult(Result):
     """Every number of a sweep, or of several.
 
     Attributes:
@@ -97,7 +94,7 @@ class FlowResult:
     frame: pd.DataFrame
     runs: tuple[FlowRun, ...]
 
-    __repr__ = short_repr
+    holds = (FlowRun,)
 
     def __post_init__(self) -> None:
         if missing := [column for column in COLUMNS if column not in self.frame.columns]:
@@ -149,40 +146,3 @@ class FlowResult:
     def page(self, **options: Any) -> str:
         """The same as an interactive page of HTML, which opens in a browser offline; options of `plots.flow_page`."""
         return plots.flow_page(self.summary(), x_labels={run.model: run.x_label for run in self.runs}, **options)
-
-    def save(self, path: str | Path) -> None:
-        """Write a Parquet file, the runs in its metadata.
-
-        Raises:
-            FlowError: a path with the suffix of another format.
-            OSError: the path cannot be written.
-        """
-        if Path(path).suffix not in ("", ".parquet", ".pq"):
-            raise FlowError(
-                f"save writes Parquet, with which the runs are kept; name {str(path)!r} .parquet, or write the table "
-                "alone with result.frame.to_csv(...)"
-            )
-        table = pa.Table.from_pandas(self.frame, preserve_index=False)
-        runs = json.dumps([asdict(run) for run in self.runs])
-        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, METADATA: runs}), path)
-
-    @staticmethod
-    def load(path: str | Path) -> FlowResult:
-        """Read what `save` wrote.
-
-        Raises:
-            FlowError: no such file, or not one that `save` wrote.
-        """
-        if not Path(path).is_file():
-            raise FlowError(f"there is no file {str(path)!r}")
-        try:
-            table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise FlowError(f"{str(path)!r} is not a Parquet file: {' '.join(str(error).split())}") from None
-        if METADATA not in (table.schema.metadata or {}):
-            raise FlowError(f"{str(path)!r} is a Parquet file, but not one that FlowResult.save wrote")
-        runs = json.loads(table.schema.metadata[METADATA])
-        lists = ("layers", "windows")
-        return FlowResult(
-            table.to_pandas(), tuple(FlowRun(**run | {name: tuple(run[name]) for name in lists}) for run in runs)
-        )

@@ -16,7 +16,6 @@ from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
 from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering, has_no_weights
 from ssm_interp.hooks.bylayer import ByLayer
 from ssm_interp.hooks.callers import keeping_mask
-from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import (
     KINDS,
@@ -34,6 +33,7 @@ from ssm_interp.hooks.routing import HookedMixer, class_without_hooks, restore_m
 from ssm_interp.hooks.softmax import knockable
 from ssm_interp.hooks.unknown import Unknown, names_of, unknown_mixers
 from ssm_interp.hooks.virtual import names_positions, refuse_virtual_tokens
+from ssm_interp.reprs import describe
 
 _exposing = Lock()
 

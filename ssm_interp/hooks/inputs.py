@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ssm_interp.errors import HookError
 from ssm_interp.hooks.cache import CACHES
-from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.options import named_as, options_of
+from ssm_interp.reprs import describe
 
 RUN = ("inputs", "read", "layers")  # what `Attachment.run` takes itself
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssm_interp.errors import InterventionError
-from ssm_interp.hooks.describe import describe
+from ssm_interp.reprs import describe
 
 FlatPositions: TypeAlias = tuple[int, ...]
 RowPositions: TypeAlias = tuple[FlatPositions, ...]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ssm_interp.errors import HookError
-from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.own import Asked, Key, has_own_operator, watches
+from ssm_interp.reprs import describe
 
 HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
 Direction = Literal["fwd", "bwd", "both"]

@@ -21,7 +21,6 @@ from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.cache import CACHES, cache_in, cache_parameter
-from ssm_interp.hooks.describe import describe
 from ssm_interp.hooks.inputs import check_ids
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.memory import free_memory
@@ -29,6 +28,7 @@ from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.plan import Plan, resolve
 from ssm_interp.hooks.rowsite import Rows, rows_at_work
 from ssm_interp.hooks.softmax import knockable
+from ssm_interp.reprs import describe
 
 FRACTION = 4  # of the free memory, one part in so many
 CPU_ROWS = 512  # more rows in a step, or more bytes of states, make a CPU no faster

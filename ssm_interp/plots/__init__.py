@@ -4,12 +4,14 @@ Nothing here touches pyplot or its global state. Figures are saved with `.savefi
 a string of HTML that opens in a browser offline: `Path("flow.html").write_text(page)`.
 """
 
-from ssm_interp.plots.attention import attention_figure
+from ssm_interp.plots.agreement import agreement_figure
+from ssm_interp.plots.attention import attention_figure, attention_panels
 from ssm_interp.plots.attribution import attribution_figure
 from ssm_interp.plots.circuit import circuit_figure
 from ssm_interp.plots.edges import EDGE_LABEL, edge_figure
 from ssm_interp.plots.flow import depth_figure, features_figure, flow_figure, stream_figure
 from ssm_interp.plots.heatmap import TokenMap, heatmap_figure
+from ssm_interp.plots.hover import attention_page, circuit_page, edges_page
 from ssm_interp.plots.html import flow_page, heatmap_page
 from ssm_interp.plots.panels import STATISTICS, StatisticName
 from ssm_interp.plots.spectrum import QUANTILES, quantiles, spectrum_figure
@@ -23,11 +25,16 @@ __all__ = [
     "STYLES",
     "StatisticName",
     "TokenMap",
+    "agreement_figure",
     "attention_figure",
+    "attention_page",
+    "attention_panels",
     "attribution_figure",
     "circuit_figure",
+    "circuit_page",
     "depth_figure",
     "edge_figure",
+    "edges_page",
     "features_figure",
     "flow_figure",
     "flow_page",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ssm_interp.plots.cells import centred, colour_bar, extent, target_cells
+from ssm_interp.plots.cells import centred, colour_bar, extent, nothing, say_nothing, target_cells
 from ssm_interp.plots.style import SIZES, WRITTEN, headline, picture
+
+MOST_ACROSS = 4
+SIGNS = "(blue: positive, red: negative)"
 
 
 def attention_figure(
@@ -41,6 +45,23 @@ def attention_figure(
     Example:
         >>> attention_figure(run["attn", 3][0].mean(0), tokens).savefig("attention.png")    # doctest: +SKIP
     """
+    values = checked_attention(attention, tokens)
+    largest = float(abs(values).max())
+    signed = bool((values < 0).any())
+    axes = attention_panels(1, len(tokens))[1][0] if ax is None else ax
+    if signed:
+        image = target_cells(axes, values, tokens, cmap=WRITTEN, norm=centred(largest))
+    else:
+        image = target_cells(axes, values, tokens, cmap=SIZES, norm=Normalize(0.0, largest or 1.0))
+    colour_bar(image, axes, label, meaning=SIGNS if signed else "")
+    if note := nothing(largest, None, ""):
+        say_nothing(axes, note)
+    headline(axes, title)
+    return axes.figure.figure
+
+
+def checked_attention(attention: Float[Tensor, "t s"], tokens: Sequence[str]) -> Float[np.ndarray, "t s"]:
+    """The lower triangle of a matrix that can be drawn; raises as `attention_figure`."""
     shape = list(attention.shape)
     if attention.ndim != 2 or shape[0] != shape[1] or not shape[0]:
         raise ValueError(f"an attention heat map needs a square matrix [t, s], got {shape}")
@@ -48,14 +69,16 @@ def attention_figure(
         raise ValueError(f"the attention matrix is {shape}, but there are {len(tokens)} tokens; give one per position")
     if not attention.isfinite().all():
         raise ValueError("the attention matrix has entries that are not finite numbers")
-    values = attention.detach().double().cpu().tril().numpy()
-    largest = float(abs(values).max())
-    side = extent(len(tokens), each=0.27, least=2.6)
-    axes = picture(side + 2.0, side + 1.4).subplots() if ax is None else ax
-    if (values < 0).any():
-        image = target_cells(axes, values, tokens, cmap=WRITTEN, norm=centred(largest))
-    else:
-        image = target_cells(axes, values, tokens, cmap=SIZES, norm=Normalize(0.0, largest or 1.0))
-    colour_bar(image, axes, label)
-    headline(axes, title)
-    return axes.figure.figure
+    values: Float[np.ndarray, "t s"] = attention.detach().double().cpu().tril().numpy()
+    return values
+
+
+def attention_panels(count: int, length: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure with axes for so many attention matrices of so many tokens, at most four side by side."""
+    across = min(count, MOST_ACROSS)
+    down, side = -(-count // across), extent(length, each=0.27, least=2.6)
+    figure = picture(across * (side + 2.3), down * (side + 1.4))
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]

@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells
+from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing
 from ssm_interp.plots.style import WRITTEN, headline, picture
+
+MEANING = "(blue: supports the target, red: opposes it)"
 
 
 def attribution_figure(
@@ -19,6 +21,7 @@ def attribution_figure(
     layers: Sequence[int],
     *,
     subject: Collection[int] = (),
+    scale: float | None = None,
     title: str = "",
     label: str = "Written to the logit difference (logits)",
     ax: Axes | None = None,
@@ -31,7 +34,8 @@ def attribution_figure(
         values: attributions `[l s]`, such as `logit_attribution(...).by_position()[0].sum(1)`.
         tokens: a readable token per position.
         layers: the layer of each column.
-        subject: positions whose tokens are set in bold blue.
+        subject: positions whose tokens are set in bold.
+        scale: the logit difference itself; values below a millionth of it are drawn as nothing, and the map says so.
         title: over the picture; a reader wants the model, the target and the other token.
         label: of the colour bar.
         ax: draw into these axes.
@@ -54,9 +58,13 @@ def attribution_figure(
         raise ValueError(f"the subject has position {outside[0]}, but there are {len(tokens)} tokens")
     shown = values.detach().double().cpu().T.numpy()
     width, height = extent(len(layers), each=0.3, least=2.8, most=9.0), extent(len(tokens))
-    axes = picture(width + 3.0, height + 1.2).subplots() if ax is None else ax
-    norm = centred(float(abs(shown).max()))
+    axes = picture(width + 3.4, height + 1.2).subplots() if ax is None else ax
+    largest = float(abs(shown).max())
+    note = nothing(largest, scale and abs(scale), "the logit difference")
+    norm = centred(abs(scale or 1.0) if note else largest)
     image = layer_cells(axes, shown, tokens, layers, subject=subject, cmap=WRITTEN, norm=norm)
-    colour_bar(image, axes, label)
+    colour_bar(image, axes, label, meaning=MEANING)
+    if note:
+        say_nothing(axes, note)
     headline(axes, title)
     return axes.figure.figure

@@ -13,9 +13,11 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from ssm_interp.plots.style import FAINT, INK, MONO, MOST_LABELS, STYLES, printable, signed, token_label
+from ssm_interp.plots.panels import LAYER
+from ssm_interp.plots.style import FAINT, INK, MONO, MOST_LABELS, printable, signed, token_label
 
 MOST_LAYERS = 16  # labelled on one axis
+NOTHING = 1e-6  # entries below this share of what they are changes of are rounding
 
 
 def extent(count: int, each: float = 0.22, least: float = 1.6, most: float = 11.0) -> float:
@@ -26,6 +28,25 @@ def extent(count: int, each: float = 0.22, least: float = 1.6, most: float = 11.
 def centred(limit: float) -> Normalize:
     """Colours from -limit to limit; of nothing but zeros, from -1 to 1."""
     return Normalize(-(end := limit or 1.0), end)
+
+
+def nothing(largest: float, scale: float | None, what: str) -> str:
+    """What a map says that has nothing to show; empty where it has.
+
+    Args:
+        largest: its largest entry of either sign.
+        scale: the size of what the entries are shares or changes of; None: unknown, so that zeros alone are nothing.
+        what: words for the latter.
+    """
+    if largest > NOTHING * (scale or 0.0):
+        return ""
+    return f"nothing above {NOTHING:g} of {what}\n(largest entry: {largest:.1g})" if largest else "all entries are 0"
+
+
+def say_nothing(axes: Axes, note: str) -> None:
+    """Write what `nothing` says across a map."""
+    box = {"facecolor": "white", "edgecolor": FAINT, "pad": 3}
+    axes.text(0.5, 0.5, note, transform=axes.transAxes, ha="center", va="center", fontsize=8, color=INK, bbox=box)
 
 
 def layer_cells(
@@ -42,7 +63,7 @@ def layer_cells(
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="none", **colours)
     columns = range(0, len(layers), -(-len(layers) // MOST_LAYERS))
     axes.set_xticks(columns, [str(layers[column]) for column in columns], fontsize=8)
-    axes.set_xlabel("Layer", fontsize=9)
+    axes.set_xlabel(LAYER, fontsize=9)
     axes.set_ylabel("Source token (bold: the subject)" if subject else "Source token", fontsize=9)
     axes.tick_params(length=2, colors=INK)
     name_tokens(axes.yaxis, tokens, subject)
@@ -66,21 +87,25 @@ def target_cells(axes: Axes, values: Float[np.ndarray, "t s"], tokens: Sequence[
 
 
 def name_tokens(axis: Axis, tokens: Sequence[str], subject: Collection[int] = (), **style: Any) -> None:
-    """Label an axis with tokens; of many every second, third, ... one. The subject's are bold and blue."""
+    """Label an axis with tokens; of many every second, third, ... one. The subject's are bold."""
     places = range(0, len(tokens), -(-len(tokens) // MOST_LABELS))
     axis.set_ticks(places, [token_label(tokens[place]) for place in places], fontsize=8, parse_math=False, **style)
     for place, text in zip(places, axis.get_ticklabels(), strict=True):
         text.set(family=MONO)
         if place in subject:
-            text.set(color=STYLES["subject"].colour, weight="bold")
+            text.set(weight="bold")
 
 
-def colour_bar(image: ScalarMappable, axes: Axes | Sequence[Axes], label: str, *, extend: str = "neither") -> None:
-    """Beside the axes; numbers have their sign where both signs have colours."""
+def colour_bar(
+    image: ScalarMappable, axes: Axes | Sequence[Axes], label: str, *, meaning: str = "", extend: str = "neither"
+) -> None:
+    """Beside the axes, with what blue and red mean; numbers have their sign where both signs have colours."""
     panels = [axes] if isinstance(axes, Axes) else list(axes)
     figure = panels[0].figure.figure
     bar = figure.colorbar(image, ax=panels, shrink=0.8, aspect=25, pad=0.02, extend=extend)
-    bar.set_label(fill(printable(label), max(24, int(9 * figure.get_figheight()))), fontsize=9, parse_math=False)
+    width = max(24, int(9 * figure.get_figheight()))
+    lines = (fill(printable(words), width) for words in (label, meaning) if words)
+    bar.set_label("\n".join(lines), fontsize=9, parse_math=False)
     bar.ax.yaxis.set_major_formatter(signed if bar.norm.vmin else "{x:.4g}")
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
+from ssm_interp.plots.panels import LAYER
 from ssm_interp.plots.style import (
     FAINT,
     INK,
@@ -25,8 +26,8 @@ from ssm_interp.plots.style import (
     printable,
     readable,
     short,
+    sign_colour,
     signed,
-    source_styles,
 )
 
 COLUMNS = ["layer", "source", "target", "feature_group", "kept", "effect"]
@@ -44,12 +45,12 @@ def circuit_figure(
 
     A column per role, which the residual stream runs up, from the embedding to the answer; a row per layer, in which an
     arrow goes from the source's column to the target's. Its width is the square root of how far the metric moves when
-    the edge group is removed from the circuit; the number beside it is that change. A colour per source, a dash per
-    group of features.
+    the edge group is removed from the circuit; the number beside it is that change. Blue edges support the metric (it
+    falls without them), red ones oppose it. A dash per group of features.
 
     Args:
         frame: a row per edge group, with `layer`, `source`, `target`, `feature_group`, `kept` and `effect`, as
-            `Circuit.frame()` gives. Groups that are not kept give the picture its layers and nothing else.
+            `Circuit.frame` gives. Groups that are not kept give the picture its layers and nothing else.
         roles: the columns, from left to right; None: as the frame has them, sources first.
         title: over the picture; a reader wants the model and how much the circuit explains. None: numbers of groups.
         metric: what the effects are changes of, with its unit.
@@ -59,12 +60,12 @@ def circuit_figure(
             that is not finite.
 
     Example:
-        >>> circuit_figure(circuit.frame(), roles=circuit.roles).savefig("circuit.svg")      # doctest: +SKIP
+        >>> circuit_figure(circuit.frame, roles=circuit.roles).savefig("circuit.svg")      # doctest: +SKIP
     """
-    columns, layers = _checked(frame, roles), sorted(map(int, frame["layer"].unique()))
+    columns, layers = checked_roles(frame, roles), sorted(map(int, frame["layer"].unique()))
     kept = frame[frame["kept"].astype(bool)]
     wide, high = 1.35 if len(columns) < 10 else 0.8, 0.95 if len(layers) < 5 else 0.62
-    figure = picture(1.6 + wide * len(columns), 1.5 + high * len(layers))
+    figure = picture(1.6 + wide * len(columns), 1.9 + high * len(layers))
     axes = figure.subplots()
     _streams(axes, columns, layers, metric)
     _arrows(axes, kept, columns, layers)
@@ -77,7 +78,8 @@ def circuit_figure(
     return figure
 
 
-def _checked(frame: pd.DataFrame, roles: Sequence[str] | None) -> list[str]:
+def checked_roles(frame: pd.DataFrame, roles: Sequence[str] | None) -> list[str]:
+    """The columns of the picture, of a frame that can be drawn; raises as `circuit_figure`."""
     if missing := [column for column in COLUMNS if column not in frame.columns]:
         raise ValueError(f"a circuit is drawn from a frame with the columns {COLUMNS}; these are missing: {missing}")
     if frame.empty:
@@ -97,8 +99,9 @@ def _streams(axes: Axes, roles: Sequence[str], layers: Sequence[int], metric: st
     names = [fill(readable(role), 12) for role in roles]
     axes.set_xticks(range(len(roles)), names, fontsize=9, parse_math=False)
     axes.set_yticks([row + HEIGHT / 2 for row in range(len(layers))], [str(layer) for layer in layers], fontsize=8)
-    axes.set_ylabel("Layer", fontsize=9, color=INK)
-    numbers = fill(f"(width and number: change of {metric} if the edges are removed)", 20 + 14 * len(roles))
+    axes.set_ylabel(LAYER, fontsize=9, color=INK)
+    meaning = "blue: they support it, red: they oppose it"
+    numbers = fill(f"(width and number: change of {metric} if the edges are removed; {meaning})", 20 + 14 * len(roles))
     axes.set_xlabel(f"Role of the token\n{printable(numbers)}", fontsize=9, color=INK, parse_math=False)
     axes.set_xlim(-0.6, len(roles) - 0.4)
     axes.set_ylim(-0.45, len(layers) + 0.2)
@@ -110,13 +113,15 @@ def _streams(axes: Axes, roles: Sequence[str], layers: Sequence[int], metric: st
 
 def _arrows(axes: Axes, kept: pd.DataFrame, roles: Sequence[str], layers: Sequence[int]) -> None:
     """An arrow per edge group; wide ones first, so that they cover none."""
-    styles, groups = source_styles(roles), list(dict.fromkeys(kept["feature_group"]))
+    groups = list(dict.fromkeys(kept["feature_group"]))
     strength, written = kept["effect"].abs(), list[Place]()
     widths = THICKEST * np.sqrt(strength / (strength.max() or 1.0))
     for index in strength.sort_values(ascending=False, kind="stable").index:
         row, width = kept.loc[index], max(THINNEST, float(widths[index]))
         place = groups.index(row["feature_group"])
-        path = _path(roles.index(row["source"]), roles.index(row["target"]), layers.index(int(row["layer"])), place)
+        path = arrow_path(
+            roles.index(row["source"]), roles.index(row["target"]), layers.index(int(row["layer"])), place
+        )
         axes.add_patch(
             FancyArrowPatch(
                 path=path,
@@ -124,7 +129,7 @@ def _arrows(axes: Axes, kept: pd.DataFrame, roles: Sequence[str], layers: Sequen
                 mutation_scale=7 + 2 * width,
                 linewidth=width,
                 linestyle=DASHES[place % len(DASHES)],
-                color=styles[row["source"]].colour,
+                color=sign_colour(float(row["effect"])),
                 alpha=0.9,
                 zorder=2,
             )
@@ -143,7 +148,7 @@ def _write(axes: Axes, effect: float, path: Path, taken: Sequence[Place]) -> Pla
     return float(x), float(y)
 
 
-def _path(source: int, target: int, floor: int, place: int) -> Path:
+def arrow_path(source: int, target: int, floor: int, place: int) -> Path:
     """From one stream to another within the band of a layer; to itself a loop on the left. Groups of features do not
     cover each other."""
     low, high = floor + 0.1 * place, floor + HEIGHT

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, target_cells
+from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing, target_cells
 from ssm_interp.plots.style import CHANGED, headline, picture, token_label
 
 EDGE_LABEL = "Predicted change of the metric if the edge is removed"
+MEANING = "(blue: the edge supports the metric, red: it opposes it)"
 
 
 def edge_figure(
@@ -21,6 +22,7 @@ def edge_figure(
     layers: Sequence[int],
     *,
     target: int = -1,
+    scale: float | None = None,
     title: str = "",
     label: str = EDGE_LABEL,
 ) -> Figure:
@@ -35,6 +37,7 @@ def edge_figure(
         tokens: a readable token per position.
         layers: the model's number of each layer.
         target: the position whose edges the first map shows.
+        scale: the clean metric; values below a millionth of it are drawn as nothing, and the map says so.
         title: over the picture; a reader wants the model and the metric.
         label: of the colours.
 
@@ -58,13 +61,17 @@ def edge_figure(
         raise ValueError("the values of an edge map must be finite; some are not")
     target %= len(tokens)
     wide, side = extent(len(layers), each=0.24, least=2.2, most=9.0), extent(len(tokens), each=0.27, least=2.6)
-    figure = picture(wide + side + 4.4, side + 1.9)
+    figure = picture(wide + side + 4.8, side + 1.9)
     left, right = figure.subplots(1, 2, width_ratios=[wide, side])
-    colours: dict[str, Any] = {"cmap": CHANGED, "norm": centred(float(values.abs().max()))}
+    largest = float(values.abs().max())
+    note = nothing(largest, scale and abs(scale), "the metric")
+    colours: dict[str, Any] = {"cmap": CHANGED, "norm": centred(abs(scale or 1.0) if note else largest)}
     layer_cells(left, values[:, target, : target + 1].T.numpy(), tokens[: target + 1], layers, **colours)
     headline(left, f"Edges into “{token_label(tokens[target])}”, position {target}")
     strongest = values.gather(0, values.abs().argmax(0, keepdim=True))[0]
-    colour_bar(target_cells(right, strongest.numpy(), tokens, **colours), [left, right], label)
+    colour_bar(target_cells(right, strongest.numpy(), tokens, **colours), [left, right], label, meaning=MEANING)
+    for axes in (left, right) if note else ():
+        say_nothing(axes, note)
     headline(right, "All edges, each in its strongest layer" if len(layers) > 1 else f"All edges of layer {layers[0]}")
     headline(figure, title)
     return figure

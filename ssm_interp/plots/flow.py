@@ -19,10 +19,12 @@ from ssm_interp.plots.panels import (
     Statistic,
     StatisticName,
     arrange,
+    covered,
     drawable,
     header,
-    in_words,
+    layer_label,
     legend_title,
+    value_range,
 )
 from ssm_interp.plots.style import (
     FAINT,
@@ -41,6 +43,9 @@ from ssm_interp.plots.style import (
 )
 
 FLOW_KEYS = ("model", "feature_group", "window", "target")
+DEPTH = "Layer depth in %\n(0: the model's first window, 100: its last)"
+LINE, COVER = 1.6, 1.7  # points: a line, and what a hidden line stands out on both sides together
+HIDDEN = "_hidden"
 LANE = 36  # characters that fit beside a panel
 
 
@@ -58,7 +63,7 @@ def flow_figure(
 
     Args:
         summary: rows as from `FlowResult.summary`.
-        x_labels: what the layer axis says, per model.
+        x_labels: what the layer axis says, per model; by default which layer of its window a point is drawn at.
         statistic: what is drawn over prompts: the `"mean"` or `"median"` of the relative change of the answer's
             probability, the mean `"logprob_difference"`, or the `"accuracy"` that is left.
         ax: draw into these axes; only where one panel is enough.
@@ -116,7 +121,7 @@ def _drawn(
     height, width = layout.shape
     figure = picture(1.1 + 3.9 * width, 1.1 + 2.8 * height)
     layers: Literal["all", "none", "col"] = "all" if layout.across != "model" else "none" if layout.wrapped else "col"
-    grid = figure.subplots(height, width, sharex=layers, sharey="all" if layout.wrapped else "row", squeeze=False)
+    grid = figure.subplots(height, width, sharex=layers, sharey="all", squeeze=False)
     _fill(grid, layout, chosen, key, styles, x_labels)
     figure.supylabel(chosen.label, fontsize=9, color=INK)
     if layout.across != "model":
@@ -134,10 +139,10 @@ def _one_panel(
             f"{' and more' if layout.panels[0].down else ''}; choose its rows first, or leave `ax` out"
         )
     panel = layout.panels[0]
-    _lines(axes, panel.rows, "source", "layer", styles, chosen)
+    _lines(axes, panel.rows, "source", "layer", styles, chosen, value_range(panel.rows, chosen))
     _layer_axis(axes)
     headline(axes, f"{panel.across}   ({header(panel.rows)})")
-    axes.set_xlabel(x_labels.get(panel.rows["model"].iloc[0], "Layer of the window"), fontsize=9, parse_math=False)
+    axes.set_xlabel(_layer_label(panel, x_labels), fontsize=9, parse_math=False)
     axes.set_ylabel("\n".join((chosen.label, *panel.lane)), fontsize=9, color=INK)
     legend(axes, _handles(styles.values()), list(map(readable, styles)), title="Source knocked out", **_LEGEND)
 
@@ -147,16 +152,20 @@ def _fill(
 ) -> None:
     for axes in grid.flat:
         axes.set_visible(False)
+    bounds = value_range(pd.concat([panel.rows for panel in layout.panels]), chosen)
     for panel in layout.panels:
         axes = grid[panel.row, panel.column]
         axes.set_visible(True)
-        _lines(axes, panel.rows, key, "layer", styles, chosen)
+        _lines(axes, panel.rows, key, "layer", styles, chosen, bounds)
         _layer_axis(axes)
         _titles(axes, panel, layout)
         if layout.lowest(panel):
-            label = x_labels.get(panel.rows["model"].iloc[0], "Layer of the window")
-            axes.set_xlabel(label, fontsize=9, parse_math=False)
+            axes.set_xlabel(_layer_label(panel, x_labels), fontsize=9, parse_math=False)
             axes.tick_params(labelbottom=True)
+
+
+def _layer_label(panel: Panel, x_labels: Mapping[str, str]) -> str:
+    return x_labels.get(panel.rows["model"].iloc[0]) or layer_label(panel.rows)
 
 
 def _titles(axes: Axes, panel: Panel, layout: Layout) -> None:
@@ -169,7 +178,7 @@ def _titles(axes: Axes, panel: Panel, layout: Layout) -> None:
 
 
 def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -> Figure:
-    """Several models in the same axes, over depth: 0 % is a model's first window, 100 % its last one.
+    """Several models in the same axes, over layer depth in %: 0 is a model's first window, 100 its last one.
 
     A panel per source, and a row for each target, feature group and window size; in each a line per model with its
     interval as a band. Depth runs over the model's layer numbers from its first window in the summary to its last.
@@ -190,7 +199,7 @@ def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") ->
     rows["depth"] = 100 * (rows["layer"] - first) / (last - first).clip(lower=1)
     styles = model_styles(rows["model"].unique())
     layout = arrange(rows, ("target", "feature_group", "window"), across="source")
-    figure = _by_source(layout, "model", "depth", styles, chosen, "Depth of the window (%)")
+    figure = _by_source(layout, "model", "depth", styles, chosen, DEPTH)
     for axes in figure.axes:
         axes.set_xticks([0, 25, 50, 75, 100])
     counts = {model: header(part) for model, part in rows.groupby("model", sort=False)}
@@ -221,9 +230,7 @@ def stream_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -
     chosen = next(iter(found.values()))[1]
     styles = model_styles(rows["through"].unique())
     layout = arrange(rows, ("model", "target", "feature_group", "window"), across="source")
-    sizes = [in_words("window", size) for size in rows["window"].unique()]
-    label = f"Layer ({sizes[0]})" if len(sizes) == 1 else "Layer of the window"
-    figure = _by_source(layout, "through", "layer", styles, chosen, label)
+    figure = _by_source(layout, "through", "layer", styles, chosen, layer_label(rows))
     for axes in figure.axes:
         _layer_axis(axes)
     models = list(map(str, rows["model"].unique()))
@@ -238,13 +245,14 @@ def _by_source(
     """A panel per source, in each a line per value of `key`."""
     height, width = layout.shape
     figure = picture(1.1 + 3.3 * width, 1.4 + 2.8 * height)
-    grid = figure.subplots(height, width, sharex="row", sharey="all" if layout.wrapped else "row", squeeze=False)
+    grid = figure.subplots(height, width, sharex="row", sharey="all", squeeze=False)
     for axes in grid.flat:
         axes.set_visible(False)
+    bounds = value_range(pd.concat([panel.rows for panel in layout.panels]), chosen)
     for panel in layout.panels:
         axes = grid[panel.row, panel.column]
         axes.set_visible(True)
-        _lines(axes, panel.rows, key, x, styles, chosen)
+        _lines(axes, panel.rows, key, x, styles, chosen, bounds)
         _titles(axes, panel, layout)
         if layout.lowest(panel):
             axes.set_xlabel(x_label, fontsize=9)
@@ -253,10 +261,22 @@ def _by_source(
     return figure
 
 
-def _lines(axes: Axes, rows: pd.DataFrame, key: str, x: str, styles: Mapping[str, Style], statistic: Statistic) -> None:
-    """A line per value of `key`, its interval as a band."""
+def _lines(
+    axes: Axes,
+    rows: pd.DataFrame,
+    key: str,
+    x: str,
+    styles: Mapping[str, Style],
+    statistic: Statistic,
+    bounds: tuple[float, float],
+) -> None:
+    """A line per value of `key`, its interval as a band; where lines coincide, the hidden ones as wider stripes."""
+    axes.update_datalim([(0, bound) for bound in bounds], updatex=False)
     axes.axhline(statistic.unchanged, color=INK, linewidth=0.8, zorder=1)
     names = [name for name in styles if (rows[key] == name).any()]
+    for hidden in covered(rows, key, x, names, near=0.01 * (bounds[1] - bounds[0])):
+        width = LINE + COVER * hidden.above
+        axes.plot(hidden.x, hidden.y, color=styles[hidden.name].colour, linewidth=width, zorder=2, label=HIDDEN)
     markers, alpha = (16, 0.16) if len(names) < 5 else (10, 0.1)
     for place, name in enumerate(names):
         line, style = rows[rows[key] == name], styles[name]
@@ -269,7 +289,7 @@ def _lines(axes: Axes, rows: pd.DataFrame, key: str, x: str, styles: Mapping[str
             marker=style.marker,
             markevery=(place * step // len(names), step),  # not all lines' markers above each other
             linestyle=style.dash,
-            linewidth=1.6,
+            linewidth=LINE,
             markersize=4.5,
             markeredgecolor="white",
             markeredgewidth=0.5,
@@ -290,12 +310,14 @@ _LEGEND: Mapping[str, Any] = {"title_fontsize": 8, "handlelength": 3}
 
 
 def _handles(styles: Iterable[Style]) -> list[Line2D]:
-    shared: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+    shared: dict[str, Any] = {"linewidth": LINE, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
     return [Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.dash, **shared) for s in styles]
 
 
 def _legend(figure: Figure, names: Sequence[str], styles: Iterable[Style], title: str) -> None:
     """Below the panels, in as many columns as fit."""
     inches = 0.6 + 0.08 * max(len(name) for name in names)
+    if any(line.get_label() == HIDDEN for axes in figure.axes for line in axes.get_lines()):
+        title += "\nstripes: lines on top of each other"
     columns = int(np.clip(figure.get_figwidth() // inches, 1, len(names)))
     legend(figure, _handles(styles), names, loc="outside lower center", ncols=columns, title=title, **_LEGEND)

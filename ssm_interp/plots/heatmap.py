@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,18 +14,21 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells
+from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing
+from ssm_interp.plots.panels import LAYER, layer_label
 from ssm_interp.plots.style import ARROW, CHANGED, headline, picture, readable, short
-from ssm_interp.reprs import short_repr
+from ssm_interp.results import Result
 
 LABEL = "Change of the answer's probability"
+MEANING = "(blue: the token supports the answer, red: it opposes it)"
+LEAST = 0.01  # of the answer's clean probability: colours end no nearer to 0, so that noise is not drawn in full
 MOST_ACROSS = 3
 ONE_OF_EACH = ("model", "prompt_id", "target", "feature_group")
-NEEDED = (*ONE_OF_EACH, "source", "layer", "n_edges", "p_base", "p")
+NEEDED = (*ONE_OF_EACH, "source", "layer", "window_start", "window_size", "n_edges", "p_base", "p")
 
 
-@dataclass(frozen=True, eq=False)
-class TokenMap:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenMap(Result):
     """What knocking each single token of a prompt out does to the answer, in each layer window.
 
     Attributes:
@@ -35,6 +39,7 @@ class TokenMap:
         title: what was asked of which model.
         answer: what was asked for (a target, or the first token of one), in the title.
         p_base: its probability in the clean run, in the title.
+        layer_label: what the layer axis says.
 
     Raises:
         ValueError: no rows or columns; another number of tokens or layers; a subject outside the prompt; infinities.
@@ -52,8 +57,7 @@ class TokenMap:
     title: str = ""
     answer: str = ""
     p_base: float | None = None
-
-    __repr__ = short_repr
+    layer_label: str = LAYER
 
     def __post_init__(self) -> None:
         shape = list(self.values.shape)
@@ -101,7 +105,31 @@ class TokenMap:
         values = table.reindex(index=range(len(tokens)), columns=layers).to_numpy(float)
         first = rows.iloc[0]
         title = f"{short(str(first['model']), 32)}: token {ARROW} {readable(first['target'])}"
-        return cls(values, tokens, layers, subject, title, answer, float(first["p_base"]))
+        axis = layer_label(rows.assign(window=rows["window_size"].max()))
+        return cls(values, tokens, layers, subject, title, answer, float(first["p_base"]), axis)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row per source token and window: source (a position), source_token, layer, change (p - p_base)."""
+        source, window = np.indices(self.values.shape).reshape(2, -1)
+        return pd.DataFrame(
+            {
+                "source": source,
+                "source_token": np.array(self.tokens, dtype=object)[source],
+                "layer": np.array(self.layers)[window],
+                "change": self.values.ravel(),
+            }
+        )
+
+    def plot(self, **options: Any) -> Figure:
+        """The map as a picture; options of `heatmap_figure`."""
+        return heatmap_figure(self, **options)
+
+    def page(self, **options: Any) -> str:
+        """The map as an interactive page of HTML; options of `heatmap_page`."""
+        from ssm_interp.plots.html import heatmap_page
+
+        return heatmap_page(self, **options)
 
     @property
     def caption(self) -> str:
@@ -113,6 +141,16 @@ class TokenMap:
     def largest(self) -> float:
         """The largest change of either sign; 0 if there is none."""
         return float(np.nanmax(np.abs(self.values), initial=0.0))
+
+    @property
+    def scale(self) -> float:
+        """What its values are changes of: the answer's clean probability; 1 where that is not known."""
+        return self.p_base or 1.0
+
+    @property
+    def note(self) -> str:
+        """What the map says where no value is above rounding."""
+        return nothing(self.largest, self.scale, "the answer's probability")
 
 
 def _check_rows(rows: pd.DataFrame) -> None:
@@ -129,7 +167,7 @@ def _check_rows(rows: pd.DataFrame) -> None:
 
 
 def colour_limit(maps: Sequence[TokenMap], limit: float | None) -> float:
-    """Where the colours end on both sides of 0: as given, or the largest change of all maps.
+    """Where the colours end on both sides of 0: as given, or the largest change of all maps (at least 1 % of p_base).
 
     Raises:
         ValueError: no maps; a limit that is not positive.
@@ -138,18 +176,19 @@ def colour_limit(maps: Sequence[TokenMap], limit: float | None) -> float:
         raise ValueError("there are no token maps to draw")
     if limit is not None and not limit > 0:
         raise ValueError(f"the limit of the colours must be positive, such as 0.3, got {limit}")
-    return limit or max(one.largest for one in maps) or 1.0
+    return limit or max(max(one.largest, LEAST * one.scale) for one in maps)
 
 
 def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None = None) -> Figure:
     """Token x window heat maps: a row per source token, a column per layer window, p - p_base in colour.
 
     Blue is a loss of the answer's probability, red a gain, white no change. Several maps (prompts, models) become
-    panels with the same colours. The subject's tokens are set in bold blue.
+    panels with the same colours. The subject's tokens are set in bold. A map in which no token changes the probability
+    by more than a millionth of itself says so.
 
     Args:
         maps: what to draw.
-        limit: the change at which the colours end, such as 0.3; None: the largest there is.
+        limit: the change at which the colours end, such as 0.3; None: the largest there is, or 1 % of p_base.
         ax: draw into these axes, without a colour bar; only one map.
 
     Raises:
@@ -168,7 +207,7 @@ def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None 
     lanes = [maps[start : start + across] for start in range(0, len(maps), across)]
     heights = [max(_height(one) for one in lane) for lane in lanes]
     widths = [max(_width(one) for one in maps[column::across]) for column in range(across)]
-    figure = picture(sum(widths) + 1.0, sum(heights))
+    figure = picture(sum(widths) + 1.3, sum(heights))
     grid = figure.subplots(len(lanes), across, squeeze=False, height_ratios=heights, width_ratios=widths)
     for axes in grid.flat[len(maps) :]:
         axes.set_visible(False)
@@ -178,7 +217,7 @@ def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None 
         if place % across:
             axes.set_ylabel("")
     beyond = max(one.largest for one in maps) > float(norm.vmax or 0)
-    colour_bar(image, drawn, LABEL, extend="both" if beyond else "neither")
+    colour_bar(image, drawn, LABEL, meaning=MEANING, extend="both" if beyond else "neither")
     return figure
 
 
@@ -192,6 +231,8 @@ def _width(one: TokenMap) -> float:
 
 def _map(axes: Axes, one: TokenMap, norm: Normalize) -> ScalarMappable:
     image = layer_cells(axes, one.values, one.tokens, one.layers, subject=one.subject, cmap=CHANGED, norm=norm)
-    axes.set_xlabel("Layer of the window", fontsize=9)
+    axes.set_xlabel(one.layer_label, fontsize=9)
+    if one.note:
+        say_nothing(axes, one.note)
     headline(axes, "\n".join(line for line in (one.title, one.caption) if line))
     return image

@@ -6,13 +6,28 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from ssm_interp.plots.flow import FLOW_KEYS
-from ssm_interp.plots.heatmap import LABEL, TokenMap, colour_limit
-from ssm_interp.plots.panels import Layout, Panel, Statistic, StatisticName, arrange, drawable, header, legend_title
+from ssm_interp.plots.heatmap import LABEL, MEANING, TokenMap, colour_limit
+from ssm_interp.plots.page import colour_bar, page
+from ssm_interp.plots.panels import (
+    Covered,
+    Layout,
+    Panel,
+    Statistic,
+    StatisticName,
+    arrange,
+    covered,
+    drawable,
+    header,
+    layer_label,
+    legend_title,
+    value_range,
+)
 from ssm_interp.plots.style import ARROW, CHANGED, INK, Style, readable, source_styles, token_label
 
 MARKERS = {
@@ -27,21 +42,6 @@ MARKERS = {
     ">": "triangle-right",
 }
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
-CONFIG = {
-    "displaylogo": False,
-    "showSendToCloud": False,  # numbers stay on the reader's machine
-    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
-    "responsive": True,
-}
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title}</title></head>
-<body style="margin: 0 auto; max-width: {width}px; font-family: sans-serif; color: {ink}">
-<h1 style="font-size: 1.2em; margin: 1em">{title}</h1>
-{body}
-</body>
-</html>
-"""
 
 
 def flow_page(
@@ -77,14 +77,19 @@ def flow_page(
     figure = make_subplots(
         height,
         width,
-        shared_yaxes="all" if layout.wrapped else "rows",
+        shared_yaxes="all",
         subplot_titles=_grid_titles(layout),
         vertical_spacing=gap / area if height > 1 else 0,
         horizontal_spacing=min(0.05, 0.3 / width),
     )
     styles, drawn = source_styles(rows["source"].unique()), set[str]()
+    low, high = value_range(rows, chosen)
+    near = 0.01 * (high - low)
     for panel in layout.panels:
         where = {"row": panel.row + 1, "col": panel.column + 1}
+        hidden = [*covered(panel.rows, "source", "layer", [s for s in styles if s in set(panel.rows["source"])], near)]
+        for stripe in hidden:
+            figure.add_trace(_stripe(stripe, styles[stripe.name]), **where)
         for source, line in panel.rows.groupby("source", sort=False):
             figure.add_traces(
                 _traces(source, line, styles[source], chosen, first=source not in drawn),
@@ -93,17 +98,18 @@ def flow_page(
             )
             drawn.add(source)
         if layout.lowest(panel):
-            x_label = (x_labels or {}).get(panel.rows["model"].iloc[0], "Layer of the window")
+            own = layer_label(panel.rows)
+            x_label = (x_labels or {}).get(panel.rows["model"].iloc[0], own)
             figure.update_xaxes(title_text=escape(x_label), **where)
     figure.update_yaxes(title_text=chosen.label, col=1)
-    figure.update_yaxes(zerolinecolor=INK)
+    figure.update_yaxes(zerolinecolor=INK, range=[low - 3 * near, high + 3 * near])
     figure.update_xaxes(zeroline=False)
     legend = {"text": legend_title("Source knocked out", chosen, rows), "side": "top"}
     figure.update_layout(legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "title": legend})
     if layout.across != "model":  # the same layers in all panels
         figure.update_xaxes(matches="x").layout.xaxis.matches = None
         title = f"{title}: {rows['model'].iloc[0]}, {header(rows)}"
-    return _page(figure, title, area, max(700, 420 * width))
+    return page(figure, title, area, max(700, 420 * width))
 
 
 def _grid_titles(layout: Layout) -> list[str]:
@@ -147,6 +153,20 @@ def _traces(source: str, line: pd.DataFrame, style: Style, statistic: Statistic,
     return [band, curve]
 
 
+def _stripe(hidden: Covered, style: Style) -> Any:
+    """Where other lines run on top of one, it stands out on both sides."""
+    return go.Scatter(
+        x=[None if np.isnan(x) else x for x in hidden.x],
+        y=[None if np.isnan(y) else y for y in hidden.y],
+        mode="lines",
+        line={"color": style.colour, "width": 2 + 2.5 * hidden.above},
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=hidden.name,
+        name=readable(hidden.name),
+    )
+
+
 def _hover(row: pd.Series, statistic: Statistic) -> str:
     size = int(row["window_size"])
     features = "" if row["feature_group"] == "all" else f"features: {row['feature_group']}\n"
@@ -178,18 +198,18 @@ def heatmap_page(*maps: TokenMap, limit: float | None = None, title: str = "Sour
     end = colour_limit(maps, limit)
     heights, gap = [60 + 20 * len(one.tokens) for one in maps], 120
     area = sum(heights) + gap * (len(maps) - 1)
-    titles = ["<br>".join(escape(part) for part in (one.title, one.caption) if part) for one in maps]
+    parts = ((one.title, one.caption, one.note.replace("\n", " ")) for one in maps)
+    titles = ["<br>".join(escape(part) for part in shown if part) for shown in parts]
     spacing = gap / area if len(maps) > 1 else 0
     figure = make_subplots(len(maps), 1, subplot_titles=titles, row_heights=heights, vertical_spacing=spacing)
     for row, one in enumerate(maps, start=1):
         figure.add_trace(_cells(one), row, 1)
         labels = [_row_label(one, index) for index in range(len(one.tokens))]
         figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, autorange="reversed", row=row)
-        figure.update_xaxes(type="category", title_text="Layer of the window", row=row)
-    figure.update_yaxes(tickfont={"family": "monospace"}, title_text="Source token", showgrid=False)
-    bar = {"title": {"text": LABEL, "side": "right"}}
-    figure.update_layout(coloraxis={"colorscale": CHANGED, "cmin": -end, "cmax": end, "colorbar": bar})
-    return _page(figure, title, area, 1000)
+        figure.update_xaxes(type="category", title_text=one.layer_label, row=row)
+    figure.update_yaxes(tickfont={"family": "monospace"}, title_text="Source token (bold: the subject)", showgrid=False)
+    figure.update_layout(coloraxis=colour_bar(CHANGED, -end, end, LABEL, MEANING))
+    return page(figure, title, area, 1000)
 
 
 def _cells(one: TokenMap) -> Any:
@@ -214,12 +234,3 @@ def _cell(one: TokenMap, row: int, column: int) -> str:
 def _row_label(one: TokenMap, row: int) -> str:
     label = escape(token_label(one.tokens[row]))
     return f"<b>{label}</b>" if row in one.subject else label
-
-
-def _page(figure: Any, title: str, area: int, width: int) -> str:
-    """A page around a figure whose panels and the gaps between them are `area` pixels high."""
-    margin = {"l": 80, "r": 30, "t": 110, "b": 130}
-    figure.update_layout(height=area + margin["t"] + margin["b"], margin=margin, template="plotly_white")
-    figure.update_layout(font={"color": INK})
-    body = figure.to_html(full_html=False, include_plotlyjs=True, include_mathjax=False, div_id="figure", config=CONFIG)
-    return PAGE.format(title=escape(title), width=width, ink=INK, body=body)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from ssm_interp.plots.style import ARROW, readable, short
 from ssm_interp.reprs import short_repr
 
 StatisticName = Literal["mean", "median", "accuracy", "logprob_difference"]
+LAYER = "Layer"
 APART = ["model", "source", "target", "feature_group"]
 MOST_ACROSS = 4
 
@@ -26,11 +29,12 @@ class Statistic(NamedTuple):
     line: str  # what a line shows
     scale: float
     unchanged: float  # its value, scaled, where a knockout does nothing
+    least: float  # how far the axis goes on both sides of that at least, so that noise does not fill it
 
 
 STATISTICS: Mapping[str, Statistic] = {
     "mean": Statistic(
-        "mean", "low", "high", "Relative change of the answer's probability (%)", "mean over prompts", 1, 0
+        "mean", "low", "high", "Relative change of the answer's probability (%)", "mean over prompts", 1, 0, 5
     ),
     "median": Statistic(
         "median",
@@ -40,6 +44,7 @@ STATISTICS: Mapping[str, Statistic] = {
         "median over prompts",
         1,
         0,
+        5,
     ),
     "accuracy": Statistic(
         "accuracy",
@@ -49,6 +54,7 @@ STATISTICS: Mapping[str, Statistic] = {
         "share of prompts",
         100,
         100,
+        5,
     ),
     "logprob_difference": Statistic(
         "logprob_difference",
@@ -58,8 +64,24 @@ STATISTICS: Mapping[str, Statistic] = {
         "mean over prompts",
         1,
         0,
+        0.05,
     ),
 }
+
+
+class Covered(NamedTuple):
+    """Pieces of a line that others run on top of.
+
+    Attributes:
+        name: of the line.
+        above: how many lines hide it there.
+        x, y: the two ends of each piece, and a NaN.
+    """
+
+    name: str
+    above: int
+    x: Float[np.ndarray, " n"]
+    y: Float[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +203,48 @@ def in_words(key: str, value: Any) -> str:
     if key == "source":
         return f"source: {readable(value)}"
     return short(str(value), 32) if key == "model" else f"features: {short(str(value), 48)}"
+
+
+def layer_label(rows: pd.DataFrame) -> str:
+    """What a layer axis says, in every picture: "Layer", and of windows which of its layers one is drawn at.
+
+    Args:
+        rows: with `layer`, at which a window is drawn, `window_start` and `window`, the size that was asked for.
+    """
+    shown = sorted(rows["window"].unique().tolist())
+    if shown == [1]:
+        return LAYER
+    drawn_at = "first" if (rows["layer"] == rows["window_start"]).all() else "centre"
+    return f"{LAYER} ({drawn_at} of the window{f', {shown[0]} layers' if len(shown) == 1 else ''})"
+
+
+def value_range(rows: pd.DataFrame, statistic: Statistic) -> tuple[float, float]:
+    """The lowest and the highest number to draw, with their intervals, and no less than the statistic's least range."""
+    values = rows[["value", "low", "high"]].to_numpy(float)
+    low, high = statistic.unchanged - statistic.least, statistic.unchanged + statistic.least
+    return float(np.nanmin(values, initial=low)), float(np.nanmax(values, initial=high))
+
+
+def covered(rows: pd.DataFrame, key: str, x: str, names: Sequence[str], near: float) -> Iterator[Covered]:
+    """Where lines that are drawn one after the other run on top of each other.
+
+    Args:
+        rows: with `value`, `x` and `key`, whose values name the lines.
+        names: of the lines, in the order of drawing.
+        near: values that differ by less look the same.
+    """
+    lines = {name: rows[rows[key] == name].sort_values(x) for name in names}
+    at = np.unique(rows[x].to_numpy(float))
+    heights = np.array([np.interp(at, line[x], line["value"], np.nan, np.nan) for line in lines.values()])
+    for index, name in enumerate(names):
+        same = np.abs(heights[index + 1 :] - heights[index]) < near
+        above = (same[:, 1:] & same[:, :-1]).sum(0)  # lines that hide it, per piece between two x
+        for count in range(1, len(names) - index):
+            pieces = np.flatnonzero(above == count)
+            if len(pieces):
+                ends = np.stack([pieces, pieces + 1, np.full_like(pieces, -1)], 1).ravel()
+                gap = ends < 0
+                yield Covered(name, count, np.where(gap, np.nan, at[ends]), np.where(gap, np.nan, heights[index][ends]))
 
 
 def header(rows: pd.DataFrame) -> str:

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ssm_interp.plots.panels import LAYER
 from ssm_interp.plots.style import FAINT, INK, Style, headline, legend, model_styles, picture, plain, printable, short
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -44,7 +45,7 @@ def quantiles(frame: pd.DataFrame, q: Sequence[float] = QUANTILES) -> pd.DataFra
         ValueError: missing columns, no rows; a quantile outside [0, 1], or none.
 
     Example:
-        >>> quantiles(found.frame(), [0.5]).pivot(index="layer", columns="statistic", values="value")  # doctest: +SKIP
+        >>> quantiles(found.frame, [0.5]).pivot(index="layer", columns="statistic", values="value")  # doctest: +SKIP
     """
     if missing := [column for column in COLUMNS if column not in frame.columns]:
         raise ValueError(f"quantiles need a table with the columns {COLUMNS}; these are missing: {missing}")
@@ -71,7 +72,7 @@ def spectrum_figure(frame: pd.DataFrame, *, title: str = "") -> Figure:
         ValueError: missing columns, no rows; more models than can be told apart.
 
     Example:
-        >>> spectrum_figure(pd.concat([one.frame(), other.frame()])).savefig("spectrum.png")      # doctest: +SKIP
+        >>> spectrum_figure(pd.concat([one.frame, other.frame])).savefig("spectrum.png")      # doctest: +SKIP
     """
     rows = quantiles(frame)
     styles = model_styles(rows["model"].unique())
@@ -85,13 +86,15 @@ def spectrum_figure(frame: pd.DataFrame, *, title: str = "") -> Figure:
         for axes, (model, style) in zip(line, styles.items(), strict=True):
             part = rows[(rows["model"] == model) & (rows["statistic"] == statistic)]
             _bands(axes, part, style, logarithmic=statistic in LOGARITHMIC)
-        line[0].set_ylabel(LABELS.get(statistic, printable(statistic)), fontsize=9, color=INK, parse_math=False)
+        own = "\n(each its own scale)" if statistic in OWN_SCALE and len(styles) > 1 else ""
+        label = f"{LABELS.get(statistic, printable(statistic))}{own}"
+        line[0].set_ylabel(label, fontsize=9, color=INK, parse_math=False)
     for axes, model in zip(grid[0], styles, strict=True):
         features = frame[frame["model"] == model].groupby("layer")["feature"].nunique()
         count = " to ".join(dict.fromkeys((str(features.min()), str(features.max()))))
         headline(axes, f"{short(str(model))}   ({count} features a layer)")
     for axes in grid[-1]:
-        axes.set_xlabel("Layer", fontsize=9, color=INK)
+        axes.set_xlabel(LAYER, fontsize=9, color=INK)
     headline(figure, title)
     _legend(figure, list(styles.values()))
     return figure

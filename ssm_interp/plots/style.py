@@ -16,9 +16,10 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.legend import Legend
 
 INK, FAINT = "#222222", "#DDDDDD"
-# Blue speaks for the answer and red against it, in every map: what is written is blue where it is positive, what a
-# knockout changes is blue where it is a loss. Sizes, which have no sign, are blues.
+# Blue supports the answer and red opposes it, in every map and circuit: what is written is blue where it is positive,
+# what a knockout changes is blue where it is a loss. Sizes, which have no sign, are blues.
 WRITTEN, CHANGED, SIZES = "RdBu", "RdBu_r", "Blues"
+SUPPORTS, OPPOSES, NEITHER = "#2166AC", "#B2182B", "#777777"  # of the same scale
 MONO = "DejaVu Sans Mono"
 ARROW = "\N{RIGHTWARDS ARROW}"
 MOST_LABELS = 64  # more tokens than these on one axis could not be read
@@ -138,6 +139,11 @@ def short(name: str, most: int = 36) -> str:
 def signed(value: float, _: object = None) -> str:
     """A tick label: +1, −1, 0."""
     return f"{value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
+
+
+def sign_colour(change: float) -> str:
+    """The colour of what changes a metric so when it is removed."""
+    return SUPPORTS if change < 0 else OPPOSES if change > 0 else NEITHER
 
 
 def readable(source: str) -> str:

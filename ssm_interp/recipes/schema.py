@@ -152,7 +152,7 @@ class Recipe(Declared):
             model: one of `model.names`.
             sweep: one of `sweep`.
             positions: for a heat map, how many of them are sources: the number of tokens of the longest prompt.
-                    computed: options that change how a table is computed and not what is in it, such as batch_size.
+            computed: options that change how a table is computed and not what is in it, such as batch_size.
         """
         options = flat(self.model, self.prompts, sweep) | {"model": model, "held": self.held}
         if isinstance(self.plot, HeatMap):
