@@ -7,6 +7,7 @@ fields of types such as ByteSize; pydantic-settings knows no nearest flag, and s
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -48,15 +49,20 @@ app = App(
 
 
 def _command(declared: type[Experiment]) -> Callable[[Experiment], int | None]:
-    def command(experiment: Experiment) -> int | None:
+    default = declared()
+
+    def command(experiment: Experiment = default) -> int | None:
         _quiet()
         module = import_module(f"ssm_interp.cli.{declared.__name__.lower()}")  # and torch and transformers with it
         code: int | None = module.run(experiment)
         return code
 
-    command.__doc__ = declared.__doc__
+    taken = inspect.Parameter(
+        "experiment", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=declared
+    )
+    command.__signature__ = inspect.Signature([taken])  # type: ignore[attr-defined]
     command.__annotations__["experiment"] = declared
-    command.__defaults__ = (declared(),)
+    command.__doc__ = declared.__doc__
     return command
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -208,7 +208,7 @@ class Edges(Experiment):
     out: Path = option(Path("edges.png"), BESIDE)
 
     @model_validator(mode="after")
-    def _has_a_rival(self) -> Self:
+    def _has_a_rival(self) -> Edges:
         if self.other is not None and self.metric == "logprob":
             message = "it is for --metric difference; the log-probability has no wrong answer"
             raise KeyedError(("other",), message)
@@ -317,7 +317,7 @@ class Attention(Experiment):
     out: Path = option(Path("attention.png"), PICTURE)
 
     @model_validator(mode="after")
-    def _one_map(self) -> Self:
+    def _one_map(self) -> Attention:
         if self.head is not None and self.reduce is not None:
             raise KeyedError(("head",), "give this or --reduce, not both: one head needs no reduction over heads")
         return self

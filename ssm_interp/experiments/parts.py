@@ -182,7 +182,7 @@ class AsJob(InBatches):
     workers: PositiveInt | None = option(
         None, "Processes that share the shards, run by Ray; absent: this one computes them all."
     )
-    gpus_per_worker: float = option(0, "GPUs that each worker has to itself; 0: they use the CPU.", ge=0)
+    gpus_per_worker: float = option(0.0, "GPUs that each worker has to itself; 0: they use the CPU.", ge=0)
     address: Name | None = option(None, "Of a Ray cluster: auto, host:port, ray://...; absent: this machine.")
 
 

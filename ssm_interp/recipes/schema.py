@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -96,7 +96,7 @@ class Recipe(Declared):
     _blame: Callable[[Key, str], RecipeError] | None = PrivateAttr(None)
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
+    def _goes_together(self) -> Recipe:
         if twice := [name for name, count in Counter(self.model.names).items() if count > 1]:
             raise KeyedError(("model", "names"), f"{twice[0]!r} occurs more than once; name each model once")
         _check_told_apart(self.sweep)
