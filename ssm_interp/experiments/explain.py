@@ -82,7 +82,7 @@ def problems(error: ValidationError) -> list[Problem]:
         elif wrong["type"] == "union_tag_invalid":
             spot = _walk(top, (*wrong["loc"], "kind"))
         by_key.setdefault(spot.key, []).append((spot, wrong))
-    within = {key[:-1] for key in by_key}
+    within = {key[:end] for key in by_key for end in range(len(key))}
     return [
         Problem(key, _message(several, top), several[0][0].fields)
         for key, several in by_key.items()
