@@ -2,6 +2,7 @@
 # make test   lint, types, import contracts and tests
 # make test-hosts   the tests of the hooks with the oldest supported transformers, the one before the caches were renamed,
 #             and the newest; HOSTS=5.15.0 names others
+# make docs   build the documentation, with its API reference, into site/; a dead link or a bad docstring is an error
 # make lint   ruff, mypy and the import contracts alone
 # make bench  time and memory of the library beside the model's own
 # make clean  remove .venv, demo/ and caches
@@ -18,7 +19,7 @@ FLOOR := $(addprefix tests/test_,$(addsuffix .py,attach check conv_knockout deco
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-hosts lint bench clean
+.PHONY: help demo test test-hosts docs lint bench clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -43,6 +44,10 @@ $(VENV)/hosts/%/.tested: $(VENV)/.tools FORCE
 
 FORCE:
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "open site/index.html"
+
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +61,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.edges
 
 clean:
-	rm -rf $(VENV) demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) demo site dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: an interpreter, torch and the build backend in it, the package (editable), the test tools.
@@ -81,4 +86,9 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 $(VENV)/.tools: $(VENV)/.installed
 	@echo "installing the test tools"
 	@$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "installing what builds the documentation"
+	@$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@

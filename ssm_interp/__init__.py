@@ -10,7 +10,9 @@ if TYPE_CHECKING:
         HookError,
         InterventionError,
         LoadError,
+        MetricError,
         MissingError,
+        PlotError,
         PromptError,
         RecipeError,
         ResultError,
@@ -35,9 +37,7 @@ if TYPE_CHECKING:
         edge_attribution,
         feature_groups,
         find_circuit,
-        log_probability,
         logit_attribution,
-        logit_difference,
         rollout,
     )
     from ssm_interp.features.spectrum import spectrum  # by its module, whose name is its own: mypy takes it for that
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ssm_interp.flow.leak import leak
     from ssm_interp.flow.sweep import sweep
     from ssm_interp.hooks import (
+        Answers,
         Attachment,
         EditAttention,
         HookPoint,
@@ -57,7 +58,10 @@ if TYPE_CHECKING:
         SetDelta,
         attach,
         attached,
+        log_probability,
+        logit_difference,
     )
+    from ssm_interp.hooks.answers import answers
     from ssm_interp.models import load
     from ssm_interp.plots import TokenMap
     from ssm_interp.prompts import Batch, Fact, Prompt, load_prompts, pad, tokenize
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answers",
     "Attachment",
     "AttentionView",
     "AttentionViews",
@@ -89,8 +94,10 @@ __all__ = [
     "LeakReport",
     "LoadError",
     "LogitAttribution",
+    "MetricError",
     "MissingError",
     "PatchState",
+    "PlotError",
     "Prompt",
     "PromptError",
     "RecipeError",
@@ -105,6 +112,7 @@ __all__ = [
     "StudyError",
     "TokenMap",
     "UnsupportedModelError",
+    "answers",
     "attach",
     "attached",
     "attention_views",
@@ -129,18 +137,18 @@ __all__ = [
 
 _HOMES = {
     "errors": (
-        "FeatureError FlowError HookError InterventionError LoadError MissingError PromptError RecipeError "
-        "ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
+        "FeatureError FlowError HookError InterventionError LoadError MetricError MissingError PlotError PromptError "
+        "RecipeError ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
     ),
     "features": (
         "AttentionView AttentionViews Circuit Decomposition Decompositions EdgeAttribution EdgeCheck "
         "LogitAttribution Spectrum attention_views check_edges decompose edge_attribution feature_groups "
-        "find_circuit log_probability logit_attribution logit_difference rollout spectrum"
+        "find_circuit logit_attribution rollout spectrum"
     ),
     "flow": "FlowResult LeakReport leak sweep token_map",
     "hooks": (
-        "Attachment EditAttention HookPoint HookPoints Intervention Knockout PatchState Run ScaleFeatures "
-        "SetDelta attach attached"
+        "Answers Attachment EditAttention HookPoint HookPoints Intervention Knockout PatchState Run ScaleFeatures "
+        "SetDelta answers attach attached log_probability logit_difference"
     ),
     "models": "load",
     "plots": "TokenMap",

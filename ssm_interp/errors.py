@@ -9,7 +9,8 @@ from functools import partial
 
 
 class SsmInterpError(Exception):
-    """Something that was asked for cannot be done. All errors that this package raises are of this kind."""
+    """Something that was asked for cannot be done. Errors of this package are of this kind, but for those that Python's
+    own protocols want: a keyword that a function does not take, a name that a module or a mapping does not have."""
 
 
 class TermsError(SsmInterpError, ValueError):
@@ -42,12 +43,20 @@ class PromptError(SsmInterpError, ValueError):
     """A prompt, or a file of prompts, that cannot be used as it is."""
 
 
+class MetricError(SsmInterpError, ValueError):
+    """A metric that there is not, or one that is not a finite number for every row."""
+
+
 class FeatureError(SsmInterpError, ValueError):
     """Features, groups of them, or statistics that rank them, that do not exist or do not fit the model."""
 
 
 class ResultError(SsmInterpError, ValueError):
     """A file that holds no result, or another one, or a result that cannot be drawn or stored as it is."""
+
+
+class PlotError(SsmInterpError, ValueError):
+    """Numbers, tokens or tables that do not make a picture."""
 
 
 class FlowError(SsmInterpError, ValueError):

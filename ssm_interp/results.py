@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
+from pydantic import BaseModel
 from safetensors.torch import load as tensors_from
 from safetensors.torch import save as bytes_of
 from torch import Tensor
@@ -42,8 +43,8 @@ class Result(ABC):
 
     Attributes:
         frame: the table.
-        holds: the dataclasses and named tuples that its fields hold beside numbers, texts, tensors, tables, and
-            sequences and mappings of these.
+        holds: the dataclasses, named tuples and pydantic models that its fields hold beside numbers, texts, tensors,
+            tables, and sequences and mappings of these.
         version: of its file; raised when its fields change.
 
     Example:
@@ -166,6 +167,8 @@ def labels(tokens: Tokens | None, row: int, length: int) -> Sequence[str]:
 
 
 def _names(kind: type) -> list[str]:
+    if issubclass(kind, BaseModel):
+        return list(kind.model_fields)
     return [field.name for field in fields(kind)] if is_dataclass(kind) else list(getattr(kind, "_fields", ()))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-import jaxtyping
+import checked
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-jaxtyping.install_import_hook("ssm_interp", "beartype.beartype")  # before anything imports the package
+checked.install("ssm_interp")  # before anything imports the package
 
 from tiny_hosts import NAMES, build
 

@@ -12,12 +12,10 @@ from tiny_flow import WORDS, World, world
 import ssm_interp as si
 from ssm_interp.features import find_circuit
 from ssm_interp.flow import (
-    FlowError,
     FlowResult,
     FlowRun,
     NothingAnswered,
     Study,
-    rows_engine,
     run_study,
     sweep,
     token_map,
@@ -146,8 +144,8 @@ def test_an_answer_of_one_token_is_the_same_either_way(scene: World) -> None:
 def test_what_full_answers_cannot_go_with_is_refused(scene: World) -> None:
     unknown = Prompt(scene.prompts[0].text, scene.prompts[0].subject, f"{scene.prompts[0].target} Zz")
     with si.attach(scene.model) as ssm:
-        with pytest.raises(FlowError, match="full_answer needs those at every token of the answer"):
-            sweep(ssm, scene.tokenizer, scene.prompts, full_answer=True, engine=rows_engine())
+        with pytest.raises(si.HookError, match="cannot be exact: every token of the answer is scored"):
+            sweep(ssm, scene.tokenizer, scene.prompts, full_answer=True, by="rows")
         with pytest.raises(PromptError, match="in full: the tokenizer does not know ' Zz'"):
             sweep(ssm, scene.tokenizer, [unknown], full_answer=True)
         with pytest.raises(NothingAnswered, match="tokens are never all of the target's"):

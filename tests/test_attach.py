@@ -379,6 +379,8 @@ def test_bad_runs() -> None:
             ssm.run("text")
         with pytest.raises(si.HookError, match="attach takes a model, got tuple"):
             si.attach((ssm.model, None))
+        with as_users_run_it(), pytest.raises(si.HookError, match="own_operator is True or False, got 'yes'"):
+            si.attach(ssm.model, own_operator="yes")
         with pytest.raises(si.HookError, match="no hook point 'A'. There are conv, x, dt"):
             ssm.run(inputs(), read=["A"])
         assert (

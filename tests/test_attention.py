@@ -116,7 +116,15 @@ def test_reduced_is_the_reduced_matrix_however_it_is_cut(shape, reduction, slab_
     for length in (1, 5, 63):
         terms = random_terms(shape, length)
         expected = naive_attention(terms)
-        assert error(reduced_attention(terms, reduction), REDUCTIONS[reduction](expected)) <= 1e-12
+        reduce = REDUCTIONS[reduction]
+        assert error(reduced_attention(terms, reduction), reduce(expected)) <= 1e-12
+        heads, steps = [terms.heads - 1, 0, 2], terms.dt.square() + 1
+        some = reduced_attention(terms, reduction, heads=heads)
+        assert error(some, reduce(expected[:, heads])) <= 1e-12
+        scaled = expected / terms.dt.mT[:, :, None] * steps.mT[:, :, None]
+        assert error(reduced_attention(terms, reduction, steps=steps), reduce(scaled)) <= 1e-12
+        both = reduced_attention(terms, reduction, heads=heads, steps=steps)
+        assert error(both, reduce(scaled[:, heads])) <= 1e-12
         assert error(attention(terms), expected) <= 1e-12
         assert error(attention(with_grad(terms)).detach(), expected) <= 1e-12
 
@@ -170,6 +178,15 @@ def test_positions_and_blocks_out_of_range_are_named():
             attention(terms, block=block)
         with pytest.raises(TermsError, match=rf"power of two .*got {block}"):
             reduced_attention(terms, "mean", block=block)
+
+
+def test_heads_and_steps_that_do_not_fit_are_named():
+    terms = random_terms("mamba2", 5)
+    for heads in ([], [0, 4], [-1]):
+        with pytest.raises(TermsError, match=r"heads must be some of 0 to 3, got \["):
+            reduced_attention(terms, "mean", heads=heads)
+    with pytest.raises(TermsError, match=r"steps must be \[b t h\] = \[2, 5, 4\], as dt, got \[2, 5, 1\]"):
+        reduced_attention(terms, "norm", steps=terms.dt[:, :, :1])
 
 
 MEASURE = """

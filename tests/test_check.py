@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_terms import as_users_run_it
 from support import logits
 from test_softmax import transformer
 from tiny_hosts import build, inputs
@@ -82,6 +83,8 @@ def test_what_cannot_be_tried_is_refused() -> None:
     ]:
         with pytest.raises(si.HookError, match=message):
             check(other)
+    with as_users_run_it(), pytest.raises(si.HookError, match="seed must be a whole number, got 'x'"):
+        check(model, seed="x")
     si.attach(model).detach()
     with pytest.raises(si.HookError, match="cannot be run: its weights are on the device meta"):
         si.attach(outline).run(inputs(), read="x")

@@ -12,7 +12,9 @@ from tiny_hosts import CONFIGS, build, inputs, padded
 from torch import Tensor
 
 import ssm_interp as si
-from ssm_interp.features import Circuit, EdgeGroup, FeatureError, fact_roles, find_circuit
+from ssm_interp.errors import FeatureError, SsmInterpError
+from ssm_interp.features import Circuit, fact_roles, find_circuit
+from ssm_interp.features.circuit_trials import describe_edge, edge_of, layer_of
 from ssm_interp.hooks import Attachment
 from ssm_interp.models import INDUCTION
 from ssm_interp.prompts import Batch, induction_prompts, induction_roles, pad, tokenize
@@ -31,17 +33,18 @@ def spread(logits: Tensor) -> Tensor:
     return logits[:, 3] - logits[:, 5]
 
 
-def by_hand(ssm: Attachment, rows: dict[str, Tensor], removed: Collection[EdgeGroup]) -> float:
+def by_hand(ssm: Attachment, rows: dict[str, Tensor], removed: Collection[si.Knockout]) -> float:
     """The metric with edge groups removed: one prompt at a time, unpadded, with every edge named. Nothing but the norms
     of the hosts rounds to float32."""
     found = []
     for row, kept in zip(rows["input_ids"], rows["attention_mask"].bool(), strict=True):
         ids = row[kept]
         edges = [
-            [(t, s) for t in ROLES[group.target] for s in ROLES[group.source] if len(ids) > t >= s] for group in removed
+            [(t, s) for t in ROLES[target] for s in ROLES[source] if len(ids) > t >= s]
+            for target, source in map(edge_of, removed)
         ]
         edits = [
-            si.Knockout(edges=named, layers=group.layer) for named, group in zip(edges, removed, strict=True) if named
+            si.Knockout(edges=named, layers=group.layers) for named, group in zip(edges, removed, strict=True) if named
         ]
         with torch.no_grad(), ssm.edit(*edits):
             found.append(spread(ssm.model(ids[None], use_cache=False).logits[:, -1]))
@@ -117,7 +120,7 @@ def induction(name: str, count: int = 16) -> tuple[Attachment, Batch]:
 def test_the_circuit_of_induction_is_the_edge_from_the_answer_to_the_query(name: str) -> None:
     ssm, batch = induction(name)
     circuit = find_circuit(ssm, batch, roles=induction_roles(batch), tolerance=0.1, relative=True)
-    assert {(group.source, group.target) for group in circuit.groups} == {("answer", "query")}
+    assert {edge_of(group)[::-1] for group in circuit.groups} == {("answer", "query")}
     assert circuit.faithfulness == pytest.approx(1, abs=0.1)
     assert circuit.empty < -3 < -0.2 < circuit.clean
 
@@ -137,7 +140,7 @@ def test_single_positions_as_roles(name: str) -> None:
             metric=lambda logits: logits.softmax(1)[:, row.target_id],
         )
     (answer,) = row.roles["subject"]
-    assert (str(answer), "8") in {(group.source, group.target) for group in circuit.groups}
+    assert (str(answer), "8") in {edge_of(group)[::-1] for group in circuit.groups}
     assert plain.groups == circuit.groups
 
 
@@ -149,7 +152,7 @@ def test_groups_of_features() -> None:
     assert {group.features for group in circuit.groups} <= set(halves)
     some = {"first head": {0: [0]}, "rest": {0: [1, 2, 3]}}  # and no group in layer 1
     circuit = find_circuit(ssm, batch, roles=induction_roles(batch), tolerance=0.0, features=some)
-    assert {group.layer for group in (*circuit.groups, *circuit.removed)} == {0}
+    assert {layer_of(group) for group in (*circuit.groups, *circuit.removed)} == {0}
     with torch.no_grad(), ssm.edit(si.Knockout(layers=0)):
         logits = ssm.model(batch.input_ids, use_cache=False).logits[:, -1].double().log_softmax(1)
     assert circuit.empty == pytest.approx(float(logits.gather(1, batch.target_ids[:, None]).mean()), rel=1e-4)
@@ -174,7 +177,7 @@ def test_the_circuit_of_facts_goes_from_the_subject_to_the_last_token(name: str)
     assert len(batch.prompts) > 4
     with si.attach(model, own_operator=True) as ssm:
         circuit = find_circuit(ssm, batch, tolerance=0.1, relative=True)
-    assert ("subject", "last") in {(group.source, group.target) for group in circuit.groups}
+    assert ("subject", "last") in {edge_of(group)[::-1] for group in circuit.groups}
     assert len(circuit.groups) < 20
     assert len(circuit.groups) + len(circuit.removed) == 100
 
@@ -184,9 +187,9 @@ def test_what_a_circuit_says_and_shows() -> None:
     circuit = find_circuit(ssm, batch, roles=induction_roles(batch), tolerance=0.1, relative=True)
     lines = str(circuit).splitlines()
     assert lines[0] == f"circuit: 1 of 30 edge groups, faithfulness {circuit.faithfulness:.3f}"
-    assert lines[1].startswith("logprob (mean over 8 prompts): clean -")
+    assert lines[1].startswith("log_probability (mean over 8 prompts): clean -")
     assert lines[3].split()[:5] == ["layer", "0", "query", "<-", "answer"]
-    assert str(circuit.groups[0]) == "layer 0: query <- answer"
+    assert describe_edge(circuit.groups[0]) == "query <- answer"
     frame = circuit.frame
     assert len(frame) == 30
     assert frame["kept"].sum() == 1
@@ -222,8 +225,8 @@ def test_roles_of_facts_share_out_every_position() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"tolerance": -0.1}, "tolerance must be a finite number, at least 0, got -0.1"),
     ({"tolerance": float("nan")}, "tolerance must be a finite number, at least 0, got nan"),
-    ({"metric": "accurracy"}, "no metric 'accurracy'; there are logprob, probability, accuracy"),
-    ({"metric": "accuracy"}, "needs the prompts' targets, which a Batch of prompts has"),
+    ({"metric": "accurracy"}, "no metric 'accurracy': did you mean 'accuracy'"),
+    ({"metric": "accuracy"}, "needs the prompts' answers, which a Batch of prompts has"),
     ({"metric": lambda logits: logits}, r"returned \[2, 64\], but must return a tensor with one number for each"),
     ({"metric": lambda logits: 1.0}, r"returned 1.0 of type float, but must return"),
     ({"metric": lambda logits: logits[:, 0] / 0}, "the metric is -?inf for row 0, not a finite number"),
@@ -243,7 +246,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[message[:30] for _, message in BAD])
 def test_bad_input(options: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"roles": {"a": range(6)}, "tolerance": 1, "metric": spread}
-    with si.attach(build("mamba2")) as ssm, pytest.raises(FeatureError, match=message):
+    with si.attach(build("mamba2")) as ssm, pytest.raises(SsmInterpError, match=message):
         find_circuit(ssm, inputs(2, 6)["input_ids"], **given | options)
 
 

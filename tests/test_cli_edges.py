@@ -8,7 +8,8 @@ import pytest
 from commands import refused, run
 
 import ssm_interp as si
-from ssm_interp.features import check_edges, edge_attribution, logit_difference
+from ssm_interp.features import check_edges, edge_attribution
+from ssm_interp.hooks import logit_difference
 from ssm_interp.prompts import pad, tokenize
 
 TEXT = "The name of the capital city of France is"

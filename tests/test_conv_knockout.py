@@ -101,7 +101,7 @@ def test_padding(host: PreTrainedModel, side: str) -> None:
 @pytest.mark.parametrize("through", ["conv", BOTH])
 @pytest.mark.parametrize("name", NAMES)
 def test_decode_steps_equal_one_call(name: str, through: str | tuple[str, ...]) -> None:
-    ids = inputs(2, 9)["input_ids"]
+    ids = inputs(2, 7)["input_ids"]
     with si.attach(build(name)) as ssm:
         cases = [
             (si.Knockout(sources=[3, 4], through=through),) * 2,
@@ -121,21 +121,21 @@ def test_decode_steps_equal_one_call(name: str, through: str | tuple[str, ...]) 
 @pytest.mark.parametrize("target", [[8], [2, 3, 4], [0, 1, 5, 6, 7, 8]])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_equal_full_forwards(name: str, target: list[int]) -> None:
-    ids = inputs(batch=3, length=9)["input_ids"]
+    ids = inputs(batch=2, length=9)["input_ids"]
     with si.attach(precise(name), own_operator=True) as ssm:
         variants = [
             si.Knockout(sources=source, targets=target, layers=window, through=through)
             for source in ([8], [6, 7], [0, 2, 3, 4])
-            for window in windows(ssm)[::3]
-            for through in ("ssm", "conv", BOTH)
+            for window in windows(ssm)[::4]
+            for through in ("conv", BOTH)  # the SSM alone is the business of test_rows
         ]
         expected = forwards(ssm, ids, variants)
         assert error(answers(ssm, ids, variants), expected) < (5e-7 if name == "zamba" else 1e-9)
-        assert error(expected[1::3], expected[::3]) > 1e-2  # conv alone is another thing than ssm alone
+        assert error(expected[::2], expected[1::2]) > 1e-2  # conv alone is another thing than both
 
 
 def test_a_hook_on_the_inputs_reaches_the_cache(host: PreTrainedModel) -> None:
-    ids = inputs(2, 9)["input_ids"]
+    ids = inputs(2, 7)["input_ids"]
     with si.attach(host) as ssm:
         for in_place in (False, True):
             hook = (lambda conv, _: conv.mul_(0.5) and None) if in_place else (lambda conv, _: conv * 0.5)

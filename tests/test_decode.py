@@ -11,7 +11,7 @@ from tiny_hosts import NAMES, build, inputs, padded, tokens_of
 
 import ssm_interp as si
 
-PROMPT, LENGTH = 5, 9
+PROMPT, LENGTH = 5, 7
 
 
 def whole(ssm: si.Attachment, *edits: si.Intervention) -> torch.Tensor:

@@ -21,11 +21,10 @@ from ssm_interp.features import (
     decompose,
     edge_attribution,
     feature_groups,
-    log_probability,
     logit_attribution,
     record_mixers,
 )
-from ssm_interp.hooks import HookedWarning
+from ssm_interp.hooks import HookedWarning, log_probability
 from ssm_interp.scan import attention
 
 GATED = ["mamba", "falcon_mamba", "jamba", "zamba"]  # the gate alone stands behind the operator

@@ -17,7 +17,8 @@ from tiny_hosts import build, inputs
 from transformers import BatchEncoding
 
 import ssm_interp as si
-from ssm_interp.hooks import MissingError, run_each
+from ssm_interp.hooks import MissingError
+from ssm_interp.hooks.rows import run_each
 from ssm_interp.prompts import pad, tokenize
 from ssm_interp.reprs import describe
 
@@ -96,7 +97,7 @@ def test_reprs_print_no_tensor_and_no_model() -> None:
     assert repr(batch) == f"Batch(2 prompts, input_ids {list(batch.input_ids.shape)})"
     with si.attach(tiny.model) as ssm:
         answers = next(run_each(ssm, inputs(2, 6)["input_ids"] % 37, [()]))
-        assert repr(answers) == f"Answers(1 variants, 2 rows, logits {list(answers.logits.shape)})"
+        assert repr(answers) == f"RowLogits(1 variants, 2 rows, logits {list(answers.logits.shape)})"
         run = ssm.run(inputs(2, 6)["input_ids"] % 37, read=["x", "attn"])
         every = list(ssm.layers)
         shape = list(run["x", 0].shape)

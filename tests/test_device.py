@@ -25,11 +25,10 @@ from ssm_interp.features import (
     feature_groups,
     find_circuit,
     logit_attribution,
-    logit_difference,
     spectrum,
 )
 from ssm_interp.flow import sweep
-from ssm_interp.hooks import Attachment
+from ssm_interp.hooks import Attachment, logit_difference
 from ssm_interp.hooks.blocks import blocks_of
 
 Place = Callable[[Any], Any]

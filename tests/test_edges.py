@@ -12,16 +12,9 @@ from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
 
 import ssm_interp as si
-from ssm_interp.features import (
-    EdgeAttribution,
-    FeatureError,
-    check_edges,
-    edge_attribution,
-    feature_groups,
-    log_probability,
-    logit_difference,
-)
-from ssm_interp.hooks import HookedWarning
+from ssm_interp.errors import MetricError, SsmInterpError
+from ssm_interp.features import EdgeAttribution, FeatureError, check_edges, edge_attribution, feature_groups
+from ssm_interp.hooks import HookedWarning, log_probability, logit_difference
 from ssm_interp.prompts import pad, tokenize
 
 LENGTH = 7
@@ -298,7 +291,7 @@ BAD_METRICS = {
 @pytest.mark.parametrize("message", BAD_METRICS)
 def test_metrics_that_are_none(message: str) -> None:
     ssm = si.attach(build("mamba2"))
-    with as_users_run_it(), pytest.raises(FeatureError, match=message):
+    with as_users_run_it(), pytest.raises(SsmInterpError, match=message):
         edge_attribution(ssm, inputs(2, 4), BAD_METRICS[message])
 
 
@@ -307,9 +300,9 @@ def test_metrics_of_tokens() -> None:
     assert torch.allclose(log_probability([4, 1])(logits), logits.log_softmax(1)[[0, 1], [4, 1]])
     assert torch.equal(logit_difference(4, [0, 2])(logits), logits[[0, 1], [4, 4]] - logits[[0, 1], [0, 2]])
     for bad in (1.5, "Paris", [], -1, None):
-        with pytest.raises(FeatureError, match="target must be a token id, or one for each row"):
+        with pytest.raises(MetricError, match="target must be a token id, or one for each row"):
             log_probability(bad)
-    with pytest.raises(FeatureError, match=r"last token, \[b v\], got \[1, 2, 9\]"):
+    with pytest.raises(MetricError, match=r"last token, \[b v\], got \[1, 2, 9\]"):
         log_probability(1)(logits[None])
 
 
@@ -323,7 +316,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "must name heads or .* pairs, at least one, in layer 0": {"features": {"a": {0: []}}},
     "layer 0 has no feature 99": {"features": {"a": {0: [99]}}},
     r"'a' names none of the layers \[1\]": {"features": {"a": {0: [1]}}, "layers": 1},
-    r"the metric must be a function of logits.*got 3": {"metric": 3},
+    r"the metric must be a name .* or a function of logits.*got 3": {"metric": 3},
     "inputs must be ids": {"inputs": "The capital of"},
     r"input_ids must be integers \[b t\], got torch.int64 \[4\]": {"inputs": torch.ones(4, dtype=torch.long)},
     "inputs hold past_key_values": {"inputs": inputs(2, 4) | {"past_key_values": object()}},
@@ -337,7 +330,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
 def test_bad_input_is_named(message: str) -> None:
     ssm = si.attach(build("mamba2"))
     options = {"inputs": inputs(2, 4), "metric": METRIC} | BAD_OPTIONS[message]
-    with as_users_run_it(), pytest.raises(FeatureError, match=message):
+    with as_users_run_it(), pytest.raises(SsmInterpError, match=message):
         edge_attribution(ssm, options.pop("inputs"), options.pop("metric"), **options)
 
 

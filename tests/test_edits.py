@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssm_interp as si
-from ssm_interp.hooks import run_each
+from ssm_interp.hooks.rows import run_each
 
 EXACT = 1e-10
 LENGTH = 8
@@ -110,8 +110,7 @@ def test_absent_edges_change_nothing(host) -> None:  # noqa: ANN001
     with si.attach(host) as ssm:
         for nothing in (
             si.Knockout(sources=[[], []], targets=-1),
-            si.Knockout(sources=[], targets=-1),
-            si.Knockout(edges=[]),
+            si.Knockout(sources=[3], targets=[[], []]),
         ):
             assert relative_error(edited(ssm, inputs(2, LENGTH), nothing), native) <= 5e-6
 

@@ -28,15 +28,14 @@ from ssm_interp.features import (
     fact_roles,
     feature_groups,
     find_circuit,
-    log_probability,
     logit_attribution,
-    logit_difference,
     record_mixers,
     rollout,
     spectrum,
 )
-from ssm_interp.hooks import run_each
+from ssm_interp.hooks import log_probability, logit_difference
 from ssm_interp.hooks.check import check
+from ssm_interp.hooks.rows import run_each
 from ssm_interp.prompts import pad, tokenize
 
 METRIC = logit_difference(3, 5)

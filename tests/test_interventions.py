@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 import ssm_interp as si
 
@@ -50,17 +50,23 @@ def test_what_may_be_given() -> None:
 
 
 def test_they_are_frozen() -> None:
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         EXAMPLES[0].layers = (1,)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: si.Knockout(sources="23"), "Knockout.sources must be an integer, a sequence of integers, or one"),
         (lambda: si.Knockout(sources=[1.5]), "Knockout.sources must be an integer"),
         (lambda: si.Knockout(sources=True), "Knockout.sources must be an integer"),
-        (lambda: si.Knockout(sources=[[1], 2]), "Knockout.sources must be an integer"),
+        (lambda: si.Knockout(sources=[[1], 2]), "Knockout.sources must be an integer or a role, a sequence of them"),
+        (lambda: si.Knockout(sources=[]), "Knockout.sources is empty, so that nothing would happen"),
+        (lambda: si.Knockout(edges=[]), "Knockout.edges is empty"),
+        (lambda: si.Knockout(sources=0, layers=[]), "Knockout.layers is empty"),
+        (
+            lambda: si.Knockout(sources=0, source=1),
+            r"Knockout has no field \['source'\]; it has \['edges', ",
+        ),
         (lambda: si.Knockout(sources=0, layers="all"), "Knockout.layers must be an integer or a sequence"),
         (lambda: si.Knockout(sources=0, edges=[(1, 0)]), "either `edges`, or `sources` and `targets`, not both"),
         (lambda: si.Knockout(edges=[(1, 0, 2)]), r"Knockout.edges must be pairs \(target, source\)"),
@@ -70,7 +76,10 @@ def test_they_are_frozen() -> None:
         (lambda: si.PatchState(position=None, state=0.0), "must name a position: .* or one such sequence per row"),
         (lambda: si.PatchState(position=[], state=0.0), "position must name a position"),
         (lambda: si.PatchState(position=[[], []], state=0.0), "position must name a position"),
-        (lambda: si.PatchState(position=[[1], 2], state=0.0), "PatchState.position must be an integer, a sequence of"),
+        (
+            lambda: si.PatchState(position=[[1], 2], state=0.0),
+            "PatchState.position must be an integer or a role, a sequence of",
+        ),
         (lambda: si.PatchState(position=0, state=[1.0, 2.0]), r"must be a number, \[h p n\] or \[b h p n\], got \[2\]"),
         (lambda: si.PatchState(position=0, state="zero"), "PatchState.state must be a number"),
         (lambda: si.SetDelta(value=-0.1), "step >= 0, got -0.1"),

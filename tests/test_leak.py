@@ -10,7 +10,7 @@ from scipy import stats
 from tiny_flow import world
 
 import ssm_interp as si
-from ssm_interp.flow import LeakReport, full_forwards, leak, sweep
+from ssm_interp.flow import LeakReport, leak, sweep
 from ssm_interp.flow.leak import THROUGH
 from ssm_interp.plots import stream_figure
 
@@ -23,7 +23,7 @@ def test_the_report_is_three_sweeps_and_what_they_leave(family: str) -> None:
         known = {
             name: sweep(
                 ssm, given.tokenizer, given.prompts, sources=["subject", "last"], windows=2, through=through,
-                engine=full_forwards,
+                by="forwards",
             ).frame
             for name, through in THROUGH.items()
         }  # fmt: skip
@@ -90,3 +90,18 @@ def test_the_last_digits_of_the_clean_run_split_no_prompt() -> None:
     moved = LeakReport(frame)
     assert set(moved.summary()["n"]) == {len(given.prompts)}
     assert not moved.by_prompt().isna().any(axis=None)
+
+
+def test_a_metric_leaks_too() -> None:
+    scene = world("mamba2", count=3)
+    options = {"sources": ["last"], "windows": 2, "answered_only": False, "metric": "logit_difference"}
+    with si.attach(scene.model) as ssm:
+        report = leak(ssm, scene.tokenizer, scene.prompts, **options)
+    place = ["prompt_id", "source", "target", "layer"]
+    values = report.frame.set_index([*place, "through"])["value"].unstack("through")
+    found = report.by_prompt().set_index(place)["value_leak"]
+    np.testing.assert_allclose(found, (values["ssm"] - values["ssm + conv"]).loc[found.index], rtol=1e-12)
+    assert found.abs().max() > 1e-3
+    np.testing.assert_allclose(
+        report.summary().set_index("layer")["value_leak"], found.groupby("layer").mean(), rtol=1e-12
+    )

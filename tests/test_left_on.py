@@ -17,12 +17,11 @@ from ssm_interp.features import (
     decompose,
     edge_attribution,
     find_circuit,
-    log_probability,
     logit_attribution,
     spectrum,
 )
 from ssm_interp.flow import leak, sweep, token_map
-from ssm_interp.hooks import HookedWarning, warn_hooked
+from ssm_interp.hooks import HookedWarning, log_probability, warn_hooked
 from ssm_interp.prompts import pad, tokenize
 
 

@@ -16,8 +16,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 import ssm_interp as si
 from ssm_interp.hooks.operators import ChunkScan, HeadUpdate, Operator, SelectiveScan, SelectiveUpdate
-from ssm_interp.hooks.serve import serve
-from ssm_interp.hooks.site import Site
+from ssm_interp.hooks.serve import EditSite
 from ssm_interp.scan.naive import naive_scan
 
 b, t, h, p, g, n = 2, 5, 6, 3, 2, 4
@@ -147,22 +146,22 @@ def test_a_kernel_is_called_as_the_host_called_it(adapter: type[Operator]) -> No
     gated = adapter in (SelectiveScan, SelectiveUpdate)
     points = si.HookPoints(layer=0, heads=h, head_dim=1, state_size=n, gated=gated, own_operator=False)
 
-    def site() -> Site:
-        return Site(
+    def site() -> EditSite:
+        return EditSite(
             SimpleNamespace(ssm=points, conv1d=points, layer_idx=0, training=False), None, None, torch.empty(b, t, 1)
         )
 
     operator = adapter(kernel, (), fresh(arguments))
     assert not operator.is_reference
-    assert all(torch.equal(a, k) for a, k in zip(_tuple(serve(operator, site())), _tuple(native), strict=True))
+    assert all(torch.equal(a, k) for a, k in zip(_tuple(site().serve(operator)), _tuple(native), strict=True))
     assert seen[-1].get("D") is arguments["D"]
     points.hook_y.add_hook(lambda y, hook: y * 2)
-    doubled = _tuple(serve(adapter(kernel, (), fresh(arguments)), site()))[0]
+    doubled = _tuple(site().serve(adapter(kernel, (), fresh(arguments))))[0]
     assert seen[-1].get("D") is None
     assert not torch.equal(doubled, _tuple(native)[0])
     points.hook_y.remove_hooks()
     points.hook_dt.add_hook(lambda dt, hook: dt.mul_(0.5) * 1)
-    moved = _tuple(serve(adapter(kernel, (), fresh(arguments)), site()))[0]
+    moved = _tuple(site().serve(adapter(kernel, (), fresh(arguments))))[0]
     assert not torch.equal(moved, _tuple(native)[0])
 
 
@@ -171,11 +170,11 @@ def test_packed_sequences_are_refused_where_positions_matter() -> None:
     operator = SelectiveScan(host, (), arguments | {"seq_idx": torch.zeros(b, t)})
     points = si.HookPoints(layer=4, heads=h, head_dim=1, state_size=n, gated=True, own_operator=False)
     points.hook_attn.exposures = 1
-    site = Site(
+    site = EditSite(
         SimpleNamespace(ssm=points, conv1d=points, layer_idx=4, training=False), None, None, torch.empty(b, t, 1)
     )
     with pytest.raises(si.HookError, match="layer 4 got packed sequences.*one sequence per row"):
-        serve(operator, site)
+        site.serve(operator)
 
 
 def test_the_step_is_behind_bias_softplus_and_clamp() -> None:
@@ -199,9 +198,9 @@ def test_two_calls_joined_fire_once_and_fill_what_stood_for_the_first(adapter: t
     )
     seen: list[Tensor] = []
     points.hook_x.add_hook(lambda x, hook: seen.append(x))
-    site = Site(SimpleNamespace(ssm=points, layer_idx=0), None, None, torch.empty(b, t, 1))
+    site = EditSite(SimpleNamespace(ssm=points, layer_idx=0), None, None, torch.empty(b, t, 1))
     given = [fresh(first), fresh(second)]
-    found = [_tuple(serve(adapter(host, (), arguments), site)) for arguments in given]
+    found = [_tuple(site.serve(adapter(host, (), arguments))) for arguments in given]
     site.close()
     assert [x.shape[2] for x in seen] == [2 * h]
     for mine, theirs in zip(found, known, strict=True):

@@ -44,8 +44,7 @@ def halve_output(_module: object, _args: object, output: Tensor) -> Tensor:
     return output * 0.5
 
 
-@pytest.mark.parametrize("how", AGAIN)
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("how", "own"), [("pickled", True), ("saved", False), ("copied", False)])
 def test_stored_and_loaded(host: PreTrainedModel, how: str, own: bool) -> None:
     native, kinds = logits(host, inputs()), [type(module) for module in host.modules()]
     with si.attach(host, own_operator=own) as ssm:

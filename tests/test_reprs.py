@@ -27,7 +27,7 @@ def classes() -> Iterator[type]:
 
 def test_no_class_that_holds_tensors_tables_or_models_has_the_repr_that_prints_them() -> None:
     found = {one for one in classes() if any(LARGE.search(str(kind)) for kind in one.__annotations__.values())}
-    assert {"Decomposition", "FlowResult", "TokenMap", "Batch", "Answers"} <= {one.__name__ for one in found}
+    assert {"Decomposition", "FlowResult", "TokenMap", "Batch"} <= {one.__name__ for one in found}
     for one in found:
         path = inspect.getfile(inspect.unwrap(one.__repr__))
         assert "ssm_interp" in path, f"{one.__name__} has the repr of {path}"

@@ -22,7 +22,7 @@ from tiny_flow import world
 from torch import Tensor
 
 import ssm_interp as si
-from ssm_interp.errors import FeatureError, MissingError, ResultError
+from ssm_interp.errors import FeatureError, MissingError, PlotError, ResultError
 from ssm_interp.features import (
     AttentionView,
     EdgeAttribution,
@@ -34,12 +34,12 @@ from ssm_interp.features import (
     edge_attribution,
     feature_groups,
     find_circuit,
-    log_probability,
     logit_attribution,
     spectrum,
 )
 from ssm_interp.flow import FlowResult, leak, sweep, token_map
-from ssm_interp.plots import TokenMap, edges_page
+from ssm_interp.hooks import log_probability
+from ssm_interp.plots import TokenMap, agreement_figure, edges_page
 from ssm_interp.prompts import Batch, pad, tokenize
 from ssm_interp.results import KEY, TENSORS, ByLayer, Result
 
@@ -159,6 +159,17 @@ PAGES: dict[str, tuple[dict[str, Any], str]] = {
     "AttentionView": ({}, "attention of the whole mixer"),
     "Circuit": ({}, "edge groups, faithfulness"),
 }
+
+
+def test_a_check_of_edges_is_drawn_as_points(results: dict[str, Result]) -> None:
+    frame = results["EdgeCheck"].frame
+    axes = results["EdgeCheck"].plot().axes[0]
+    drawn = np.concatenate([np.asarray(points.get_offsets()) for points in axes.collections])
+    np.testing.assert_allclose(drawn, frame[["attribution", "exact"]].to_numpy(float))  # the top ones come first
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["top", "random"]
+    for rows, message in ((frame.drop(columns="exact"), r"missing: \['exact'\]"), (frame[:0], "at least one edge")):
+        with pytest.raises(PlotError, match=message):
+            agreement_figure(rows)
 
 
 def test_pages_are_of_the_result(results: dict[str, Result]) -> None:

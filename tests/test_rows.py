@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.flow.engine import choose_engine
-from ssm_interp.hooks import obstacle, rowsite, run_each
-from ssm_interp.hooks import rows as rows_module
+from ssm_interp.hooks import rowsite
+from ssm_interp.hooks import steps as rows_module
 from ssm_interp.hooks.blocks import blocks_of, entering
 from ssm_interp.hooks.operators import OPERATORS, Operator
+from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.trial import obstacle
 
 LENGTH = 9
 ROLES = {
@@ -26,7 +27,7 @@ ROLES = {
     "subject": [2, 3, 4],
     "relation": [0, 1, 5, 6, 7, 8],
     "context": [0, 1],
-    "none": [],
+    "none": [[], []],
     "all": list(range(LENGTH)),
 }
 
@@ -127,8 +128,8 @@ def test_padding_and_batches_change_nothing(name: str, side: str) -> None:
             shift = columns[0]
             single = [
                 si.Knockout(
-                    sources=[column - shift for column in variant.sources[row]],
-                    targets=None if variant.targets is None else [column - shift for column in variant.targets[row]],
+                    sources=[[column - shift for column in variant.sources[row]]],
+                    targets=None if variant.targets is None else [[column - shift for column in variant.targets[row]]],
                     layers=variant.layers,
                 )
                 if variant
@@ -288,8 +289,7 @@ def test_activations_that_are_quantised_per_batch_are_found_by_a_trial(name: str
         assert "depends on the others in its batch" in str(obstacle(ssm))
         with pytest.raises(si.HookError, match="quantised per batch do that.*; use one forward per knockout inside"):
             run_each(ssm, ids, [()])
-        _, engine = choose_engine(ssm)
-        assert engine.startswith("full forwards: a row of")
+        assert si.hooks.answers(ssm, ids, [()], lambda logits: logits[:, 0]).how.startswith("full forwards: a row of")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*:DeprecationWarning")

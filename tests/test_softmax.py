@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.hooks import obstacle, run_each
+from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.trial import obstacle
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
@@ -102,6 +103,8 @@ def test_rows_equal_full_forwards(name: str) -> None:
             for window in windows(ssm)
             for heads in (None, [0, 3])
         ]
+        if name not in ("gpt2", "gemma2"):  # one path for all of them, but for a sliding window
+            variants = variants[::7]
         expected = forwards(ssm, ids, variants)
         assert error(answers(ssm, ids, variants), expected) < 1e-5
         assert error(expected, expected[:1].expand_as(expected)) > 0.05
@@ -117,6 +120,7 @@ def test_streams_of_a_hybrid(name: str, through: Any) -> None:
             for source in ("subject", "relation")
             for target in ("last", "subject", "relation")
             for window in windows(ssm, through)
+            if len(window) in (1, len(ssm.layers_with(through)))
         ]
         expected = forwards(ssm, ids, variants)
         clean = forwards(ssm, ids, [()])

@@ -10,14 +10,15 @@ import torch
 from random_terms import as_users_run_it
 from test_softmax import transformer
 from tiny_flow import LAYERS, World, tiny_model, word_tokenizer, world
+from torch import Tensor
 
 import ssm_interp as si
+from ssm_interp.errors import SsmInterpError
 from ssm_interp.features import FeatureError
-from ssm_interp.flow import CLEAN, Answers, FlowError, FlowResult, FlowRun, Variant, default_size, sweep, windows
-from ssm_interp.flow.engine import full_forwards, rows_engine
+from ssm_interp.flow import FlowError, FlowResult, FlowRun, default_size, sweep, windows
 from ssm_interp.flow.result import COLUMNS
 from ssm_interp.hooks import HookedWarning
-from ssm_interp.prompts import Batch, Prompt, PromptError, tokenize
+from ssm_interp.prompts import Prompt, PromptError, pad, tokenize
 
 FAMILIES = ("mamba1", "mamba2")
 ROLES = {"sources": ("subject", "relation", "first", "last", "context"), "targets": ("last", "subject")}
@@ -133,24 +134,25 @@ def test_the_default_window_and_roles_are_the_papers(scene: World) -> None:
     assert frame["target"].unique().tolist() == ["last"]
 
 
-def test_another_engine_can_take_over(scene: World) -> None:
-    calls: list[Variant] = []
+@pytest.mark.parametrize("by", ["rows", "forwards"])
+def test_a_metric_of_ones_own_is_measured_beside_the_probability(scene: World, by: str) -> None:
+    def margin(logits: Tensor) -> Tensor:
+        best = logits.topk(2, dim=-1).values
+        return best[:, 0] - best[:, 1]
 
-    def engine(ssm: si.Attachment, batch: Batch, variants: Sequence[Variant]) -> Iterator[Answers]:
-        for number, variant in reversed(list(enumerate(variants))):
-            calls.append(variant)
-            logits = torch.zeros(len(batch.prompts), 40)
-            height = 2.0 if variant is CLEAN else 1.0
-            logits = logits.scatter(1, batch.target_ids[:, None], height)
-            yield Answers([number], list(range(len(batch.prompts))), logits[None])
-
-    result = swept(scene, sources=("subject",), windows=4, engine=engine, batch_size=64)
-    e = np.e
-    expected = 100 * ((e / (e + 39)) / (e**2 / (e**2 + 39)) - 1)
-    np.testing.assert_allclose(result.frame["relative_change"], expected, rtol=1e-6)
-    assert result.runs[0].kept == KEPT
-    assert result.runs[0].engine == "given"
-    assert [variant.window.layers for variant in calls] == [(0, 1, 2, 3), ()]
+    result = swept(scene, sources=("subject", "last"), windows=4, metric=margin, by=by, batch_size=4)
+    with si.attach(scene.model) as ssm:
+        for row in result.frame.to_dict("records"):
+            prompt = tokenize(next(one for one in scene.prompts if one.id == row["prompt_id"]), scene.tokenizer)
+            batch = pad([prompt])
+            with torch.no_grad(), ssm.edit(si.Knockout(sources=row["source"], targets="last"), batch=batch):
+                expected = margin(ssm.model(**batch).logits[:, -1])
+            assert row["metric"] == "metric"
+            assert row["value"] == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
+    named = swept(scene, sources=("subject",), windows=4, metric="probability", by=by)
+    np.testing.assert_allclose(named.frame["value"], named.frame["p"], rtol=1e-6)
+    np.testing.assert_allclose(named.frame["value_base"], named.frame["p_base"], rtol=1e-6)
+    assert set(named.frame["metric"]) == {"probability"}
 
 
 def test_the_plain_engine_gives_the_same_table_and_says_why(scene: World) -> None:
@@ -267,8 +269,8 @@ def test_padding_does_not_move_learned_positions() -> None:
     prompts = [Prompt("ban dus", "dus", "kit"), Prompt("lot ban mex dus ral", "mex", "kit")]
     with si.attach(transformer("gpt2")) as ssm:
         found = [
-            sweep(ssm, word_tokenizer(), prompts, windows=1, answered_only=False, engine=engine).frame
-            for engine in (full_forwards, rows_engine())
+            sweep(ssm, word_tokenizer(), prompts, windows=1, answered_only=False, by=by).frame
+            for by in ("forwards", "rows")
         ]
     assert np.allclose(found[0]["p_base"], found[1]["p_base"], rtol=1e-4)
     assert np.allclose(found[0]["p"], found[1]["p"], rtol=1e-4)
@@ -278,7 +280,7 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
     scene = world("mamba2", count=2)
     with torch.no_grad():
         scene.model.backbone.layers[1].mixer.out_proj.weight.fill_(torch.nan)
-    with pytest.raises(FlowError, match="logits are not numbers as it is for the prompt"):
+    with pytest.raises(SsmInterpError, match=r"variant 0 \(the clean run\): the metric is nan for row 0"):
         swept(scene)
 
 

@@ -21,12 +21,9 @@ from ssm_interp.features import (
     EdgeCheck,
     check_edges,
     edge_attribution,
-    log_probability,
-    logit_difference,
 )
-from ssm_interp.features.metrics import Metric
-from ssm_interp.flow.sweep import device_of
-from ssm_interp.hooks import Attachment, attach
+from ssm_interp.hooks import Attachment, Metric, attach, log_probability, logit_difference
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.plots import token_label
 from ssm_interp.prompts import Prompt, TokenizedPrompt, tokenize
 

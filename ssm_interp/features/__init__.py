@@ -2,13 +2,12 @@
 
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.circuit import Circuit, find_circuit
-from ssm_interp.features.circuit_trials import EdgeGroup, fact_roles
+from ssm_interp.features.circuit_trials import fact_roles
 from ssm_interp.features.decomposition import Decomposition, Decompositions, decompose
 from ssm_interp.features.edge_check import EdgeCheck, check_edges
 from ssm_interp.features.edges import EdgeAttribution, edge_attribution
 from ssm_interp.features.groups import STATISTICS, FeatureGroup, check_groups, decay_norms, feature_groups
 from ssm_interp.features.logits import LogitAttribution, logit_attribution
-from ssm_interp.features.metrics import log_probability, logit_difference
 from ssm_interp.features.mixers import MixerRecord, record_mixers
 from ssm_interp.features.spectrum import Spectrum, spectrum
 from ssm_interp.features.views import AttentionView, AttentionViews, attention_views, rollout
@@ -22,7 +21,6 @@ __all__ = [
     "Decompositions",
     "EdgeAttribution",
     "EdgeCheck",
-    "EdgeGroup",
     "FeatureError",
     "FeatureGroup",
     "LogitAttribution",
@@ -37,9 +35,7 @@ __all__ = [
     "fact_roles",
     "feature_groups",
     "find_circuit",
-    "log_probability",
     "logit_attribution",
-    "logit_difference",
     "record_mixers",
     "rollout",
     "spectrum",

@@ -11,22 +11,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp.arguments import as_indices, as_number
 from ssm_interp.errors import FeatureError, InterventionError
 from ssm_interp.features.arguments import whole_number
-from ssm_interp.features.circuit_trials import Asked, EdgeGroup, Trials
+from ssm_interp.features.circuit_trials import Roles, Trials, describe_edge, edge_group, edge_of, layer_of
 from ssm_interp.features.groups import ALL, check_attached, check_groups, feature_groups
-from ssm_interp.features.metrics import Metric
-from ssm_interp.hooks import Attachment, Knockout, warn_hooked
-from ssm_interp.hooks.interventions import as_indices, as_number
+from ssm_interp.hooks import Attachment, Knockout, Metric, warn_hooked
+from ssm_interp.hooks.metrics import NAMES
 from ssm_interp.plots import circuit_figure, circuit_page, short
 from ssm_interp.prompts import Batch, warn_shared
 from ssm_interp.results import Result
-
-METRICS = {
-    "logprob": "the answer's ln p (nats)",
-    "probability": "the answer's probability",
-    "accuracy": "the accuracy",
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,9 +45,9 @@ class Circuit(Result):
         first_tokens: how many of the prompts were asked for the first token alone of an answer that has several.
     """
 
-    groups: tuple[EdgeGroup, ...]
-    removed: tuple[EdgeGroup, ...]
-    effects: Mapping[EdgeGroup, float]
+    groups: tuple[Knockout, ...]
+    removed: tuple[Knockout, ...]
+    effects: Mapping[Knockout, float]
     clean: float
     alone: float
     empty: float
@@ -66,7 +60,7 @@ class Circuit(Result):
     log: pd.DataFrame
     first_tokens: int = 0
 
-    holds = (EdgeGroup,)
+    holds = (Knockout,)
 
     @property
     def faithfulness(self) -> float:
@@ -78,7 +72,7 @@ class Circuit(Result):
     def frame(self) -> pd.DataFrame:
         """A row per edge group: layer, source, target, feature_group, kept, effect (NaN where it was removed)."""
         rows = [
-            (group.layer, group.source, group.target, group.features, group in self.effects, self.effects.get(group))
+            (*_labels(group), group in self.effects, self.effects.get(group))
             for group in sorted((*self.groups, *self.removed), key=self._order)
         ]
         columns = ["layer", "source", "target", "feature_group", "kept", "effect"]
@@ -95,13 +89,15 @@ class Circuit(Result):
     @property
     def _drawn(self) -> dict[str, Any]:
         title = f"{short(self.model)}, {self._counted}\n{self._size}, {self._faithful}"
-        return {"roles": self.roles, "title": title, "metric": METRICS.get(self.metric, "the metric")}
+        return {"roles": self.roles, "title": title, "metric": NAMES.get(self.metric, "the metric")}
 
     def __str__(self) -> str:
         numbers = f"clean {self.clean:.4g}, circuit alone {self.alone:.4g}, all removed {self.empty:.4g}"
-        width = max((len(group.edge) for group in self.groups), default=0)
+        edges = {group: describe_edge(group) for group in self.groups}
+        width = max(map(len, edges.values()), default=0)
         lines = [
-            f"  layer {group.layer:<3} {group.edge:<{width}}   {self.effects[group]:+.3g}" for group in self.groups
+            f"  layer {layer_of(group):<3} {edge:<{width}}   {self.effects[group]:+.3g}"
+            for group, edge in edges.items()
         ]
         return "\n".join(
             [
@@ -125,8 +121,15 @@ class Circuit(Result):
     def _faithful(self) -> str:
         return f"faithfulness {self.faithfulness:.3f}"
 
-    def _order(self, group: EdgeGroup) -> tuple[int, int, int, str]:
-        return group.layer, self.roles.index(group.target), self.roles.index(group.source), group.features
+    def _order(self, group: Knockout) -> tuple[int, int, int, str]:
+        target, source = edge_of(group)
+        return layer_of(group), self.roles.index(target), self.roles.index(source), str(group.features)
+
+
+def _labels(group: Knockout) -> tuple[int, str, str, str]:
+    """What stands for an edge group in tables: layer, source, target, feature group."""
+    target, source = edge_of(group)
+    return layer_of(group), source, target, str(group.features)
 
 
 def find_circuit(
@@ -136,7 +139,7 @@ def find_circuit(
     tolerance: SupportsFloat,
     relative: bool = False,
     roles: Sequence[str | int] | Mapping[str, Any] | None = None,
-    metric: str | Metric = "logprob",
+    metric: str | Metric = "log_probability",
     layers: Any = None,
     features: Mapping[str, Mapping[int, Any] | None] | Sequence[str] | None = None,
     through: str | Sequence[str] | None = None,
@@ -161,8 +164,8 @@ def find_circuit(
         roles: who the positions are: roles or single positions of the prompts of a batch, or a name for each set of
             columns, as a Knockout takes positions; None: `fact_roles`. Every position but padding must have exactly
             one role.
-        metric: "logprob", "probability" or "accuracy" of the first tokens of the prompts' targets, or a function from
-            the logits at the last token `[b v]` (float64) to a number per prompt `[b]`.
+        metric: a name, as `answers` takes it, about the first tokens of the prompts' targets; or a function from the
+            logits at the last token `[b v]` (float64) to a number per prompt `[b]`.
         layers: in which edges are removed, one or a sequence; None: all that have the streams.
         features: groups of features, as `flow.sweep` takes them, no two with the same feature; the edges of features
             that are in none stay in place. None: all features together.
@@ -174,8 +177,8 @@ def find_circuit(
     Raises:
         FeatureError: a tolerance that is negative or not finite, or relative to edges without any effect; no prompts;
             roles that overlap, leave a position out or are missing in a prompt; feature groups that overlap, are
-            empty, or not the model's; an unknown metric, or one that is not a finite number per prompt; no layers; a
-            batch size below 1; a model in training mode.
+            empty, or not the model's; no layers; a batch size below 1; a model in training mode.
+        MetricError: an unknown metric, or one that is not a finite number per prompt.
         InterventionError: a layer, stream or feature that the model does not have; a position outside of a prompt.
         PromptError: an unknown role.
 
@@ -204,12 +207,12 @@ def find_circuit(
     batch_size, allowed = whole_number(batch_size, "batch_size"), _tolerance(tolerance)
     where = _layers(ssm, layers, through)
     shares = _features(ssm, features, where, through)
-    asked = Asked.of(ssm, inputs, roles)
-    trials = Trials(ssm, asked, shares, through, metric, batch_size)
+    asked = Roles.of(ssm, inputs, roles)
+    trials = Trials(ssm, asked, shares, metric, batch_size)
     prompts = inputs.prompts if isinstance(inputs, Batch) and isinstance(metric, str) else ()
     warn_shared(prompts)
     everything = [
-        EdgeGroup(layer, source, target, name)
+        edge_group(layer, source, target, name, through)
         for layer in where
         for target in asked.roles
         for source in asked.roles
@@ -243,11 +246,11 @@ class _Search:
     """A search as it goes: what is kept, what is removed, and the metric with that removed."""
 
     def __init__(
-        self, trials: Trials, everything: list[EdgeGroup], progress: Callable[[int, int], object] | None
+        self, trials: Trials, everything: list[Knockout], progress: Callable[[int, int], object] | None
     ) -> None:
         self.trials, self.progress = trials, progress
-        self.kept, self.removed = everything, list[EdgeGroup]()
-        self.effects: dict[EdgeGroup, float] = {}
+        self.kept, self.removed = everything, list[Knockout]()
+        self.effects: dict[Knockout, float] = {}
         self.log: list[tuple[Any, ...]] = []
         self.clean, self.empty = self._try([(), everything])
         self.now, self.tolerance = self.clean, 0.0
@@ -261,17 +264,7 @@ class _Search:
             order = sorted(self.kept, key=lambda group: abs(found[group] - self.clean))
             gone = self._longest([group for group in order if self._near(found[group])], found)
             self.log += [
-                (
-                    number,
-                    group.layer,
-                    group.source,
-                    group.target,
-                    group.features,
-                    value,
-                    value - self.clean,
-                    group in gone,
-                )
-                for group, value in found.items()
+                (number, *_labels(group), value, value - self.clean, group in gone) for group, value in found.items()
             ]
             if not gone:
                 self.effects = {group: found[group] - self.now for group in self.kept}
@@ -280,7 +273,7 @@ class _Search:
             self.kept = [group for group in self.kept if group not in gone]
             self.now = self.last
 
-    def _longest(self, order: list[EdgeGroup], found: Mapping[EdgeGroup, float]) -> list[EdgeGroup]:
+    def _longest(self, order: list[Knockout], found: Mapping[Knockout, float]) -> list[Knockout]:
         """The most groups from the start of an order that can go together; `last` is the metric without them."""
         values = [found[group] for group in order[:1]]
         values += self._try([[*self.removed, *order[:count]] for count in range(2, len(order) + 1)])
@@ -291,13 +284,11 @@ class _Search:
     def _near(self, value: float) -> bool:
         return abs(value - self.clean) <= self.tolerance
 
-    def _try(self, removed: Sequence[Sequence[EdgeGroup]]) -> list[float]:
-        total, found = self.trials.count + len(removed), list[float]()
-        for value in self.trials.values(removed):
-            found.append(value)
-            if self.progress:
-                self.progress(self.trials.count, total)
-        return found
+    def _try(self, removed: Sequence[Sequence[Knockout]]) -> list[float]:
+        if not removed:
+            return []
+        total = self.trials.count + len(removed)
+        return self.trials.values(removed, lambda done: self.progress and self.progress(done, total))
 
 
 def _tolerance(tolerance: Any) -> float:

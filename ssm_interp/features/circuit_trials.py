@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ssm_interp.arguments import as_list
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import whole_texts
 from ssm_interp.features.groups import ALL
-from ssm_interp.features.metrics import Metric, log_probability, measure
-from ssm_interp.hooks import Attachment, Knockout
-from ssm_interp.hooks.obstacles import obstacles
-from ssm_interp.hooks.positions import position_mask
+from ssm_interp.hooks import Attachment, Knockout, answers
+from ssm_interp.hooks.answers import device_of
+from ssm_interp.hooks.masks import Columns
+from ssm_interp.hooks.metrics import Metric
 from ssm_interp.prompts import Batch
 from ssm_interp.reprs import short_repr
-
-METRICS: Mapping[str, Callable[[Tensor], Metric]] = {
-    "logprob": log_probability,
-    "probability": lambda targets: lambda logits: log_probability(targets)(logits).exp(),
-    "accuracy": lambda targets: lambda logits: (logits.argmax(1) == targets.to(logits.device)).double(),
-}
-"""Metrics of the prompts' own targets, by name."""
-
-
-@dataclass(frozen=True, order=True)
-class EdgeGroup:
-    """The edges of one layer from the positions of one role to those of another, on a group of features.
-
-    Example:
-        >>> print(EdgeGroup(1, source="answer", target="query"))
-        layer 1: query <- answer
-    """
-
-    layer: int
-    source: str
-    target: str
-    features: str = ALL
-
-    def __str__(self) -> str:
-        return f"layer {self.layer}: {self.edge}"
-
-    @property
-    def edge(self) -> str:
-        """The group without its layer."""
-        return f"{self.target} <- {self.source}" + (f" ({self.features})" if self.features != ALL else "")
 
 
 def fact_roles(batch: Batch) -> dict[str, list[list[int]]]:
@@ -79,25 +49,34 @@ def fact_roles(batch: Batch) -> dict[str, list[list[int]]]:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Prompts whose positions are shared out among roles.
+class Roles(Mapping[str, Tensor]):
+    """Prompts whose positions are shared out among roles; a mapping of what the model is called with.
 
     Attributes:
         inputs: what the model is called with, tensors with a row per prompt.
         mask: 0 at padding, `[b t]`.
         roles: the positions of each role, bool `[b t]`; every position but padding has exactly one role.
-        targets: the prompts' target tokens, where they have some.
+        target_ids: the prompts' target tokens, where they have some.
     """
 
     inputs: Mapping[str, Tensor]
     mask: Int[Tensor, "b t"]
     roles: Mapping[str, Bool[Tensor, "b t"]]
-    targets: Int[Tensor, " b"] | None
+    target_ids: Int[Tensor, " b"] | None
 
     __repr__ = short_repr
 
+    def __getitem__(self, name: str) -> Tensor:
+        return self.inputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
     @staticmethod
-    def of(ssm: Attachment, inputs: Any, roles: Any) -> Asked:
+    def of(ssm: Attachment, inputs: Any, roles: Any) -> Roles:
         """Prompts and roles as `find_circuit` takes them.
 
         Raises:
@@ -105,25 +84,24 @@ class Asked:
             PromptError: an unknown role.
             InterventionError: a role's position outside of a prompt, or in its padding.
         """
-        weights = ssm.model.parameters()
-        device = next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))
+        device = device_of(ssm.model)
         given, kept = whole_texts(ssm, inputs)
         tensors, mask = _tensors(given, device), kept.long().cpu()
         ids = tensors["input_ids"]
         masks = {}
         for role, at in _named(inputs, roles).items():
-            positions = Knockout(sources=at).sources
-            masks[role] = position_mask(positions, len(ids), ids.shape[1], f"the role {role!r}", mask)
+            named = at if isinstance(at, int) or len(at) else [()] * len(ids)
+            masks[role] = Columns(len(ids), ids.shape[1], mask).positions(named, f"the role {role!r}")
         _check_partition(masks, mask, [row.prompt.text for row in inputs.prompts] if isinstance(inputs, Batch) else ())
         targets = inputs.target_ids.to(device) if isinstance(inputs, Batch) else None
-        return Asked(tensors, mask, masks, targets)
+        return Roles(tensors, mask, masks, targets)
 
     def reads(self, target: str, source: str) -> bool:
         """Whether any position of the target has one of the source at or before it."""
         return bool((self.roles[target] & (self.roles[source].cumsum(1) > 0)).any())
 
-    def columns(self, role: str) -> list[tuple[int, ...]]:
-        """The positions of a role in each row."""
+    def positions(self, role: str) -> list[tuple[int, ...]]:
+        """The columns of a role in each row."""
         return [tuple(row.nonzero()[:, 0].tolist()) for row in self.roles[role]]
 
 
@@ -188,100 +166,79 @@ class Trials:
     def __init__(
         self,
         ssm: Attachment,
-        asked: Asked,
+        prompts: Roles,
         features: Mapping[str, Mapping[int, Any] | None],
-        through: Any,
         metric: str | Metric,
         batch_size: int,
     ) -> None:
-        self.ssm, self.asked, self.features, self.through = ssm, asked, features, through
-        self.metric, self.batch_size, self.count = self._metric(metric), batch_size, 0
-        self.columns = {role: asked.columns(role) for role in asked.roles}
-        self.takes = inspect.signature(ssm.model.forward).parameters
+        self.ssm, self.prompts, self.features, self.metric = ssm, prompts, features, metric
+        self.batch_size, self.count = batch_size, 0
+        self._resolved: dict[Knockout, Knockout] = {}
 
-    def values(self, removed: Sequence[Collection[EdgeGroup]]) -> Iterator[float]:
+    def values(self, removed: Sequence[Collection[Knockout]], progress: Callable[[int], object]) -> list[float]:
         """The mean metric over the prompts with each of some sets of edge groups knocked out.
 
+        Args:
+            progress: called with the number of sets that have been tried, ever.
+
         Raises:
-            FeatureError: the metric is not one finite number per prompt.
+            MetricError: the metric is not one finite number per prompt.
 
-        Cost: len(removed) x prompts rows through the model, `batch_size` of them in each forward pass. Where somebody
-            else edits or hooks the model, who may count on its rows: a forward pass of the prompts for each set.
+        Cost: as `answers`: len(removed) x prompts rows through the model, `batch_size` of them in each forward pass.
         """
-        count = len(self.asked.mask)
-        size = count if any(obstacles(self.ssm)) else self.batch_size
-        each = max(1, size // count)
-        rows = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        for first in range(0, len(removed), each):
-            some = removed[first : first + each]
-            parts = [self._logits(some, part) for part in rows]
-            for logits in torch.cat(parts, dim=1):
-                self.count += 1
-                yield float(measure(self.metric, logits).double().mean())
+        rows, before = len(self.prompts.mask), self.count
+        answered = 0
 
-    @torch.no_grad()
-    def _logits(self, removed: Sequence[Collection[EdgeGroup]], rows: range) -> Float[Tensor, "m r v"]:
-        inputs: dict[str, Any] = {
-            name: tensor[rows.start : rows.stop].repeat(len(removed), *[1] * (tensor.ndim - 1))
-            for name, tensor in self.asked.inputs.items()
-        }
-        mask = self.asked.mask[rows.start : rows.stop].repeat(len(removed), 1)
-        if "position_ids" in self.takes and "position_ids" not in inputs and not mask.all():
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(inputs["input_ids"].device)
-        ends = (mask * torch.arange(mask.shape[1])).argmax(1)
-        if "logits_to_keep" in self.takes and bool((ends == mask.shape[1] - 1).all()):
-            inputs["logits_to_keep"], ends = 1, torch.zeros_like(ends)
-        with self.ssm.edit(*self._knockouts(removed, rows)):
-            logits = self.ssm.run(inputs, use_cache=False).logits
-        last = logits[torch.arange(len(ends)), ends.to(logits.device)].double()
-        return last.reshape(len(removed), len(rows), -1)
+        def report(count: int) -> None:
+            nonlocal answered
+            answered += count
+            self.count = before + answered // rows
+            progress(self.count)
 
-    def _knockouts(self, removed: Sequence[Collection[EdgeGroup]], rows: range) -> list[Knockout]:
-        """One knockout per target role and group of features, for all layers in which the sets have the same sources.
-        Rows of the batch are sets x prompts."""
-        sources: dict[tuple[int, str, str], list[set[str]]] = {}
-        for number, groups in enumerate(removed):
-            for group in groups:
-                place = group.layer, group.target, group.features
-                sources.setdefault(place, [set() for _ in removed])[number].add(group.source)
-        layers: dict[tuple[str, str, tuple[frozenset[str], ...]], list[int]] = {}
-        for (layer, target, features), roles in sources.items():
-            layers.setdefault((target, features, tuple(map(frozenset, roles))), []).append(layer)
-        return [
-            knockout
-            for (target, name, roles), where in layers.items()
-            for knockout in self._at(target, self.features[name], roles, where, rows)
-        ]
+        found = answers(
+            self.ssm,
+            self.prompts,
+            [[self._knockout(group) for group in groups] for groups in removed],
+            self.metric,
+            allow_no_edges=True,
+            by="forwards",
+            batch_size=self.batch_size,
+            progress=report,
+        )
+        means: list[float] = found.values.mean(1).tolist()
+        return means
 
-    def _at(
-        self,
-        target: str,
-        features: Mapping[int, Any] | None,
-        roles: Sequence[Collection[str]],
-        layers: list[int],
-        rows: range,
-    ) -> list[Knockout]:
-        read = [tuple(c for role in sorted(some) for c in self.columns[role][row]) for some in roles for row in rows]
-        edges = {
-            "sources": read,
-            "targets": [self.columns[target][row] for row in rows] * len(roles),
-            "through": self.through,
-        }
-        pairs = zip(edges["targets"], read, strict=True)
-        if not any(sources and targets and max(targets) >= min(sources) for targets, sources in pairs):
-            return []  # in these rows the sources come after the targets
-        if features is None:
-            return [Knockout(**edges, layers=layers)]
-        return [Knockout(**edges, layers=layer, features=features[layer]) for layer in layers]
+    def _knockout(self, group: Knockout) -> Knockout:
+        """An edge group with the positions of its roles, and the features that it names."""
+        if group not in self._resolved:
+            features = self.features[str(group.features)]
+            chosen = None if features is None else features[layer_of(group)]
+            self._resolved[group] = group.resolve(self.prompts).replace(features=chosen)
+        return self._resolved[group]
 
-    def _metric(self, metric: str | Metric) -> Metric:
-        if callable(metric):
-            return metric
-        if not isinstance(metric, str) or metric not in METRICS:
-            raise FeatureError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}, or give a function")
-        if (targets := self.asked.targets) is None:
-            raise FeatureError(
-                f"the metric {metric!r} needs the prompts' targets, which a Batch of prompts has; for plain input_ids "
-                "give a function from logits at the last token [b v] to a number per row [b]"
-            )
-        return METRICS[metric](targets)
+
+def edge_group(layer: int, source: str, target: str, features: str = ALL, through: Any = None) -> Knockout:
+    """The edges of one layer from the positions of one role to those of another, on a group of features.
+
+    Example:
+        >>> describe_edge(edge_group(1, source="answer", target="query"))
+        'query <- answer'
+    """
+    return Knockout(sources=source, targets=target, layers=layer, features=features, through=through)
+
+
+def layer_of(group: Knockout) -> int:
+    """The layer of an edge group."""
+    (layer,) = as_list(group.layers)
+    return int(layer)
+
+
+def edge_of(group: Knockout) -> tuple[str, str]:
+    """The roles of an edge group, target and source."""
+    (target,), (source,) = as_list(group.targets), as_list(group.sources)
+    return str(target), str(source)
+
+
+def describe_edge(group: Knockout) -> str:
+    """An edge group without its layer."""
+    return " <- ".join(edge_of(group)) + (f" ({group.features})" if group.features != ALL else "")

@@ -139,7 +139,7 @@ class Decompositions(ByLayer[Decomposition]):
 
         Raises:
             FeatureError: no such row, target or group; a target left open where there are several.
-            ValueError: a subject outside the prompt.
+            PlotError: a subject outside the prompt.
         """
         written = torch.stack([layer.lengths(row, target, group).cpu() for layer in self.values()])
         first = next(iter(self.values()))

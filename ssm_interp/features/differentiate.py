@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import same_columns, whole_texts
-from ssm_interp.features.metrics import Metric, Positions, measure
 from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetDelta
 from ssm_interp.hooks.active import active_edits
+from ssm_interp.hooks.forwards import logits_of_text
+from ssm_interp.hooks.masks import Columns, as_matrix
+from ssm_interp.hooks.metrics import Metric, Positions, as_measured, measure, precise
 from ssm_interp.hooks.own import Watch, own_operators, watching
 from ssm_interp.hooks.points import ON_REQUEST
-from ssm_interp.hooks.positions import position_mask
 from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms
 
@@ -53,22 +53,27 @@ class Question:
     __repr__ = short_repr
 
     @staticmethod
-    def of(ssm: Attachment, inputs: Any, metric: Metric, positions: Positions, layers: tuple[int, ...]) -> Question:
+    def of(
+        ssm: Attachment, inputs: Any, metric: str | Metric, positions: Positions, layers: tuple[int, ...]
+    ) -> Question:
         """The question, checked.
 
         Raises:
-            FeatureError: whatever `edge_attribution` names.
+            FeatureError, MetricError: whatever `edge_attribution` names.
         """
         _check_model(ssm, layers)
         if positions not in get_args(Positions):
             raise FeatureError(f"positions must be one of {list(get_args(Positions))}, got {positions!r}")
-        if not callable(metric):
-            raise FeatureError(
-                f"the metric must be a function of logits, such as logit_difference(target, other), got {metric!r}"
-            )
         given, mask = whole_texts(ssm, inputs)
+
+        def clean() -> Tensor:
+            with torch.no_grad():
+                return precise(logits_of_text(ssm, given, mask))
+
+        targets = getattr(inputs, "target_ids", None)
+        measured = as_measured(metric, targets=targets, clean=clean, positions=positions)
         edges = {layer: _edges_of(ssm, layer, mask) for layer in layers}
-        return Question(ssm, given, mask, metric, positions, layers, edges)
+        return Question(ssm, given, mask, measured.metric, measured.positions, layers, edges)
 
     @torch.no_grad()
     def value(self, scale: float = 1.0) -> Float[Tensor, " b"]:
@@ -107,16 +112,7 @@ class Question:
 
     def logits(self) -> Float[Tensor, "b *t v"]:
         """The logits that the metric gets, of one forward."""
-        last = self.mask.shape[1] - 1 - self.mask.flip(1).int().argmax(1)  # b
-        options: dict[str, Any] = {"use_cache": False}
-        takes = inspect.signature(self.ssm.model.forward).parameters
-        if self.positions == "last" and bool((last == self.mask.shape[1] - 1).all()) and "logits_to_keep" in takes:
-            options["logits_to_keep"] = 1
-        logits = self.ssm.run({**self.inputs, **options}).logits
-        if self.positions == "all":
-            return logits
-        rows = torch.arange(len(logits), device=logits.device)
-        return logits[:, -1] if "logits_to_keep" in options else logits[rows, last.to(logits.device)]
+        return logits_of_text(self.ssm, self.inputs, self.mask, self.positions)
 
     def _calls(self, layer: int, calls: list[dict[str, Tensor]], gradients: list[Tensor | None]) -> list[Call]:
         decay, found, first = _decay(self.ssm, layer), [], 0
@@ -207,7 +203,7 @@ def _edges_of(ssm: Attachment, layer: int, mask: Bool[Tensor, "b t"]) -> Bool[Te
     """The edges of a layer: between tokens, and not removed by a knockout at work."""
     found = (mask[:, :, None] & mask[:, None, :]).tril().cpu()
     for edit in (active.intervention for active in active_edits(ssm.layers[layer])):
-        if (edit.layers is None or layer in edit.layers) and not isinstance(edit, SetDelta):
+        if edit.acts_at(layer) and not isinstance(edit, SetDelta):
             found &= ~_knocked_out(edit, layer, mask.cpu())
     return found
 
@@ -219,11 +215,5 @@ def _knocked_out(edit: Intervention, layer: int, mask: Bool[Tensor, "b t"]) -> B
             f"{what} is at work at layer {layer}: an edge is then worth different things to different features or "
             "states; leave the `with ssm.edit(...)` block, or leave the layer out of `layers`"
         )
-    batch, length = mask.shape
-    pairs = [(edit.targets, edit.sources)] if edit.edges is None else [((t,), (s,)) for t, s in edit.edges]
-    found = torch.zeros(batch, length, length, dtype=torch.bool)
-    for targets, sources in pairs:
-        t = position_mask(targets, batch, length, "Knockout.targets", mask)
-        s = position_mask(sources, batch, length, "Knockout.sources", mask)
-        found |= t[:, :, None] & s[:, None, :]
-    return found
+    products = Columns(len(mask), mask.shape[1], mask).edges(edit)
+    return torch.stack([as_matrix(targets, sources) for targets, sources in products]).any(0)

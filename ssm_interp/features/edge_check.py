@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,10 @@ from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import whole_number
 from ssm_interp.features.differentiate import Question
 from ssm_interp.features.edges import EdgeAttribution
-from ssm_interp.features.metrics import Metric, Positions, measure
-from ssm_interp.hooks import Attachment, Knockout, obstacle, run_each, warn_hooked
+from ssm_interp.hooks import Attachment, Knockout, answers, warn_hooked
+from ssm_interp.hooks.answers import Variant
+from ssm_interp.hooks.metrics import Metric, Positions, measure
 from ssm_interp.results import Result
-
-FAST_INPUTS = {"input_ids", "attention_mask"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,7 +64,7 @@ class EdgeCheck(Result):
 def check_edges(
     ssm: Attachment,
     inputs: Any,
-    metric: Metric,
+    metric: str | Metric,
     found: EdgeAttribution,
     *,
     positions: Positions = "last",
@@ -86,7 +84,7 @@ def check_edges(
     Raises:
         FeatureError: an attribution of other inputs; a negative count; and as `edge_attribution`.
 
-    Cost: rows of one batched step per prompt (`hooks.run_each`); a forward for each edge where that cannot be exact, or
+    Cost: rows of one batched step per prompt, see `answers`; a forward for each edge where that cannot be exact, or
         where the metric takes all positions.
 
     Example:
@@ -104,7 +102,7 @@ def check_edges(
             f"{list(question.mask.shape)} with {int(question.mask.sum())}; give the same inputs to both"
         )
     with torch.no_grad():
-        clean = measure(metric, question.logits()).to(found.metric)
+        clean = measure(question.metric, question.logits()).to(found.metric)
     if not torch.allclose(clean, found.metric, rtol=1e-2, atol=1e-2):
         raise FeatureError(
             f"the attribution is of a metric that is {found.metric.tolist()} here, but this one is {clean.tolist()}; "
@@ -119,48 +117,30 @@ def check_edges(
             knockouts = {edge: _knockout(found, edges) for edge, edges in part.to_dict("index").items()}
             acting = {edge: knockout for edge, knockout in knockouts.items() if knockout is not None}
             exact[part.index] = 0.0
-            exact[list(acting)] = list(_effects(question, int(row), list(acting.values())))
+            exact[list(acting)] = _effects(question, int(row), list(acting.values()))
     return EdgeCheck(chosen.assign(exact=exact))
 
 
 def _knockout(found: EdgeAttribution, edge: dict[Any, Any]) -> Knockout | None:
-    """The knockout of an edge, in its row alone; None of a group that has no features in the edge's layer."""
+    """The knockout of an edge, in a batch of its row alone; None of a group without features in the edge's layer."""
     group = (found.features or {}).get(edge["feature_group"])
     features = None if group is None else group.get(edge["layer"])
     if group is not None and features is None:
         return None
-    rows = range(len(found.mask))
-    sources, targets = ([(edge[name],) if row == edge["row"] else () for row in rows] for name in ("source", "target"))
-    return Knockout(sources=sources, targets=targets, layers=edge["layer"], features=features)
+    return Knockout(sources=[[edge["source"]]], targets=[[edge["target"]]], layers=edge["layer"], features=features)
 
 
-def _effects(question: Question, row: int, knockouts: list[Knockout]) -> Iterator[float]:
-    """By how much each knockout changes the metric of its row."""
-    clean = question.logits()
-    before = float(measure(question.metric, clean)[row])
-    for logits in _knocked_out(question, row, knockouts):
+def _effects(question: Question, row: int, knockouts: list[Knockout]) -> list[float]:
+    """By how much each knockout, of edges of this row alone, changes the metric of its row."""
+    clean = question.logits().double()
+
+    def in_row(logits: Float[Tensor, "1 *t v"]) -> Float[Tensor, "1"]:  # noqa: UP037 - jaxtyping, no comment
         changed = clean.clone()
-        changed[row] = logits.to(clean)
-        yield float(measure(question.metric, changed)[row]) - before
+        changed[row] = logits[0]
+        return measure(question.metric, changed)[[row]]
 
-
-def _knocked_out(question: Question, row: int, knockouts: list[Knockout]) -> Iterator[Float[Tensor, "*t v"]]:
-    """The logits of a row under each knockout."""
-    given = {name for name, value in question.inputs.items() if value is not None}
-    if question.positions == "last" and given <= FAST_INPUTS and obstacle(question.ssm) is None:
-        alone = [_of_row(knockout, row) for knockout in knockouts]
-        found: dict[int, Tensor] = {}
-        ids, mask = question.inputs["input_ids"][[row]], question.mask[[row]].long()
-        for answers in run_each(question.ssm, ids, alone, attention_mask=mask):
-            found |= {variant: logits[0] for variant, logits in zip(answers.variants, answers.logits, strict=True)}
-        yield from (found[variant] for variant in range(len(alone)))
-        return
-    for knockout in knockouts:
-        with question.ssm.edit(knockout):
-            yield question.logits()[row]
-
-
-def _of_row(knockout: Knockout, row: int) -> Knockout:
-    assert knockout.sources is not None and knockout.targets is not None
-    places: dict[str, Any] = {"sources": [knockout.sources[row]], "targets": [knockout.targets[row]]}
-    return Knockout(**places, layers=knockout.layers, features=knockout.features)
+    inputs = {name: value[[row]] if isinstance(value, Tensor) else value for name, value in question.inputs.items()}
+    variants: list[Variant] = [(), *knockouts]
+    values = answers(question.ssm, inputs, variants, in_row, positions=question.positions).values[:, 0]
+    changes: list[float] = (values[1:] - values[0]).tolist()
+    return changes

@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp import plots
+from ssm_interp.arguments import as_index
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, row_of, row_tokens, whole_number
 from ssm_interp.features.differentiate import Question
 from ssm_interp.features.groups import ALL, Groups, PlainGroups, check_groups
-from ssm_interp.features.metrics import Metric, Positions
 from ssm_interp.hooks import Attachment, HookPoints, warn_hooked
-from ssm_interp.hooks.interventions import as_index
-from ssm_interp.hooks.plan import feature_mask
+from ssm_interp.hooks.masks import feature_mask
+from ssm_interp.hooks.metrics import Metric, Positions
 from ssm_interp.results import Result, Tokens, labels, with_tokens
 from ssm_interp.scan import edge_products
 
@@ -132,7 +132,7 @@ class EdgeAttribution(Result):
 
         Raises:
             FeatureError: no such row or group, or a group left open; no position.
-            ValueError: a target outside the prompt.
+            PlotError: a target outside the prompt.
 
         Example:
             >>> found.plot(target=-1).savefig("edges.png", dpi=200)     # doctest: +SKIP
@@ -304,4 +304,4 @@ def _group_masks(ssm: Attachment, groups: PlainGroups, layers: Sequence[int]) ->
 def _mask(group: tuple[Any, ...] | None, points: HookPoints) -> Tensor:
     if group == ():
         return torch.zeros(points.heads, 1, dtype=torch.bool)
-    return feature_mask(group, points.heads, points.state_size, torch.device("cpu"))
+    return feature_mask(group, points.heads, points.state_size)

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ssm_interp.arguments import as_features, as_list
 from ssm_interp.errors import FeatureError, InterventionError
 from ssm_interp.hooks import Attachment, HookPoints
-from ssm_interp.hooks.interventions import as_features, as_list
 
 ALL = "all"
 SIDES = ("top", "bottom", "middle")

@@ -17,10 +17,10 @@ from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, columns, row_of, row_tokens, whole_texts
 from ssm_interp.features.decomposition import By, check_by, groups_of, parts_at, tidy
 from ssm_interp.features.groups import Groups, check_groups
-from ssm_interp.features.metrics import logits_of, token_ids
 from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.features.stream import frozen_scale, graph_from, last_norm, written_share
 from ssm_interp.hooks import Attachment
+from ssm_interp.hooks.metrics import logits_of, token_ids
 from ssm_interp.results import Result, Tokens, labels, with_tokens
 
 MEAN = "mean"
@@ -98,7 +98,7 @@ class LogitAttribution(Result):
 
         Raises:
             FeatureError: no such row.
-            ValueError: a subject outside the prompt.
+            PlotError: a subject outside the prompt.
 
         Example:
             >>> found.plot(title="tiny-mamba1: Paris or London").savefig("logits.png")     # doctest: +SKIP

@@ -22,7 +22,7 @@ from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms
 from ssm_interp.scan.unified import Convolution
 
-READ = ("conv", "x", "dt", "B", "C", "y")
+OPERANDS = ("x", "dt", "B", "C")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +118,7 @@ def run_recorded(
     ssm: Attachment, given: Mapping[str, Any], chosen: Sequence[int]
 ) -> tuple[Run, dict[int, MixerRecord]]:
     """As `record_mixers`, of inputs and layers that are checked, and the run itself."""
-    if any(active_edits(place) for place in ssm.places()):
-        raise FeatureError(
-            "an edit is at work, under which a mixer's output is not M x and what follows it; leave the "
-            "`with ssm.edit(...)` block first"
-        )
-    warn_hooked(ssm, "the forward that is taken apart", stacklevel=3)
+    _check_unedited(ssm)
     projections: dict[int, tuple[Tensor, Tensor]] = {}
     with ExitStack() as stack:
         for layer in chosen:
@@ -133,8 +128,42 @@ def run_recorded(
                 projections[layer] = args[0], output
 
             stack.callback(module.out_proj.register_forward_hook(in_this_thread(keep)).remove)
-        run = ssm.run(given, read=READ, layers=chosen, use_cache=False)
+        run = ssm.run(given, read=("conv", *OPERANDS, "y"), layers=chosen, use_cache=False)
     return run, {layer: _record(ssm, run, layer, *projections[layer]) for layer in chosen}
+
+
+@torch.no_grad()
+def run_terms(ssm: Attachment, given: Mapping[str, Any], chosen: Sequence[int]) -> dict[int, Terms]:
+    """Run the model once and keep the operands of some layers' operators, in fp32 at least and without a gradient.
+
+    Raises:
+        FeatureError: an edit at work in this thread.
+
+    Warns:
+        HookedWarning: hooks are on hook points.
+    """
+    _check_unedited(ssm)
+    run = ssm.run(given, read=OPERANDS, layers=chosen, use_cache=False)
+    return {layer: _terms(ssm, run, layer) for layer in chosen}
+
+
+def _check_unedited(ssm: Attachment) -> None:
+    if any(active_edits(module) for module in ssm.places()):
+        raise FeatureError(
+            "an edit is at work, under which a mixer's output is not M x and what follows it; leave the "
+            "`with ssm.edit(...)` block first"
+        )
+    warn_hooked(ssm, "the forward that is taken apart", stacklevel=4)
+
+
+def _terms(ssm: Attachment, run: Run, layer: int) -> Terms:
+    module: Any = ssm.mixers[layer]
+    x, dt, B, C = (run[name, layer].detach() for name in OPERANDS)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with align_module_device(module):  # an offloaded layer has its weights elsewhere
+        A = -torch.exp(module.A_log.detach().float())  # as every host computes it
+    A = A.reshape(ssm.layers[layer].heads, -1).to(x.device)
+    return Terms(*(tensor.to(dtype) for tensor in (x, dt, A, B, C)))
 
 
 @contextmanager
@@ -147,27 +176,24 @@ def precisely(device: torch.device) -> Iterator[None]:
 
 def _record(ssm: Attachment, run: Run, layer: int, inner: Tensor, output: Tensor) -> MixerRecord:
     module: Any = ssm.mixers[layer]
-    x, dt, B, C, y = (run[name, layer] for name in ("x", "dt", "B", "C", "y"))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    h, p = ssm.layers[layer].heads, ssm.layers[layer].head_dim
+    terms = _terms(ssm, run, layer)
+    x, h, p = terms.x, ssm.layers[layer].heads, ssm.layers[layer].head_dim
 
     def kept(tensor: Tensor, *shape: int) -> Tensor:
-        return tensor.detach().to(x.device, dtype).reshape(*shape)
+        return tensor.detach().to(x).reshape(*shape)
 
     with ExitStack() as stack:
         for part in (module, module.out_proj, module.conv1d):
-            stack.enter_context(align_module_device(part))  # an offloaded layer has its weights elsewhere
-        A = kept(-torch.exp(module.A_log.float()), h, -1)  # as every host computes it
+            stack.enter_context(align_module_device(part))
         skip = kept(module.D, h, 1)
         matrix, offset = _projection(module.out_proj, layer, inner, output)
         weight, bias = kept(matrix, -1, h, p), kept(offset, -1)
         taps = kept(module.conv1d.weight[: h * p].flip(-1), h, p, -1)
         shift = weight.new_zeros(h, p) if module.conv1d.bias is None else kept(module.conv1d.bias[: h * p], h, p)
-    terms = Terms(*(tensor.detach().to(dtype) for tensor in (x, dt, A, B, C)))
     return MixerRecord(
         layer=layer,
         terms=terms,
-        y=kept(y, *x.shape),
+        y=kept(run["y", layer], *x.shape),
         inputs=kept(run["conv", layer][..., : h * p], *x.shape),
         convolution=Convolution(taps, shift),
         skip=skip,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ssm_interp import plots
+from ssm_interp.arguments import as_list
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import same_columns, whole_number, whole_texts
 from ssm_interp.features.groups import (
@@ -29,7 +30,6 @@ from ssm_interp.features.groups import (
 )
 from ssm_interp.hooks import Attachment, warn_hooked
 from ssm_interp.hooks.active import active_edits
-from ssm_interp.hooks.interventions import as_list
 from ssm_interp.hooks.own import Watch, watching
 from ssm_interp.results import Result
 from ssm_interp.scan import Terms, distance_sums
@@ -101,7 +101,7 @@ class Spectrum(Result):
         """Over the features of each layer: `model`, `statistic`, `layer`, `quantile`, `value`; see `plots.quantiles`.
 
         Raises:
-            ValueError: a quantile outside [0, 1], or none.
+            PlotError: a quantile outside [0, 1], or none.
         """
         return plots.quantiles(self.frame, q)
 

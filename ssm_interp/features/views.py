@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -17,11 +17,11 @@ from torch import Tensor
 from ssm_interp import plots
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, columns, indices, row_of, row_tokens, whole_texts
-from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded
+from ssm_interp.features.mixers import MixerRecord, precisely, run_recorded, run_terms
 from ssm_interp.hooks import Attachment
 from ssm_interp.results import ByLayer, Result, Tokens, labels, with_tokens
-from ssm_interp.scan import Terms, attention, attention_rows
-from ssm_interp.scan.attention import Reduction
+from ssm_interp.scan import Terms, attention, attention_rows, reduced_attention
+from ssm_interp.scan.attention import MEASURES, Reduction
 from ssm_interp.scan.blocks import SLAB_BYTES
 from ssm_interp.scan.unified import Convolution, unified_rows
 
@@ -39,7 +39,6 @@ REDUCED: Mapping[Reduction, str] = {
     "mean_abs": "Mean of the magnitude",
     "norm": "Root of the sum of squares",
 }
-MEASURES = {"mean": torch.positive, "mean_abs": torch.abs, "norm": torch.square}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,17 +207,18 @@ def attention_views(
     looked_at = {layer: _heads(ssm, layer, heads) for layer in chosen}
     given, mask = whole_texts(ssm, inputs)
     rows, named = None if targets is None else columns(targets, mask), row_tokens(tokens, inputs, mask)
-    found = {}
-    for layer, record in run_recorded(ssm, given, chosen)[1].items():
-        with precisely(record.terms.x.device):
-            values = _reduced(record, looked_at[layer], rows, form, reduction)
-        bias = None
-        if form == "unified":
-            values, bias = values[..., :-1], values[..., -1]
-        found[layer] = AttentionView(
-            layer, form, reduction, tuple(rows or range(mask.shape[1])), values, bias, ssm.name, named
-        )
-    return AttentionViews(found)
+    read = tuple(rows or range(mask.shape[1]))
+    views, bias = {}, None
+    layers_read = run_recorded(ssm, given, chosen)[1] if form == "unified" else run_terms(ssm, given, chosen)
+    for layer, kept in layers_read.items():
+        with precisely(given["input_ids"].device):
+            if isinstance(kept, MixerRecord):
+                values = _of_mixer(kept, looked_at[layer], rows, reduction)
+                values, bias = values[..., :-1], values[..., -1]
+            else:
+                values = _of_operator(kept, form, looked_at[layer], rows, reduction)
+        views[layer] = AttentionView(layer, form, reduction, read, values, bias, ssm.name, named)
+    return AttentionViews(views)
 
 
 def rollout(matrices: Sequence[Float[Tensor, "b t s"]], *, residual: float = 0.5) -> Float[Tensor, "b t s"]:
@@ -290,65 +290,72 @@ def _heads(ssm: Attachment, layer: int, heads: Any) -> list[int]:
     return found
 
 
-def _reduced(
-    record: MixerRecord, heads: list[int], rows: list[int] | None, form: Form, reduction: Reduction | None
-) -> Tensor:
-    """The form's matrix, `[b r s]` or `[b c r s]`; in the unified form with one column more."""
-    pieces = _matrices(record, heads, rows, fold_dt=form != "no_dt")
+def _of_operator(
+    terms: Terms, form: Form, heads: list[int], rows: list[int] | None, reduction: Reduction | None
+) -> Float[Tensor, "b *c r s"]:
+    """M, C (decay) B or |M| |x|: `[b r s]`, or of each head, `[b h r s]`."""
+    lengths = torch.linalg.vector_norm(terms.x, dim=-1)  # b s h
+    if rows is None and reduction is not None:
+        steps = {"no_dt": torch.ones_like(terms.dt), "value": terms.dt * lengths}.get(form)
+        signless: Reduction = "mean_abs" if form == "value" and reduction == "mean" else reduction
+        return reduced_attention(terms, signless, heads=None if len(heads) == terms.heads else heads, steps=steps)
+    matrix = torch.cat([part for _, part in _matrices(terms, heads, rows, fold_dt=form != "no_dt")], dim=1)
+    matrix = matrix[:, _order(heads)]
+    if form == "value":
+        matrix = matrix.abs() * rearrange(lengths[:, :, heads], "b s h -> b h 1 s")
+    return matrix if reduction is None else _reduced(MEASURES[reduction](matrix).sum(1), reduction, len(heads))
+
+
+def _of_mixer(
+    record: MixerRecord, heads: list[int], rows: list[int] | None, reduction: Reduction | None
+) -> Float[Tensor, "b *c r s_and_bias"]:
+    """The unified form: `[b r s+1]`, or of each channel, `[b (h p) r s+1]`."""
     targets = list(range(record.terms.length)) if rows is None else rows
+    by_slab = (_unified(record, *part, targets) for part in _matrices(record.terms, heads, rows))
     if reduction is None:
-        parts = [torch.cat(list(_shown(record, form, *piece, targets)), dim=2) for piece in pieces]
-        found = torch.cat(parts, dim=1)  # b (h p) r s
-        by_head = found.reshape(len(found), len(heads), -1, *found.shape[2:])
-        order = range(len(heads)) if rows is not None else [sorted(heads).index(head) for head in heads]
-        return by_head[:, list(order)].flatten(1, 2)
-    total: Any = 0
-    for piece in pieces:
-        total = total + torch.cat(
-            [MEASURES[reduction](shown).sum(1) for shown in _shown(record, form, *piece, targets)], dim=1
-        )
-    channels = len(heads) * (record.terms.head_dim if form == "unified" else 1)
-    reduced: Tensor = total.sqrt() if reduction == "norm" else total / channels
-    return reduced
+        channels = torch.cat([torch.cat(list(parts), dim=2) for parts in by_slab], dim=1)
+        by_head = rearrange(channels, "b (h p) r s -> b h p r s", h=len(heads))[:, _order(heads)]
+        return rearrange(by_head, "b h p r s -> b (h p) r s")
+    sums = (torch.cat([MEASURES[reduction](part).sum(1) for part in parts], dim=1) for parts in by_slab)
+    return _reduced(sum(sums, record.y.new_zeros(())), reduction, len(heads) * record.terms.head_dim)
+
+
+def _reduced(total: Float[Tensor, "b r s"], reduction: Reduction, channels: int) -> Float[Tensor, "b r s"]:
+    return total.sqrt() if reduction == "norm" else total / channels
+
+
+def _order(heads: list[int]) -> list[int]:
+    """Where each head is among the ascending ones."""
+    ascending = sorted(heads)
+    return [ascending.index(head) for head in heads]
 
 
 def _matrices(
-    record: MixerRecord, heads: list[int], rows: list[int] | None, fold_dt: bool
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Some heads and their matrices, `[b h r s]`: all at once for chosen rows, else in slabs, ascending."""
-    terms = record.terms
+    terms: Terms, heads: list[int], rows: list[int] | None, fold_dt: bool = True
+) -> Iterator[tuple[list[int], Float[Tensor, "b h r s"]]]:
+    """Some heads and their matrices, ascending: all at once for chosen rows, else in slabs."""
+    ascending = sorted(heads)
     if rows is not None:
-        yield heads, attention_rows(terms, rows, fold_dt=fold_dt)[:, heads]
+        yield ascending, attention_rows(terms, rows, fold_dt=fold_dt)[:, ascending]
         return
-    per_group = terms.heads // terms.groups
     size = max(1, SLAB_BYTES // (terms.x.element_size() * terms.batch * terms.length**2))
-    for group, members in groupby(sorted(heads), key=lambda head: head // per_group):
-        found = list(members)
-        for slab in (found[start : start + size] for start in range(0, len(found), size)):
-            part = Terms(
-                terms.x[:, :, slab], terms.dt[:, :, slab], terms.A[slab], terms.B[:, :, [group]], terms.C[:, :, [group]]
-            )
-            yield slab, attention(part, fold_dt=fold_dt)
+    for start in range(0, len(ascending), size):
+        for members, part in terms.of_heads(ascending[start : start + size]):
+            yield members, attention(part, fold_dt=fold_dt)
 
 
-def _shown(
-    record: MixerRecord, form: Form, heads: list[int], matrix: Tensor, targets: list[int]
-) -> Iterator[Float[Tensor, "b c r s"]]:
-    """The matrix in its form, a few rows at a time where there are many channels."""
-    if form == "value":
-        lengths = torch.linalg.vector_norm(record.terms.x[:, :, heads], dim=-1)  # b s h
-        yield matrix.abs() * lengths.mT[:, :, None]
-    elif form == "unified":
-        skip = torch.zeros_like(matrix)
-        skip[:, :, range(len(targets)), targets] = record.skip[heads]
-        convolution = Convolution(*(part[heads] for part in record.convolution))
-        secant, gate = record.secant[:, :, heads], record.gate[:, :, heads][:, targets]
-        read = (record.inputs != 0).flatten(2).any(-1)  # b s: blank at padding, whose column is then zero
-        size = max(1, SLAB_BYTES // (secant.element_size() * secant.numel()))
-        for start in range(0, len(targets), size):
-            some = slice(start, start + size)
-            rows = unified_rows((matrix + skip)[:, :, some], convolution, secant, gate[:, some])  # b r s+1 h p
-            rows[:, :, :-1] *= read[:, None, :, None, None]
-            yield rows.permute(0, 3, 4, 1, 2).flatten(1, 2)
-    else:
-        yield matrix
+def _unified(
+    record: MixerRecord, heads: list[int], matrix: Float[Tensor, "b h r s"], targets: list[int]
+) -> Iterator[Float[Tensor, "b hp r s_and_bias"]]:
+    """The unified form of some heads, a few rows at a time where there are many channels."""
+    skip = torch.zeros_like(matrix)
+    skip[:, :, range(len(targets)), targets] = record.skip[heads]
+    convolution = Convolution(*(part[heads] for part in record.convolution))
+    secant, gate = record.secant[:, :, heads], record.gate[:, :, heads][:, targets]
+    read = reduce(record.inputs != 0, "b s h p -> b 1 s 1 1", "any")  # blank at padding, whose column is then zero
+    size = max(1, SLAB_BYTES // (secant.element_size() * secant.numel()))
+    for start in range(0, len(targets), size):
+        some = slice(start, start + size)
+        rows = unified_rows((matrix + skip)[:, :, some], convolution, secant, gate[:, some])  # b r s+1 h p
+        rows[:, :, :-1] *= read
+        yield rearrange(rows, "b r s h p -> b (h p) r s")

@@ -4,22 +4,18 @@ from ssm_interp.errors import FlowError, NoEdgesError, NoEdgesWarning, NothingAn
 from ssm_interp.experiments import Study, explain
 from ssm_interp.experiments.values import Align
 from ssm_interp.flow.dropped import dropped_prompts
-from ssm_interp.flow.engine import CLEAN, Answers, Engine, Variant, choose_engine, full_forwards, rows_engine
 from ssm_interp.flow.leak import LeakReport, leak
-from ssm_interp.flow.metrics import changes, outcome
+from ssm_interp.flow.metrics import changes
 from ssm_interp.flow.named_edges import check_edges_exist
 from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.study_run import check_study, run_study
 from ssm_interp.flow.summary import summarise
-from ssm_interp.flow.sweep import FeatureGroups, sweep
+from ssm_interp.flow.sweep import FeatureGroups, Variant, sweep
 from ssm_interp.flow.tokens import token_map
 from ssm_interp.flow.windows import Window, default_size, windows
 
 __all__ = [
-    "CLEAN",
     "Align",
-    "Answers",
-    "Engine",
     "FeatureGroups",
     "FlowError",
     "FlowResult",
@@ -36,14 +32,10 @@ __all__ = [
     "changes",
     "check_edges_exist",
     "check_study",
-    "choose_engine",
     "default_size",
     "dropped_prompts",
     "explain",
-    "full_forwards",
     "leak",
-    "outcome",
-    "rows_engine",
     "run_study",
     "summarise",
     "sweep",

@@ -42,24 +42,31 @@ class LeakReport(Result):
         Returns:
             `prompt_id`, the keys of a summary, `p_base`; `ssm`, `conv` and `ssm + conv`: the answer's probability under
             each; `leak`: 100 (p through ssm - p through both) / p_base in %: the share of the answer that survives the
-            SSM's knockout because the convolution carries it.
+            SSM's knockout because the convolution carries it. Where a metric was asked for, `value_leak`: what it says
+            under the knockout through the SSM less that through both.
         """
         place = ["prompt_id", *KEYS]  # p_base differs in its last digits from sweep to sweep
         wide = self.frame.pivot(index=place, columns="through", values="p")[list(THROUGH)]
         clean = self.frame[self.frame["through"] == "ssm"].set_index(place)["p_base"]
-        wide = wide.join(clean).reset_index().rename_axis(columns=None)
-        return wide.assign(leak=100 * (wide["ssm"] - wide["ssm + conv"]) / wide["p_base"])
+        wide = wide.join(clean).assign(leak=lambda rows: 100 * (rows["ssm"] - rows["ssm + conv"]) / rows["p_base"])
+        if "value" in self.frame:
+            value = self.frame.pivot(index=place, columns="through", values="value")
+            wide = wide.assign(value_leak=value["ssm"] - value["ssm + conv"])
+        return wide.reset_index().rename_axis(columns=None)
 
     def summary(self, *, level: float = 0.95) -> pd.DataFrame:
         """Means over prompts, one row per model, source, target, feature group and window.
 
         Returns:
             The keys; `ssm`, `conv`, `ssm + conv`: mean relative change of the answer's probability in %; `leak` with
-            its interval `low` to `high` (bootstrap): the mean of `by_prompt`'s; `n` prompts.
+            its interval `low` to `high` (bootstrap): the mean of `by_prompt`'s; `n` prompts; where a metric was asked
+            for, the mean `value_leak`.
         """
         changes = self.frame.groupby([*KEYS, "through"], sort=False)["relative_change"].mean().unstack("through")
-        leak = mean_interval(self.by_prompt().groupby(KEYS, sort=False)["leak"], level)
-        leak = leak.rename(columns={"mean": "leak"})
+        groups = self.by_prompt().groupby(KEYS, sort=False)
+        leak = mean_interval(groups["leak"], level).rename(columns={"mean": "leak"})
+        if "value" in self.frame:
+            leak = leak.join(groups["value_leak"].mean())
         return changes[list(THROUGH)].join(leak).reset_index().rename_axis(columns=None)
 
     def plot(self) -> Figure:
@@ -83,8 +90,8 @@ def leak(
         tokenizer: the model's own; a fast one.
         prompts: with distinct ids (or texts).
         sources: roles, or positions, no longer read.
-        options: as of `sweep`: targets, windows, align, answered_only, full_answer, batch_size, max_memory, name,
-            revision; but features (the convolution feeds all of them together) and through.
+        options: as of `sweep`: targets, windows, align, answered_only, full_answer, batch_size, max_memory, metric, by,
+            name, revision; but features (the convolution feeds all of them together) and through.
 
     Raises:
         TypeError: `features` or `through` among the options.

@@ -35,6 +35,7 @@ COLUMNS = [
     "logprob_difference",
     "hit",
 ]
+OF_METRIC = ["metric", "value_base", "value"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class FlowResult(Result):
             features); `layer`, the one that the window is drawn at (its first or its centre); `window_start`, its first
             layer; `window_size`, w (centred windows have fewer layers at the ends); `n_edges`, edges removed in each of
             them; `p_base`, `p`, `relative_change` in %, `logprob_difference` (see `changes`); `hit`, whether what is
-            asked for is (still) most likely.
+            asked for is (still) most likely. Where a metric was asked for: `metric`, its name; `value_base` and
+            `value`, what it says of the clean run and under the knockout.
         runs: how each model was swept.
 
     Raises:
@@ -102,8 +104,9 @@ class FlowResult(Result):
         times = Counter(run.model for run in self.runs)
         if twice := [model for model, count in times.items() if count > 1]:
             raise FlowError(f"two runs have the same model name, {twice[0]!r}; give one of them another `name`")
-        if list(self.frame.columns) != COLUMNS:
-            object.__setattr__(self, "frame", self.frame[COLUMNS])
+        columns = [*COLUMNS, *(column for column in OF_METRIC if column in self.frame.columns)]
+        if list(self.frame.columns) != columns:
+            object.__setattr__(self, "frame", self.frame[columns])
 
     @staticmethod
     def join(results: Sequence[FlowResult]) -> FlowResult:

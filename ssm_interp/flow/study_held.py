@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ssm_interp.errors import FeatureError
 from ssm_interp.experiments.values import is_share
 from ssm_interp.features import STATISTICS, FeatureGroup, feature_groups, spectrum
 from ssm_interp.features.groups import DECAY_NORM
-from ssm_interp.flow.sweep import device_of
 from ssm_interp.hooks import Attachment, Intervention
+from ssm_interp.hooks.answers import device_of
 from ssm_interp.prompts import TokenizedPrompt, pad
 
 Statistics = Mapping[str, Mapping[int, Any]]
@@ -52,7 +51,7 @@ def check_held(held: Sequence[Intervention], ssm: Attachment) -> None:
         ssm.check(intervention)
     for edit in held:
         if isinstance(edit.features, str):
-            ssm.check(replace(edit, features=None))
+            ssm.check(edit.replace(features=None))
 
 
 def _by_layer(edit: Intervention, ssm: Attachment, statistics: Statistics) -> list[Intervention]:
@@ -60,9 +59,9 @@ def _by_layer(edit: Intervention, ssm: Attachment, statistics: Statistics) -> li
         return [edit]
     features = feature_groups(ssm, [edit.features], statistics=statistics)[edit.features]
     if features is None:
-        return [replace(edit, features=None)]
+        return [edit.replace(features=None)]
     layers = edit.layers if edit.layers is not None else list(features)
     for layer in layers:
         if layer in ssm.layers and layer not in features:
             raise FeatureError(f"{edit.kind}: the feature group {edit.features!r} names no features for layer {layer}")
-    return [replace(edit, layers=layer, features=features.get(layer)) for layer in layers]
+    return [edit.replace(layers=layer, features=features.get(layer)) for layer in layers]

@@ -60,6 +60,8 @@ def summarise(
         `p_base`, `p`: means;
         `accuracy`, `accuracy_low`, `accuracy_high`: the share of prompts still answered correctly, with Wilson's
         interval.
+        Where a metric was asked for: `metric`, `value_base`, `value`; `value_difference`, `value_difference_low`,
+        `value_difference_high`: the mean of value - value_base, with its interval.
         The interval of a mean is not defined (NaN) for a single prompt, and has no width where all are equal.
 
     Raises:
@@ -92,6 +94,20 @@ def summarise(
     base = frame["p_base"].astype(float).clip(lower=np.finfo(float).tiny)
     possible = {"relative_change": (-100.0, 100 * (1 / base - 1)), "logprob_difference": (-np.inf, -np.log(base))}
     change, logprob = of_mean("relative_change"), of_mean("logprob_difference")
+    with_metric = {}
+    if "value" in frame:
+        frame = frame.assign(value_difference=frame["value"] - frame["value_base"])
+        groups = frame.assign(**flags).groupby(KEYS, sort=False, observed=True, dropna=False)
+        possible["value_difference"] = (-np.inf, pd.Series(np.inf, frame.index))
+        moved = of_mean("value_difference")
+        with_metric = {
+            "metric": groups["metric"].first(),
+            "value_base": groups["value_base"].mean(),
+            "value": groups["value"].mean(),
+            "value_difference": groups["value_difference"].mean(),
+            "value_difference_low": moved.low,
+            "value_difference_high": moved.high,
+        }
     median, accuracy = _order_statistics(samples("relative_change"), level), _wilson(hits, n, level)
     return pd.DataFrame(
         {
@@ -114,6 +130,7 @@ def summarise(
             "accuracy": hits / n,
             "accuracy_low": accuracy.low,
             "accuracy_high": accuracy.high,
+            **with_metric,
         }
     ).reset_index()
 

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.errors import FeatureError, FlowError, NothingAnswered, PromptError
 from ssm_interp.experiments.values import Align
 from ssm_interp.features import feature_groups
-from ssm_interp.flow.engine import (
-    ALL_FEATURES,
-    CLEAN,
-    Engine,
-    Score,
-    Scored,
-    Variant,
-    choose_engine,
-    full_forwards,
-    of_first_token,
-    of_full_answer,
-)
+from ssm_interp.features.groups import ALL
 from ssm_interp.flow.metrics import changes
 from ssm_interp.flow.named_edges import check_edges_exist, edge_count
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.windows import default_size
+from ssm_interp.flow.windows import Window, default_size
 from ssm_interp.flow.windows import windows as windows_over
-from ssm_interp.hooks import Attachment, warn_hooked
+from ssm_interp.hooks import Answers, Attachment, Knockout, Metric, answers, warn_hooked
+from ssm_interp.hooks.answers import By, device_of
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize, warn_shared
 
 Progress = Callable[[int, int], None]
@@ -57,8 +46,9 @@ def sweep(
     allow_no_edges: bool = False,
     batch_size: int = 32,
     max_memory: int | None = None,
+    metric: str | Metric | None = None,
+    by: By = "auto",
     progress: Progress | None = None,
-    engine: Engine | None = None,
     name: str | None = None,
     revision: str = "",
 ) -> FlowResult:
@@ -85,17 +75,18 @@ def sweep(
             prompts are a part of more.
         batch_size: prompts per forward pass; prompts of similar length go together.
         max_memory: bytes that the rows of a step may take; None: a quarter of what is free.
+        metric: what is measured besides the answer's probability, in columns of its own: a name, or a function of the
+            logits, as `answers` takes it.
+        by: "rows" or "forwards" instead of what is best; `FlowRun.engine` says how it was done and why, see `answers`.
         progress: called with (done, total), counted in answers: prompts x knockouts.
-        engine: computes the answers; None: all knockouts as rows of one step (`rows_engine`), or, where something
-            else is hooked or edited, a full forward pass each; `FlowRun.engine` says which and why.
         name: the model's name in the result; None: its `name_or_path`, or its class.
         revision: of the model, for the table; "": what its config knows.
 
     Raises:
         PromptError: an unknown role; prompts with the same id; a prompt that this tokenizer cannot tokenize as asked.
         FlowError: no prompts; no role; no prompt answered correctly; a window that does not fit; a batch size below 1;
-            a model in training mode; logits that are not numbers; full answers and an engine, which gives the logits at
-            the last token alone.
+            a model in training mode.
+        MetricError: logits that are not numbers; a metric that there is not, or that is no finite number per prompt.
         NoEdgesError: no prompt has any of the edges source -> target (a kind of FlowError).
         FeatureError: a feature group that names no features for a layer.
         InterventionError: a stream or a feature that the model does not have.
@@ -105,7 +96,7 @@ def sweep(
         NoEdgesWarning: some knockouts have no edges in any prompt, though others have.
         HookedWarning: hooks are on hook points; which prompts are kept, and every number, is found under them.
 
-    Cost: about one forward pass per prompt and one token per knockout; see `rows_engine`.
+    Cost: about one forward pass per prompt and one token per knockout; see `answers`.
     Source: Mamba Knockout (Endy et al., ACL 2025), section 3.
 
     Example:
@@ -121,13 +112,16 @@ def sweep(
     _check(ssm.model, sources, targets, batch_size)
     named = features if features is None or isinstance(features, Mapping) else feature_groups(ssm, features)
     groups = _groups(named, layers)
-    streams = None if through is None else (through,) if isinstance(through, str) else tuple(through)
     variants = [
-        Variant(source, target, place, group, chosen, streams)
+        Variant(
+            Knockout(sources=str(source), targets=target, layers=window.layers, features=group, through=through),
+            window,
+            _per_layer(chosen, window),
+        )
         for target in dict.fromkeys(targets)
         for source in dict.fromkeys(sources)
         for group, chosen in groups.items()
-        for place in places
+        for window in places
     ]
     asked = _tokenized(prompts, tokenizer, full_answer)
     warn_hooked(ssm, "the sweep")
@@ -135,8 +129,7 @@ def sweep(
         check_edges_exist(asked, sources, targets)
     if not full_answer:
         warn_shared(asked)
-    clean, score, how = _scores(ssm, engine, max_memory, full_answer)
-    run = _Run(ssm, clean, score, batch_size, progress)
+    run = _Run(ssm, metric, full_answer, by, batch_size, max_memory, progress)
     kept = run.answered(asked, per_kept=1 + len(variants)) if answered_only else run.all_of(asked, 1 + len(variants))
     if not kept:
         raise NothingAnswered(len(asked), full_answer=full_answer)
@@ -150,22 +143,47 @@ def sweep(
     frame.insert(2, "unasked", [0 if full_answer else len(row.answer_ids) - 1 for row in kept] * len(variants))
     frame.insert(3, "model", model)
     frame.insert(4, "revision", revision or getattr(config, "_commit_hash", None) or "")
-    return FlowResult(frame, (FlowRun(model, layers, sizes, align, len(asked), len(kept), how, full_answer),))
+    return FlowResult(frame, (FlowRun(model, layers, sizes, align, len(asked), len(kept), run.how, full_answer),))
 
 
-def _scores(
-    ssm: Attachment, engine: Engine | None, max_memory: int | None, full_answer: bool
-) -> tuple[Score, Score, str]:
-    """How to score clean runs and knockouts, and a word on how."""
-    if full_answer:
-        if engine is not None:
-            raise FlowError(
-                "an engine gives the logits at the last token alone, and full_answer needs those at every token of the "
-                "answer: give one or the other"
-            )
-        return of_full_answer, of_full_answer, "full forwards: every token of the answer is scored"
-    chosen, how = (engine, "given") if engine else choose_engine(ssm, max_memory)
-    return of_first_token(full_forwards), of_first_token(chosen), how
+@dataclass(frozen=True)
+class Variant:
+    """One knockout of a sweep.
+
+    Attributes:
+        knockout: the edges, by roles, layers, and the name of a feature group.
+        window: where it stands among the windows.
+        features: layer -> the features of that group; None: all of them.
+    """
+
+    knockout: Knockout
+    window: Window
+    features: Mapping[int, Any] | None
+
+    @property
+    def source(self) -> str:
+        """The role, or the position as a text, that is no longer read."""
+        (role,) = self.knockout.sources  # type: ignore[misc]
+        return str(role)
+
+    @property
+    def target(self) -> str:
+        """The role that no longer reads it."""
+        (role,) = self.knockout.targets  # type: ignore[misc]
+        return str(role)
+
+    @property
+    def interventions(self) -> tuple[Knockout, ...]:
+        """What it does: one knockout for the window, or one per layer where features are chosen."""
+        if self.features is None:
+            return (self.knockout.replace(features=None),)
+        return tuple(
+            self.knockout.replace(layers=layer, features=features) for layer, features in self.features.items()
+        )
+
+
+def _per_layer(features: Mapping[int, Any] | None, window: Window) -> Mapping[int, Any] | None:
+    return None if features is None else {layer: features[layer] for layer in window.layers}
 
 
 def _check_types(ssm: Any, prompts: Any) -> None:
@@ -188,7 +206,7 @@ def _sizes(windows: int | Sequence[int] | None, layers: tuple[int, ...]) -> tupl
 
 def _groups(features: FeatureGroups | None, layers: tuple[int, ...]) -> Mapping[str, Any]:
     if features is None:
-        return {ALL_FEATURES: None}
+        return {ALL: None}
     if not features:
         raise FlowError("no feature group was given; None means one group of all features")
     check_complete(features, layers)
@@ -225,8 +243,7 @@ def _tokenized(
     if not prompts:
         raise FlowError("a sweep needs at least one prompt, got none")
     check_distinct(prompts)
-    rows = [tokenize(prompt, tokenizer, full_answer=full_answer) for prompt in prompts]
-    return [row.continued() for row in rows] if full_answer else rows
+    return [tokenize(prompt, tokenizer, full_answer=full_answer) for prompt in prompts]
 
 
 def check_distinct(prompts: Sequence[Prompt]) -> None:
@@ -241,19 +258,30 @@ def _id(prompt: Prompt) -> str:
 
 
 class _Run:
-    """Batches of prompts through an engine, with a count of what is done."""
+    """Batches of prompts, asked under every variant, with a count of what is done."""
 
-    def __init__(self, ssm: Attachment, clean: Score, score: Score, batch_size: int, progress: Progress | None) -> None:
-        self.ssm, self.clean, self.score, self.batch_size, self.progress = ssm, clean, score, batch_size, progress
+    def __init__(
+        self,
+        ssm: Attachment,
+        metric: str | Metric | None,
+        full_answer: bool,
+        by: By,
+        batch_size: int,
+        max_memory: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.ssm, self.metric, self.full_answer, self.by = ssm, metric, full_answer, by
+        self.batch_size, self.max_memory, self.progress = batch_size, max_memory, progress
         self.done = self.total = 0
+        self.how = ""
 
     def answered(self, prompts: list[TokenizedPrompt], per_kept: int) -> list[TokenizedPrompt]:
         """The prompts whose answer is most likely, in their order; maybe none."""
         self.total = len(prompts)
         right: set[int] = set()
         for indices, batch in self._batches(prompts):
-            hit = self._outcomes(self.clean, batch, [CLEAN])[1][0]
-            right |= {index for index, is_hit in zip(indices, hit, strict=True) if is_hit}
+            hit = self._answers(batch, [()], ["accuracy", "log_probability"], by="forwards").values[0, 0]
+            right |= {index for index, is_hit in zip(indices, hit.tolist(), strict=True) if is_hit}
         self.total += per_kept * len(right)
         return [prompt for index, prompt in enumerate(prompts) if index in right]
 
@@ -268,14 +296,22 @@ class _Run:
         The answers go into arrays made once: small pieces kept from every batch would lie between the large tensors of
         the next ones, and the process would grow with the number of prompts.
         """
-        shape = (len(variants), len(prompts))
-        logprob, hit = np.empty((1 + shape[0], shape[1])), np.empty((1 + shape[0], shape[1]), dtype=bool)
-        n_edges = np.empty(shape, dtype=np.int64)
+        metrics = ["log_probability", "accuracy", *([] if self.metric is None else [self.metric])]
+        values = np.empty((len(metrics), 1 + len(variants), len(prompts)))
+        n_edges = np.empty((len(variants), len(prompts)), dtype=np.int64)
+        interventions = [(), *(variant.interventions for variant in variants)]
         for indices, batch in self._batches(prompts):
-            logprob[:, indices], hit[:, indices] = self._outcomes(self.score, batch, [CLEAN, *variants])
+            answered = self._answers(batch, interventions, metrics, by=self.by)
+            values[:, :, indices], self.how = answered.values.numpy(), answered.how
             n_edges[:, indices] = _edges(batch, variants)
-        found = {key: values.ravel() for key, values in changes(logprob[1:], logprob[:1]).items()}
-        return _labels(prompts, variants).assign(n_edges=n_edges.ravel(), **found, hit=hit[1:].ravel())
+        logprob, hit, *more = values
+        columns = changes(logprob[1:], logprob[:1]) | {"hit": hit[1:] > 0}
+        for value in more:
+            named = self.metric if isinstance(self.metric, str) else "metric"
+            columns |= {"metric": np.full(value[1:].shape, named, dtype=object)}
+            columns |= {"value_base": np.broadcast_to(value[:1], value[1:].shape), "value": value[1:]}
+        flat = {key: value.ravel() for key, value in columns.items()}
+        return _labels(prompts, variants).assign(n_edges=n_edges.ravel(), **flat)
 
     def _batches(self, prompts: list[TokenizedPrompt]) -> Iterator[tuple[list[int], Batch]]:
         device = device_of(self.ssm.model)
@@ -284,53 +320,41 @@ class _Run:
             indices = by_length[start : start + self.batch_size]
             yield indices, pad([prompts[index] for index in indices]).to(device)
 
-    def _outcomes(
-        self, score: Score, batch: Batch, variants: Sequence[Variant]
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """ln p of the answer, and whether it is most likely, `[variant, row]`."""
-        logprob = np.full((len(variants), len(batch.prompts)), np.nan)
-        hit = np.zeros(logprob.shape, dtype=bool)
-        for found in score(self.ssm, batch, variants):
-            where = np.ix_(found.variants, found.rows)
-            logprobs, hits = found.outcome
-            logprob[where], hit[where] = logprobs.cpu().numpy(), hits.cpu().numpy()
-            _check_numbers(logprob[where], found, batch, variants)
-            self.done += logprobs.numel()
-            if self.progress:
-                self.progress(self.done, self.total)
-        return logprob, hit
+    def _answers(
+        self, batch: Batch, variants: Sequence[Sequence[Knockout]], metrics: Sequence[str | Metric], by: By
+    ) -> Answers:
+        return answers(
+            self.ssm,
+            batch,
+            variants,
+            metrics,
+            full_answer=self.full_answer,
+            by=by,
+            allow_no_edges=True,
+            batch_size=max(self.batch_size, len(batch.prompts)),
+            max_memory=self.max_memory,
+            progress=self._report,
+        )
 
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its tokens: with its first weight that is not offloaded."""
-    return next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
-
-
-def _check_numbers(logprob: NDArray[np.float64], found: Scored, batch: Batch, variants: Sequence[Variant]) -> None:
-    if not np.isnan(logprob).any():
-        return
-    which, row = np.argwhere(np.isnan(logprob))[0]
-    variant = variants[found.variants[which]]
-    where = f"with {variant.source} -> {variant.target} knocked out in layers {variant.window.layers}"
-    raise FlowError(
-        f"the model's logits are not numbers {where if variant.window.layers else 'as it is'} "
-        f"for the prompt {batch.prompts[found.rows[row]].prompt.text!r}; try a wider dtype than {found.dtype}"
-    )
+    def _report(self, count: int) -> None:
+        self.done += count
+        if self.progress:
+            self.progress(self.done, self.total)
 
 
 def _edges(batch: Batch, variants: Sequence[Variant]) -> list[list[int]]:
     """How many edges each variant removes in each row."""
-    pairs = dict.fromkeys((variant.source, variant.target) for variant in variants)
-    counts = {pair: [edge_count(row, *pair) for row in batch.prompts] for pair in pairs}
-    return [counts[variant.source, variant.target] for variant in variants]
+    pairs = [(variant.source, variant.target) for variant in variants]
+    counts = {pair: [edge_count(row, *pair) for row in batch.prompts] for pair in dict.fromkeys(pairs)}
+    return [counts[pair] for pair in pairs]
 
 
 def _labels(prompts: Sequence[TokenizedPrompt], variants: Sequence[Variant]) -> pd.DataFrame:
     """What stands in front of the numbers: a row per variant and prompt."""
     columns: dict[str, list[Any]] = {
-        "source": [str(variant.source) for variant in variants],
+        "source": [variant.source for variant in variants],
         "target": [variant.target for variant in variants],
-        "feature_group": [variant.feature_group for variant in variants],
+        "feature_group": [variant.knockout.features for variant in variants],
         "layer": [variant.window.at for variant in variants],
         "window_start": [variant.window.layers[0] for variant in variants],
         "window_size": [variant.window.size for variant in variants],

@@ -8,6 +8,7 @@ from ssm_interp.errors import (
     SsmInterpWarning,
     UnsupportedModelError,
 )
+from ssm_interp.hooks.answers import Answers, answers
 from ssm_interp.hooks.attach import attach, attached
 from ssm_interp.hooks.attachment import Attachment, Exposure, Run
 from ssm_interp.hooks.interventions import (
@@ -19,10 +20,11 @@ from ssm_interp.hooks.interventions import (
     SetDelta,
 )
 from ssm_interp.hooks.left_on import warn_hooked
+from ssm_interp.hooks.metrics import Metric, accuracy, kl_divergence, log_probability, logit_difference, rank
 from ssm_interp.hooks.points import HookPoint, HookPoints
-from ssm_interp.hooks.rows import obstacle, run_each
 
 __all__ = [
+    "Answers",
     "Attachment",
     "EditAttention",
     "Exposure",
@@ -33,6 +35,7 @@ __all__ = [
     "Intervention",
     "InterventionError",
     "Knockout",
+    "Metric",
     "MissingError",
     "PatchState",
     "Run",
@@ -40,9 +43,13 @@ __all__ = [
     "SetDelta",
     "SsmInterpWarning",
     "UnsupportedModelError",
+    "accuracy",
+    "answers",
     "attach",
     "attached",
-    "obstacle",
-    "run_each",
+    "kl_divergence",
+    "log_probability",
+    "logit_difference",
+    "rank",
     "warn_hooked",
 ]

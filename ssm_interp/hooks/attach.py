@@ -14,6 +14,7 @@ from ssm_interp.hooks.blocks import attention_layers, repeated_blocks
 from ssm_interp.hooks.newest import Newest, check_version
 from ssm_interp.hooks.routing import HookedMixer, hook_mixer, operators_of
 from ssm_interp.hooks.unknown import names_of, unknown_mixers
+from ssm_interp.reprs import describe
 from ssm_interp.scan.terms import FLOATS
 
 
@@ -50,6 +51,9 @@ def attach(model: Any, *, own_operator: bool = False, allow_unknown: bool = Fals
     """
     if not isinstance(model, nn.Module):
         raise HookError(f"attach takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
+    for name, value in (("own_operator", own_operator), ("allow_unknown", allow_unknown)):
+        if not isinstance(value, bool):
+            raise HookError(f"{name} is True or False, got {describe(value)}")
     check_version()
     found = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
     _check_model(model, found)

@@ -11,28 +11,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ssm_interp.arguments import STREAMS, as_index, as_indices, as_list, as_streams
 from ssm_interp.errors import HookError, InterventionError, MissingError
 from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
 from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering, has_no_weights
 from ssm_interp.hooks.bylayer import ByLayer
 from ssm_interp.hooks.callers import keeping_mask
 from ssm_interp.hooks.inputs import as_inputs
-from ssm_interp.hooks.interventions import (
-    KINDS,
-    STREAMS,
-    Intervention,
-    Knockout,
-    as_index,
-    as_indices,
-    as_list,
-    as_streams,
-)
+from ssm_interp.hooks.interventions import KINDS, HasRoles, Intervention, Knockout
 from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HookPoint
 from ssm_interp.hooks.routing import HookedMixer, class_without_hooks, restore_mixer
 from ssm_interp.hooks.softmax import knockable
 from ssm_interp.hooks.unknown import Unknown, names_of, unknown_mixers
-from ssm_interp.hooks.virtual import names_positions, refuse_virtual_tokens
+from ssm_interp.hooks.virtual import refuse_virtual_tokens
 from ssm_interp.reprs import describe
 
 _exposing = Lock()
@@ -219,25 +211,33 @@ class Attachment:
         return [place for stream in as_streams(streams) or () for place in found[stream].values()]
 
     @contextmanager
-    def edit(self, *interventions: Intervention) -> Iterator[None]:
+    def edit(self, *interventions: Intervention, batch: HasRoles | None = None) -> Iterator[None]:
         """Put interventions to work inside the `with` block, beside those already at work: in this thread, in those
         that it starts inside, and in copies of the model made inside.
 
         Their order does not matter; see `HookPoints` for what several edits at one layer mean.
 
+        Args:
+            interventions: what to change.
+            batch: the prompts that the model is called with inside, where an intervention names roles.
+
         Raises:
-            InterventionError: a layer, head or state dimension that the model does not have; positions in a model that
-                puts virtual tokens in front of its prompts (PEFT's prompt tuning, p-tuning, prefix tuning). Other
-                positions are checked in the forward, which knows the prompt.
+            InterventionError: a layer, head or state dimension that the model does not have; the name of a feature
+                group; a role, and no batch; positions in a model that puts virtual tokens in front of its prompts
+                (PEFT's prompt tuning, p-tuning, prefix tuning). Other positions are checked in the forward, which knows
+                the prompt.
+            PromptError: a role that the batch does not know.
 
         Example:
             >>> with ssm.edit(Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))):
             ...     logits = model(**inputs).logits
+            >>> with ssm.edit(Knockout(sources="subject", targets="last"), batch=batch):          # doctest: +SKIP
+            ...     logits = model(**batch).logits
         """
         self._check_attached()
+        interventions = tuple(self.resolved(intervention, batch) for intervention in interventions)
         for intervention in interventions:
-            self.check(intervention)
-            if names_positions(intervention):
+            if intervention.names_positions:
                 refuse_virtual_tokens(self.model, f"{intervention.kind} names positions", InterventionError)
         through = [self._streams(intervention) for intervention in interventions]
         active = tuple(
@@ -349,20 +349,45 @@ class Attachment:
         points = [(self.layers[layer].point(name), layer) for name in names for layer in chosen]
         return [(point, (point.name, layer)) for point, layer in points]
 
-    def check(self, intervention: Intervention) -> None:
+    def resolved(self, intervention: Intervention, batch: HasRoles | None = None) -> Intervention:
+        """An intervention that this model has what it names of, with positions in place of roles.
+
+        Raises:
+            InterventionError: as `edit`.
+            PromptError: a role that the batch does not know.
+        """
+        self.check(intervention, whole=True)
+        if not intervention.roles:
+            return intervention
+        if batch is None:
+            raise InterventionError(
+                f"{intervention!r} names the role {intervention.roles[0]!r}, and only a batch of prompts knows where "
+                "that is: ssm.edit(..., batch=batch), where batch = pad([tokenize(prompt, tokenizer), ...])"
+            )
+        return intervention.resolve(batch)
+
+    def check(self, intervention: Intervention, *, whole: bool = False) -> None:
         """Whether this model has what an intervention names, apart from positions, which only a prompt has.
+
+        Args:
+            whole: whether it must name its features itself, not a group of them.
 
         Raises:
             InterventionError: something else than an intervention; a stream, layer, head or state dimension that the
-                model does not have.
+                model does not have; the name of a feature group, where that is not allowed.
         """
         if not isinstance(intervention, KINDS):
             got = describe(intervention)
             raise InterventionError(f"edit takes interventions (Knockout, PatchState, ...), got {got}")
         kind = intervention.kind
+        if whole and isinstance(intervention.features, str):
+            raise InterventionError(
+                f"{kind}.features names the feature group {intervention.features!r}; give its features, one "
+                f"intervention per layer: feature_groups(ssm, [{intervention.features!r}]) has them"
+            )
         streams = self._streams(intervention)
         known = self.layers_with(streams)
-        layers = known if intervention.layers is None else intervention.layers
+        layers = known if intervention.layers is None else as_list(intervention.layers)
         if missing := [layer for layer in layers if layer not in known]:
             raise InterventionError(
                 f"{kind}: no such layer {describe(missing)}; this model has {list(known)} ({', '.join(streams)})"
@@ -375,7 +400,7 @@ class Attachment:
         if "ssm" not in streams:
             return  # how many heads attention has is known when it is called
         for points in (self.layers[layer] for layer in layers if layer in self.layers):
-            for feature in intervention.features or ():
+            for feature in intervention.features if isinstance(intervention.features, tuple) else ():
                 head, dimension = feature if isinstance(feature, tuple) else (feature, 0)
                 if not (0 <= head < points.heads and 0 <= dimension < points.state_size):
                     raise InterventionError(
@@ -387,7 +412,7 @@ class Attachment:
         """The streams that an intervention acts on: all but knockouts are about the SSM alone."""
         if not isinstance(intervention, Knockout):
             return ("ssm",)
-        return intervention.through or (self.default_stream,)
+        return as_streams(intervention.through) or (self.default_stream,)
 
     @property
     def is_attached(self) -> bool:

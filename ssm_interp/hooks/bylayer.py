@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from ssm_interp.arguments import as_index
 from ssm_interp.errors import MissingError
-from ssm_interp.hooks.interventions import as_index
 from ssm_interp.reprs import describe
 
 Value = TypeVar("Value")

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_interp.arguments import as_index
 from ssm_interp.errors import HookError
 from ssm_interp.hooks.attach import attach
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.blocks import has_no_weights
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.unknown import names_of
+from ssm_interp.reprs import describe
 
 LENGTH = 7
 TOLERANCE = 1e-5
@@ -54,6 +56,8 @@ def check(model: nn.Module, *, seed: int = 0) -> list[Row]:
     """
     if not isinstance(model, nn.Module):
         raise HookError(f"check takes a model, got {type(model).__name__}; si.load gives a model and a tokenizer")
+    if as_index(seed) is None:
+        raise HookError(f"seed must be a whole number, got {describe(seed)}")
     ids = _some_ids(model, seed)
     native = _logits(model, ids)
     with attach(model, allow_unknown=True) as ssm:

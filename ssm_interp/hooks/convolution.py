@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.activations import ACT2FN
 
+from ssm_interp.hooks.forward import Forward
 from ssm_interp.hooks.interventions import Knockout
-from ssm_interp.hooks.serve import through_point
-from ssm_interp.hooks.site import Site
+from ssm_interp.hooks.masks import as_taps
+from ssm_interp.hooks.through import through_point
 
 OVER_POSITIONS = "causal_conv1d_fn"
 UPDATE = "causal_conv1d_update"
@@ -82,7 +84,7 @@ class Convolution:
         for rows, taps, other in parts:
             first = outputs.shape[-1] - taps.shape[-1]
             before = outputs if rows is None else outputs[rows]
-            kept = torch.where(taps.any(0)[:, None], other.to(outputs), before[..., first:])
+            kept = torch.where(rearrange(taps.any(0), "b t -> b 1 t"), other.to(outputs), before[..., first:])
             changed = torch.cat([before[..., :first], kept], dim=-1)
             outputs = changed if rows is None else outputs.index_copy(0, rows, changed)
         return self.activate(outputs)
@@ -92,7 +94,7 @@ class Convolution:
         window = self.window(removed.shape[-1], rows)
         precise = torch.promote_types(window.dtype, torch.float32)
         found = carry(window.to(precise), self.weight.to(precise), ~removed)
-        return found if self.bias is None else found + self.bias[:, None]
+        return found if self.bias is None else found + rearrange(self.bias, "d -> d 1")
 
     def window(self, length: int, rows: Tensor | None = None) -> Tensor:
         """The inputs that the last outputs read, `[b d (k-1)+length]`; of some rows, which may share cached ones."""
@@ -125,11 +127,11 @@ def bind(name: str, host: Callable[..., Tensor], args: tuple[Any, ...], kwargs: 
     return (update if name == UPDATE else over_positions)(*args, **kwargs)
 
 
-def convolve(call: Convolution, site: Site) -> Tensor:
-    """Do one convolution of the mixer that `site` is a forward of; its result is what the host's function returns."""
-    call = _through_point(call, site)
-    knockouts = [edit for edit in site.conv_edits if isinstance(edit, Knockout)]
-    taps = _removed(knockouts, site, call.taps).to(call.inputs.device)
+def convolve(call: Convolution, forward: Forward) -> Tensor:
+    """Do one convolution of a mixer's forward under its edits; its result is what the host's function returns."""
+    call = _through_point(call, forward)
+    knockouts = [edit for edit in forward.conv_edits if isinstance(edit, Knockout)]
+    taps = _removed(knockouts, forward, call.taps).to(call.inputs.device)
     return call.without([(None, taps)], Convolution.run) if taps.any() else call.run()
 
 
@@ -145,44 +147,33 @@ def carry(window: Tensor, weight: Tensor, edges: Tensor) -> Tensor:
     carried = window.new_zeros(())
     for j in edges.flatten(1).any(1).nonzero()[:, 0].tolist():
         first = k - 1 - j
-        read = window[..., first : first + t] * weight[:, first, None]
-        carried = carried + torch.where(edges[j][:, None], read, 0)
+        read = window[..., first : first + t] * rearrange(weight[:, first], "d -> d 1")
+        carried = carried + torch.where(rearrange(edges[j], "b t -> b 1 t"), read, 0)
     return carried.expand(*window.shape[:2], t)
 
 
-def taps_between(targets: Tensor, sources: Tensor, start: int, taps: int) -> Tensor:
-    """The taps by which targets, `[b t]` from column `start` on, read sources, `[b s]` from column 0 on: `[k b t]`."""
-    t, padded = targets.shape[1], pad(sources, (taps - 1, 0))
-    return torch.stack([targets & padded[:, start + taps - 1 - j :][:, :t] for j in range(taps)])
-
-
-def _through_point(call: Convolution, site: Site) -> Convolution:
+def _through_point(call: Convolution, forward: Forward) -> Convolution:
     """The call with what the hook point lets pass, also in what the cache keeps of the inputs."""
-    before, inputs = call.inputs[..., : -site.length], call.inputs[..., -site.length :]
+    before, inputs = call.inputs[..., : -forward.length], call.inputs[..., -forward.length :]
     version = None if inputs.is_inference() else inputs._version
-    shown = inputs.transpose(1, 2)
-    found = through_point(site.points.hook_conv, shown)
-    in_place = site.points.hook_conv.has_hooks() if version is None else inputs._version != version
+    shown = rearrange(inputs, "b d t -> b t d")
+    found = through_point(forward.points.hook_conv, shown)
+    in_place = forward.points.hook_conv.has_hooks() if version is None else inputs._version != version
     changed = found is not shown or in_place
-    inputs = found.transpose(1, 2)
-    if changed and site.cache is not None and call.cached is None:
-        kept: Tensor = site.cache.layers[site.layer].conv_states[0]
-        columns = min(kept.shape[-1], site.length)
+    inputs = rearrange(found, "b t d -> b d t")
+    if changed and forward.cache is not None and call.cached is None:
+        kept: Tensor = forward.cache.layers[forward.layer].conv_states[0]
+        columns = min(kept.shape[-1], forward.length)
         kept[..., -columns:] = inputs[..., -columns:]
     return replace(call, inputs=torch.cat([before, inputs], dim=-1) if before.shape[-1] else inputs)
 
 
-def _removed(knockouts: Iterable[Knockout], site: Site, taps: int) -> Tensor:
+def _removed(knockouts: Iterable[Knockout], forward: Forward, taps: int) -> Tensor:
     """The taps that knockouts take from the positions of this call, `[k b t]`."""
-    found = torch.zeros(taps, site.batch, site.length, dtype=torch.bool)
-    for edit in knockouts:
-        if not site.continues:
-            for targets, sources in site.edges(edit):
-                found |= taps_between(targets, sources, 0, taps)
-        elif edit.targets is None and edit.edges is None and site.record is not None:
-            prompt = site.positions(edit.sources, "Knockout.sources")
-            generated = site.record.seen + site.length - prompt.shape[1]
-            sources = pad(prompt, (0, generated), value=edit.sources is None)
-            everywhere = torch.ones(site.batch, site.length, dtype=torch.bool)
-            found |= taps_between(everywhere, sources, site.record.seen, taps)
-    return found
+    removed = torch.zeros(taps, forward.batch, forward.length, dtype=torch.bool)
+    seen = forward.seen
+    for knockout in knockouts:
+        if knockout.is_open_ended or not forward.continues:
+            for targets, sources in forward.prompt.edges_over(knockout, seen + forward.length):
+                removed |= as_taps(targets[:, seen:], sources, seen, taps)
+    return removed

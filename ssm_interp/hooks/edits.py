@@ -8,9 +8,11 @@ from itertools import combinations, groupby
 from typing import TypeVar
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ssm_interp.errors import InterventionError
+from ssm_interp.hooks.forward import Forward
 from ssm_interp.hooks.interventions import (
     EditAttention,
     Intervention,
@@ -19,11 +21,10 @@ from ssm_interp.hooks.interventions import (
     ScaleFeatures,
     SetDelta,
 )
+from ssm_interp.hooks.masks import feature_mask
 from ssm_interp.hooks.operators import Operands
 from ssm_interp.hooks.pieces import Piece, disjoint
-from ssm_interp.hooks.plan import feature_mask
 from ssm_interp.hooks.record import remember, remembered
-from ssm_interp.hooks.site import Site
 from ssm_interp.scan import Terms, attention_rows, read, removed, scan, write
 from ssm_interp.scan.recurrence import accumulate, decays
 
@@ -40,7 +41,7 @@ class Cut:
     state: Tensor  # b h p n, or any shape that broadcasts to it
 
     def apply(self, state: Tensor, wipe: bool) -> Tensor:
-        where = self.rows[:, None, None, None] & self.features[:, None, :]  # b h 1 #n
+        where = rearrange(self.rows, "b -> b 1 1 1") & rearrange(self.features, "h n -> h 1 n")  # b h 1 #n
         return torch.where(where, 0.0 if wipe else self.state.to(state), state)
 
     def overlaps(self, other: Cut) -> bool:
@@ -50,7 +51,7 @@ class Cut:
     def piece(self, length: int) -> Piece:
         """The edges that this cut leaves nothing of: those from before it (or at it) to after it (or at it)."""
         column = torch.arange(length, device=self.rows.device)
-        rows = self.rows[:, None]
+        rows = rearrange(self.rows, "b -> b 1")
         return Piece(rows & (column >= self.position), rows & (column <= self.position), self.features)
 
 
@@ -72,18 +73,19 @@ class Injected:
 class LayerEdits:
     """The interventions that act on one operator call, with positions and features resolved."""
 
-    def __init__(self, site: Site, operands: Operands) -> None:
-        self.site = site
-        self.batch, self.device = site.batch, operands.x.device
+    def __init__(self, forward: Forward, operands: Operands) -> None:
+        self.forward = forward
+        self.batch, self.device = forward.batch, operands.x.device
         self._cuts = sorted(self._find_cuts(operands), key=lambda cut: cut.position)
         self._cuts_at = {at: list(cuts) for at, cuts in groupby(self._cuts, key=lambda cut: cut.position)}
         if any(one.overlaps(other) for cuts in self._cuts_at.values() for one, other in combinations(cuts, 2)):
             raise InterventionError(
-                f"layer {site.layer}: two PatchState replace the same state; edits have no order, so give it one value"
+                f"layer {forward.layer}: two PatchState replace the same state; edits have no order, so give it one "
+                "value"
             )
 
     def __bool__(self) -> bool:
-        return bool(self.site.edits)
+        return bool(self.forward.edits)
 
     @property
     def needs_own_scan(self) -> bool:
@@ -94,10 +96,10 @@ class LayerEdits:
         """The steps with every SetDelta applied, `[b t h]`."""
         taken = torch.zeros(dt.shape, dtype=torch.bool, device=self.device)
         for edit in self._of(SetDelta):
-            where = self._where(edit)[:, :, None] & self._features(edit)[:, 0]
+            where = rearrange(self._where(edit), "b t -> b t 1") & self._features(edit)[:, 0]
             if (where & taken).any():
                 raise InterventionError(
-                    f"layer {self.site.layer}: two SetDelta set the same step; edits have no order, "
+                    f"layer {self.forward.layer}: two SetDelta set the same step; edits have no order, "
                     "so give it one value"
                 )
             dt, taken = torch.where(where, edit.value, dt), taken | where
@@ -107,9 +109,9 @@ class LayerEdits:
         """C scaled for the ScaleFeatures of (head, state) pairs; B and C are then written out per head."""
         for edit in self._of(ScaleFeatures):
             if _of_pairs(edit):
-                where = self._where(edit)[:, :, None, None] & self._features(edit)
+                where = rearrange(self._where(edit), "b t -> b t 1 1") & self._features(edit)
                 each = terms.heads // terms.groups
-                B, C = (part.repeat_interleave(each, dim=2) for part in (terms.B, terms.C))
+                B, C = (repeat(part, "b t g n -> b t (g each) n", each=each) for part in (terms.B, terms.C))
                 terms = replace(terms, B=B, C=torch.where(where, C * edit.factor, C))
         return terms
 
@@ -117,8 +119,8 @@ class LayerEdits:
         """y with every ScaleFeatures of whole heads applied, `[b t h p]`."""
         for edit in self._of(ScaleFeatures):
             if not _of_pairs(edit):
-                where = self._where(edit)[:, :, None] & self._features(edit)[:, 0]
-                y = torch.where(where[..., None], y * edit.factor, y)
+                where = rearrange(self._where(edit), "b t -> b t 1") & self._features(edit)[:, 0]
+                y = torch.where(rearrange(where, "b t h -> b t h 1"), y * edit.factor, y)
         return y
 
     def scan(self, terms: Terms, initial: Tensor | None, *, wipe: bool = False) -> tuple[Tensor, Tensor]:
@@ -176,7 +178,7 @@ class LayerEdits:
         """`(M' - M) x` of every EditAttention, `[b t h p]`, or 0."""
         change = terms.x.new_zeros(())
         for edit in self._of(EditAttention):
-            if not self.site.continues:
+            if not self.forward.continues:
                 change = change + self._attention_change(terms, edit)
         return change
 
@@ -184,12 +186,12 @@ class LayerEdits:
         """What all knocked-out edges carry, `[b t h p]`, or 0; an edge that two knockouts name is removed once."""
         knockouts = self._of(Knockout)
         carried = terms.x.new_zeros(())
-        if not self.site.continues:
+        if not self.forward.continues:
             taken = [cut.piece(terms.length) for cut in self._cuts]
             for piece in disjoint((self._pieces(edit) for edit in knockouts), taken):
                 carried = carried + self._carried_by(terms, piece, injected)
-        open_ended = tuple(edit for edit in knockouts if edit.targets is None and edit.edges is None)
-        if open_ended and self.site.cache is not None:
+        open_ended = tuple(edit for edit in knockouts if edit.is_open_ended)
+        if open_ended and self.forward.cache is not None:
             for number, piece in enumerate(disjoint([self._source_piece(edit)] for edit in open_ended)):
                 carried = carried + self._carried_on(terms, piece, (open_ended, number), injected)
         return carried
@@ -198,37 +200,36 @@ class LayerEdits:
         """What a piece's edges carry, `[b t h p]`."""
         if injected is None or (injected.writes is None and injected.replaced is None):
             return removed(terms, (piece.targets, piece.sources), piece.as_features())
-        kept = torch.where(piece.sources[:, :, None, None, None], _all_writes(terms, injected), 0)
-        states = self.accumulate(terms, kept, injected.replaced) * piece.features[:, None, :]
-        return torch.where(piece.targets[:, :, None, None], read(states, terms.C), 0)
+        kept = torch.where(rearrange(piece.sources, "b t -> b t 1 1 1"), _all_writes(terms, injected), 0)
+        states = self.accumulate(terms, kept, injected.replaced) * rearrange(piece.features, "h n -> h 1 n")
+        return torch.where(rearrange(piece.targets, "b t -> b t 1 1"), read(states, terms.C), 0)
 
     def _carried_on(self, terms: Terms, piece: Piece, key: Hashable, injected: Injected | None) -> Tensor:
         """Keep the part of the state that open-ended knockouts' sources wrote with the cache, for the next call; and
         give what it carries to this one, if that goes on from an earlier one, `[b t h p]`, else 0."""
-        site = self.site
-        before = remembered(site.cache, site.layer, key)
-        if before is None and site.continues:
+        before, continues = remembered(self.forward.cache, self.forward.layer, key), self.forward.continues
+        if before is None and continues:
             raise InterventionError(
-                f"layer {site.layer}: the knockouts at work are not those under which this cache read its prompt and "
-                "everything since; run the prompt and what follows inside the same `edit`"
+                f"layer {self.forward.layer}: the knockouts at work are not those under which this cache read its "
+                "prompt and everything since; run the prompt and what follows inside the same `edit`"
             )
-        sources = piece.sources[:, -1:].expand(-1, site.length) if site.continues else piece.sources[:, :-1]
+        sources = piece.sources[:, -1:].expand(-1, self.forward.length) if continues else piece.sources[:, :-1]
         carried = terms.x.new_zeros(())
-        if site.continues or injected is not None:
+        if continues or injected is not None:
             kept = write(terms) if injected is None else _all_writes(terms, injected)
-            kept = torch.where(sources[:, :, None, None, None], kept, 0)
+            kept = torch.where(rearrange(sources, "b t -> b t 1 1 1"), kept, 0)
             states = self.accumulate(terms, kept, None if injected is None else injected.replaced, before)
             state = states[:, -1]
-            if site.continues:
-                carried = read(states * piece.features[:, None, :], terms.C)
+            if continues:
+                carried = read(states * rearrange(piece.features, "h n -> h 1 n"), terms.C)
         else:
-            part = terms.with_x(torch.where(sources[:, :, None, None], terms.x, 0))
+            part = terms.with_x(torch.where(rearrange(sources, "b t -> b t 1 1"), terms.x, 0))
             state = self.scan(part, None, wipe=True)[1]
-        remember(site.cache, site.layer, key, state.detach(), site.length)
+        remember(self.forward.cache, self.forward.layer, key, state.detach(), self.forward.length)
         return carried
 
     def _attention_change(self, terms: Terms, edit: EditAttention) -> Tensor:
-        columns = [(_column(self.site, t, edit), _column(self.site, s, edit)) for t, s in edit.edges]
+        columns = [(_column(self.forward, t, edit), _column(self.forward, s, edit)) for t, s in edit.edges]
         targets = sorted({target for target, _ in columns})
         rows = attention_rows(terms, targets)  # b h r s
         new = rows
@@ -261,57 +262,56 @@ class LayerEdits:
             begin = end
 
     def _find_cuts(self, operands: Operands) -> Iterator[Cut]:
-        for edit in [] if self.site.continues else self._of(PatchState):
-            where = self.site.positions(edit.position, "PatchState.position").to(self.device)
+        for edit in [] if self.forward.continues else self._of(PatchState):
+            where = self.forward.prompt.positions(edit.position, "PatchState.position").to(self.device)
             state = self._patch(edit, operands)
             for position in where.any(0).nonzero()[:, 0].tolist():
                 yield Cut(position, where[:, position], self._features(edit), state)
 
     def _patch(self, edit: PatchState, operands: Operands) -> Tensor:
-        state: Tensor = edit.state.to(self.device)
+        state = torch.as_tensor(edit.state, device=self.device)
         if state.ndim == 0:
             return state
-        points, head_dim = self.site.points, operands.x.shape[3]
+        points, head_dim = self.forward.points, operands.x.shape[3]
         expected = (points.heads, head_dim, points.state_size)
         if tuple(state.shape[-3:]) != expected or (state.ndim == 4 and state.shape[0] not in (1, self.batch)):
             raise InterventionError(
-                f"layer {self.site.layer}: PatchState.state is {list(state.shape)}, but the state here is [h p n] = "
+                f"layer {self.forward.layer}: PatchState.state is {list(state.shape)}, but the state here is [h p n] = "
                 f"{list(expected)} in a batch of {self.batch}"
             )
         return state
 
     def _pieces(self, edit: Knockout) -> list[Piece]:
         """The edges of a knockout inside the prompt."""
-        features = self._features(edit)
-        found = self.site.edges(edit)
-        return [Piece(targets.to(self.device), sources.to(self.device), features) for targets, sources in found]
+        features, edges = self._features(edit), self.forward.prompt.edges(edit)
+        return [Piece(targets.to(self.device), sources.to(self.device), features) for targets, sources in edges]
 
     def _source_piece(self, edit: Knockout) -> Piece:
         """The sources of a knockout in the prompt, `[b t]`, and in one column more, whether generated positions are
         too."""
-        prompt = self.site.positions(edit.sources, "Knockout.sources")
-        generated = torch.full((self.batch, 1), edit.sources is None)
-        sources = torch.cat([prompt, generated], dim=1).to(self.device)
+        prompt = self.forward.prompt
+        ((_, sources),) = prompt.edges_over(edit, prompt.length + 1)
+        sources = sources.to(self.device)
         return Piece(torch.ones_like(sources[:, :1]), sources, self._features(edit))
 
     def _where(self, edit: SetDelta | ScaleFeatures) -> Tensor:
         """The positions of this call at which an intervention acts, `[b t]`."""
-        if self.site.continues or edit.positions is None:
-            return torch.full((self.batch, self.site.length), edit.positions is None, device=self.device)
-        return self.site.positions(edit.positions, f"{edit.kind}.positions").to(self.device)
+        if self.forward.continues or edit.positions is None:
+            return torch.full((self.batch, self.forward.length), edit.positions is None, device=self.device)
+        return self.forward.prompt.positions(edit.positions, f"{edit.kind}.positions").to(self.device)
 
     def _features(self, edit: Intervention) -> Tensor:
         """The features of an intervention: `[h 1]` for heads, `[h n]` for pairs."""
-        points = self.site.points
+        points = self.forward.points
         return feature_mask(edit.features, points.heads, points.state_size, self.device)
 
     def _of(self, kind: type[Kind]) -> list[Kind]:
-        return [edit for edit in self.site.edits if isinstance(edit, kind)]
+        return [edit for edit in self.forward.edits if isinstance(edit, kind)]
 
 
-def _column(site: Site, position: int, edit: EditAttention) -> int:
+def _column(forward: Forward, position: int, edit: EditAttention) -> int:
     """The column of a position that must be the same in every row."""
-    columns = site.columns(position, f"{edit.kind}.edges").unique()  # type: ignore[no-untyped-call]
+    columns = forward.prompt.column(position, f"{edit.kind}.edges").unique()  # type: ignore[no-untyped-call]
     if len(columns) > 1:
         raise InterventionError(
             f"{edit.kind}.edges names position {position}, which is column {columns.tolist()} in different rows; "
@@ -321,7 +321,7 @@ def _column(site: Site, position: int, edit: EditAttention) -> int:
 
 
 def _of_pairs(edit: Intervention) -> bool:
-    return edit.features is not None and isinstance(edit.features[0], tuple)
+    return isinstance(edit.features, tuple) and isinstance(edit.features[0], tuple)
 
 
 def _all_writes(terms: Terms, injected: Injected) -> Tensor:

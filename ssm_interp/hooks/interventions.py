@@ -2,71 +2,144 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
-from operator import index
-from typing import Any, ClassVar, SupportsFloat, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from torch import Tensor
 
+from ssm_interp.arguments import (
+    Features,
+    Indices,
+    Pairs,
+    Positions,
+    RowPositions,
+    Streams,
+    as_features,
+    as_indices,
+    as_list,
+    as_number,
+    as_pairs,
+    as_positions,
+    as_streams,
+    is_per_row,
+)
 from ssm_interp.errors import InterventionError
 from ssm_interp.reprs import describe
 
-FlatPositions: TypeAlias = tuple[int, ...]
-RowPositions: TypeAlias = tuple[FlatPositions, ...]
-
-# What may be given is wider than what is kept: every field is checked and turned into tuples when it is set.
-Positions: TypeAlias = Any
-"""An int, a sequence of ints, a sequence of such sequences (one per row), or None; kept as FlatPositions, RowPositions
-or None."""
-Indices: TypeAlias = Any
-"""An int, a sequence of ints, or None; kept as a tuple or None."""
-Features: TypeAlias = Any
-"""A head, a sequence of heads, a sequence of (head, state dimension) pairs, or None; kept as a tuple or None."""
-Pairs: TypeAlias = Any
-"""A sequence of (target, source) pairs; kept as a tuple of tuples."""
-Streams: TypeAlias = Any
-"""One of STREAMS or a sequence of them, or None; kept as a tuple or None."""
-
-STREAMS = ("ssm", "conv", "attention")
+State: TypeAlias = Tensor | float
+Kind = TypeVar("Kind", bound="Intervention")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Intervention:
-    """One edit of the SSM layers, as data.
+@runtime_checkable
+class HasRoles(Protocol):
+    """A batch of prompts, as far as it says where roles are: `ssm_interp.prompts.Batch` is one."""
+
+    def positions(self, role: str) -> Sequence[Sequence[int]]:
+        """The columns of `input_ids` that play a role, one list per row."""
+
+
+class Intervention(BaseModel):
+    """One edit of the SSM layers, as data: frozen, comparable, and checked when it is made.
 
     Positions are columns of `input_ids`; negative ones count back from each row's last token, as a mask tells it. The
     prompt is the first call on a cache. One integer or a flat sequence names the same positions in every row of the
     batch, a sequence of sequences those of each row (an empty one: none); `[3, 4]` is both positions in every row,
     `[[3], [4]]` is 3 in the first row and 4 in the second. None means every position, generated ones included.
 
-    A feature is a head (in Mamba-1 a channel), given by its index, or a (head, state dimension) pair.
+    A position may also be a *role*, such as "subject_last", or several. Only a batch of prompts knows where they are:
+    `ssm.edit(..., batch=batch)` and `answers` ask theirs, `resolve(batch)` gives the same intervention with positions.
+
+    A feature is a head (in Mamba-1 a channel), given by its index, or a (head, state dimension) pair. The name of a
+    feature group stands for the features that `feature_groups` gives it, where groups are asked for: in sweeps,
+    circuits and recipes.
 
     Attributes:
         layers: model layer indices; None: every SSM layer.
         features: one head or a sequence of them, or a sequence of (head, state dimension) pairs: `[(0, 5)]` is one
             pair, `(0, 5)` two heads. None: all.
+
+    Every field is kept as tuples, whatever sequence was given.
     """
 
-    layers: Indices = None
-    features: Features = None
-    kind: ClassVar[str] = "Intervention"
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", as_indices(self.layers, f"{self.kind}.layers"))
-        if not isinstance(self.features, str):  # the name of a feature group
-            object.__setattr__(self, "features", as_features(self.features, f"{self.kind}.features"))
+    kind: ClassVar[str] = "Intervention"
+    places: ClassVar[tuple[str, ...]] = ()
+    """The fields that are positions."""
+
+    layers: Indices | None = None
+    features: Features | None = None
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise InterventionError(_explained(type(self), error)) from None
+
+    @field_validator("layers", mode="plain")
+    @classmethod
+    def _layers(cls, value: Any) -> tuple[int, ...] | None:
+        layers = as_indices(value, f"{cls.kind}.layers")
+        if layers == ():
+            raise InterventionError(f"{cls.kind}.layers is empty, so that nothing would happen; None means all layers")
+        return layers
+
+    @field_validator("features", mode="plain")
+    @classmethod
+    def _features(cls, value: Any) -> Features | None:
+        return value if isinstance(value, str) else as_features(value, f"{cls.kind}.features")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that it names, each once."""
+        positions = (position for name in self.places for position in getattr(self, name) or ())
+        return tuple(dict.fromkeys(position for position in positions if isinstance(position, str)))
+
+    @property
+    def kind_of_place(self) -> tuple[Any, ...]:
+        """All that it names of a model: what `Attachment.check` looks at."""
+        return self.kind, self.layers, self.features, getattr(self, "through", None)
+
+    @property
+    def names_positions(self) -> bool:
+        """Whether it is restricted to some positions."""
+        return any(getattr(self, name) is not None for name in self.places)
+
+    def acts_at(self, layer: int) -> bool:
+        """Whether a layer is among its layers."""
+        return self.layers is None or layer in as_list(self.layers)
+
+    def resolve(self: Kind, batch: HasRoles) -> Kind:
+        """The same with the columns of a batch in place of roles; itself where it names none.
+
+        Args:
+            batch: prompts with roles, as `pad` gives them.
+
+        Raises:
+            PromptError: the batch knows no such role.
+
+        Example:
+            >>> Knockout(sources="subject", targets="last").resolve(batch).sources        # doctest: +SKIP
+            ((3, 4), (5, 6))
+        """
+        if not self.roles:
+            return self
+        return self.replace(**{name: _columns(getattr(self, name), batch) for name in self.places})
+
+    def replace(self: Kind, **changes: Any) -> Kind:
+        """The same with other values of some fields, checked.
+
+        Raises:
+            InterventionError: a value that a field does not take.
+        """
+        return type(self)(**dict(self) | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `{"kind": ..., field: value, ...}` without the fields that have their defaults."""
-        found: dict[str, Any] = {"kind": self.kind}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.default is MISSING or value is not field.default:
-                found[field.name] = value.tolist() if isinstance(value, Tensor) else _listed(value)
-        return found
+        given = {name: value for name, value in self if value is not type(self).model_fields[name].default}
+        return {"kind": self.kind} | {name: _listed(value) for name, value in given.items()}
 
     @staticmethod
     def from_dict(data: Any) -> Intervention:
@@ -77,32 +150,28 @@ class Intervention:
         """
         if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
             raise InterventionError(f"an intervention is a dict with a `kind`, such as Knockout, got {describe(data)}")
-        given = dict(data)
-        kind = given.pop("kind", None)
+        given = {str(name): value for name, value in data.items()}
+        kind = given.pop("kind")
         kinds = {subclass.kind: subclass for subclass in KINDS}
         if kind not in kinds:
             raise InterventionError(f"unknown kind of intervention {describe(kind)}; there are {sorted(kinds)}")
-        known = {field.name for field in fields(kinds[kind])}
-        if unknown := given.keys() - known:
-            raise InterventionError(f"{kind} has no field {sorted(map(str, unknown))}; it has {sorted(known)}")
-        try:
-            return kinds[kind](**given)
-        except TypeError as error:
-            raise InterventionError(f"{kind}: {error}") from None
+        return kinds[kind](**given)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Intervention) and self.to_dict() == other.to_dict()
+        if type(other) is not type(self):
+            return False
+        return all(_same(mine, theirs) for (_, mine), (_, theirs) in zip(self, other, strict=True))
 
     def __repr__(self) -> str:
-        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        shown = (f"{name}={describe(value)}" for name, (value, default) in values.items() if value is not default)
-        return f"{self.kind}({', '.join(shown)})"
+        given = {name: value for name, value in self if value is not type(self).model_fields[name].default}
+        return f"{self.kind}({', '.join(f'{name}={describe(value)}' for name, value in given.items())})"
+
+    __str__ = __repr__
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.layers, self.features))
+        return hash((self.kind, *(value for _, value in self if not isinstance(value, Tensor))))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Knockout(Intervention):
     """Remove edges target <- source: the targets no longer read what the sources wrote (nothing is re-normalised).
 
@@ -129,38 +198,61 @@ class Knockout(Intervention):
 
     Raises:
         InterventionError: edges together with sources or targets; positions or features that are not integers; an
-            unknown stream.
+            empty list; an unknown stream.
 
     Example:
         >>> Knockout(sources=[2, 3], targets=-1, layers=range(3, 12))
+        >>> Knockout(sources="subject", targets="last", layers=range(3, 12))          # resolved by a batch of prompts
         >>> Knockout(sources=[2, 3], targets=-1, through=("ssm", "attention"))               # both streams of a hybrid
         >>> Knockout(sources=[6, 7], targets=8, through=("ssm", "conv"))         # nothing leaks through the convolution
         >>> Knockout(sources=[[2, 3], [4]], targets=-1, features=[0, 5])     # two rows, each its own sources
     """
 
-    sources: Positions = None
-    targets: Positions = None
-    edges: Pairs = None
-    through: Streams = None
     kind: ClassVar[str] = "Knockout"
+    places: ClassVar[tuple[str, ...]] = ("sources", "targets")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "through", as_streams(self.through))
-        for name in ("sources", "targets"):
-            object.__setattr__(self, name, _positions(getattr(self, name), self.kind, name))
-        if self.edges is not None:
-            if self.sources is not None or self.targets is not None:
-                raise InterventionError("Knockout takes either `edges`, or `sources` and `targets`, not both")
-            object.__setattr__(self, "edges", _pairs(self.edges, "Knockout.edges", "(target, source)"))
+    sources: Positions | None = None
+    targets: Positions | None = None
+    edges: Pairs | None = None
+    through: Streams | None = None
+
+    @field_validator("sources", "targets", mode="plain")
+    @classmethod
+    def _positions(cls, value: Any, info: Any) -> Positions | None:
+        return as_positions(value, f"{cls.kind}.{info.field_name}")
+
+    @field_validator("edges", mode="plain")
+    @classmethod
+    def _edges(cls, value: Any) -> Pairs | None:
+        return _edges_of(cls.kind, value)
+
+    @field_validator("through", mode="plain")
+    @classmethod
+    def _through(cls, value: Any) -> Streams | None:
+        return as_streams(value)
+
+    @model_validator(mode="after")
+    def _either(self) -> Knockout:
+        if self.edges is not None and (self.sources is not None or self.targets is not None):
+            raise InterventionError("Knockout takes either `edges`, or `sources` and `targets`, not both")
+        return self
+
+    @property
+    def names_positions(self) -> bool:
+        """Whether it is restricted to some edges."""
+        return self.edges is not None or super().names_positions
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether generated positions are among its targets."""
+        return self.targets is None and self.edges is None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class PatchState(Intervention):
     """Replace the state after a position, or after several; later positions, and the reading there, go on from it.
 
     Attributes:
-        position: where: one integer or a sequence, the same in every row of the batch, or one sequence per row.
+        position: where: one position or a sequence, the same in every row of the batch, or one sequence per row.
         state: the new state, `[h, p, n]` or (for each row) `[b, h, p, n]`, or one number for all of it (0.0 wipes it);
             at several positions the same at each. For different ones give several PatchState.
 
@@ -176,36 +268,53 @@ class PatchState(Intervention):
         >>> PatchState(position=[[3], [5]], state=0.0)          # two rows, each its own position
     """
 
-    position: Positions
-    state: Any
     kind: ClassVar[str] = "PatchState"
+    places: ClassVar[tuple[str, ...]] = ("position",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "position", _positions(self.position, self.kind, "position"))
-        if not self.position or set(self.position) == {()}:
+    position: Positions
+    state: State
+
+    @field_validator("position", mode="plain")
+    @classmethod
+    def _position(cls, value: Any) -> Positions:
+        positions = () if isinstance(value, list | tuple) and not value else as_positions(value, "PatchState.position")
+        if not positions or set(positions) == {()}:
             raise InterventionError(
                 "PatchState.position must name a position: an integer, a sequence of integers (the same in every row), "
                 "or one such sequence per row"
             )
+        return positions
+
+    @field_validator("state", mode="plain")
+    @classmethod
+    def _state(cls, value: Any) -> Tensor:
         try:
-            state = self.state if isinstance(self.state, Tensor) else torch.as_tensor(self.state, dtype=torch.float64)
+            state = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             raise InterventionError(
-                f"PatchState.state must be a number, or a tensor [h p n] or [b h p n], got {describe(self.state)}; of "
+                f"PatchState.state must be a number, or a tensor [h p n] or [b h p n], got {describe(value)}; of "
                 'what `run` read at every position one is run["state", layer][:, position]'
             ) from None
         if state.ndim not in (0, 3, 4):
             raise InterventionError(f"PatchState.state must be a number, [h p n] or [b h p n], got {list(state.shape)}")
-        if state.is_meta or state.is_complex() or torch.bool in (state.dtype, torch.as_tensor(self.state).dtype):
+        if state.is_meta or state.is_complex() or torch.bool in (state.dtype, torch.as_tensor(value).dtype):
             raise InterventionError(f"PatchState.state must be real numbers, got {state.dtype} on {state.device.type}")
         if not state.isfinite().all():
             raise InterventionError("PatchState.state has entries that are not finite (nan or inf)")
-        object.__setattr__(self, "state", state)
+        return state
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class SetDelta(Intervention):
+class _OfHeads(Intervention):
+    """What acts on whole heads, at some positions or at every one."""
+
+    @model_validator(mode="after")
+    def _only_heads(self) -> _OfHeads:
+        if isinstance(self.features, tuple) and isinstance(self.features[0], tuple):
+            raise InterventionError(f"{self.kind} acts on heads; it takes no (head, state) pairs as features")
+        return self
+
+
+class SetDelta(_OfHeads):
     """Set the effective step dt of some positions: 0 makes a position neither write nor decay the state.
 
     Attributes:
@@ -214,26 +323,32 @@ class SetDelta(Intervention):
 
     Raises:
         InterventionError: a negative or non-finite step; features that are (head, state) pairs (a step belongs to a
-        head).
+            head).
 
     Example:
         >>> SetDelta(value=0.0, positions=[2, 3])
     """
 
-    value: Any
-    positions: Positions = None
     kind: ClassVar[str] = "SetDelta"
+    places: ClassVar[tuple[str, ...]] = ("positions",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "positions", _positions(self.positions, self.kind, "positions"))
-        object.__setattr__(self, "value", as_number(self.value, "SetDelta.value"))
-        if self.value < 0:
-            raise InterventionError(f"SetDelta.value must be a step >= 0, got {self.value}")
-        _only_heads(self)
+    value: float
+    positions: Positions | None = None
+
+    @field_validator("value", mode="plain")
+    @classmethod
+    def _value(cls, value: Any) -> float:
+        step = as_number(value, "SetDelta.value")
+        if step < 0:
+            raise InterventionError(f"SetDelta.value must be a step >= 0, got {step}")
+        return step
+
+    @field_validator("positions", mode="plain")
+    @classmethod
+    def _positions(cls, value: Any) -> Positions | None:
+        return as_positions(value, "SetDelta.positions")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ScaleFeatures(Intervention):
     """Multiply what the features give to y at some positions (0 silences them, 1 changes nothing).
 
@@ -248,18 +363,24 @@ class ScaleFeatures(Intervention):
         >>> ScaleFeatures(factor=0.0, features=[0, 5], positions=-1)
     """
 
-    factor: Any
-    positions: Positions = None
     kind: ClassVar[str] = "ScaleFeatures"
+    places: ClassVar[tuple[str, ...]] = ("positions",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "positions", _positions(self.positions, self.kind, "positions"))
-        object.__setattr__(self, "factor", as_number(self.factor, "ScaleFeatures.factor"))
+    factor: float
+    positions: Positions | None = None
+
+    @field_validator("factor", mode="plain")
+    @classmethod
+    def _factor(cls, value: Any) -> float:
+        return as_number(value, "ScaleFeatures.factor")
+
+    @field_validator("positions", mode="plain")
+    @classmethod
+    def _positions(cls, value: Any) -> Positions | None:
+        return as_positions(value, "ScaleFeatures.positions")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class EditAttention(Intervention):
+class EditAttention(_OfHeads):
     """Change single entries of the SSM attention matrix: y gains (M' - M) x.
 
     Attributes:
@@ -277,130 +398,79 @@ class EditAttention(Intervention):
         >>> EditAttention(edges=[(7, 3)], value=0.0)            # the same as Knockout(edges=[(7, 3)])
     """
 
-    edges: Pairs
-    value: Any
-    mode: Any = "set"
     kind: ClassVar[str] = "EditAttention"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "edges", _pairs(self.edges, "EditAttention.edges", "(target, source)"))
-        object.__setattr__(self, "value", as_number(self.value, "EditAttention.value"))
-        if self.mode not in ("set", "add", "scale"):
-            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {describe(self.mode)}")
-        _only_heads(self)
+    edges: Pairs
+    value: float
+    mode: str = "set"
+
+    @field_validator("edges", mode="plain")
+    @classmethod
+    def _edges(cls, value: Any) -> Pairs | None:
+        return _edges_of(cls.kind, value)
+
+    @field_validator("value", mode="plain")
+    @classmethod
+    def _value(cls, value: Any) -> float:
+        return as_number(value, "EditAttention.value")
+
+    @field_validator("mode", mode="plain")
+    @classmethod
+    def _mode(cls, value: Any) -> str:
+        if value not in ("set", "add", "scale"):
+            raise InterventionError(f"EditAttention.mode must be 'set', 'add' or 'scale', got {describe(value)}")
+        return str(value)
+
+    @property
+    def names_positions(self) -> bool:
+        """Whether it is restricted to some positions: its edges are."""
+        return True
 
 
-KINDS = (Knockout, PatchState, SetDelta, ScaleFeatures, EditAttention)
+KINDS: tuple[type[Intervention], ...] = (Knockout, PatchState, SetDelta, ScaleFeatures, EditAttention)
 """All that `Attachment.edit` knows how to put to work."""
 
 
-def as_streams(streams: Any) -> tuple[str, ...] | None:
-    """One stream or a sequence of them as a tuple, in the order of STREAMS; None stays None.
-
-    Raises:
-        InterventionError: anything else.
-    """
-    if streams is None:
+def _edges_of(kind: str, value: Any) -> tuple[tuple[int, int], ...] | None:
+    if value is None:
         return None
-    given = as_list(streams)
-    if not given or any(stream not in STREAMS for stream in given):
-        there = ", ".join(map(repr, STREAMS))
-        raise InterventionError(f"through must name streams, out of {there}; got {describe(streams)}")
-    return tuple(stream for stream in STREAMS if stream in given)
+    edges = as_pairs(value, f"{kind}.edges", "(target, source)")
+    if not edges:
+        raise InterventionError(f"{kind}.edges is empty, so that nothing would happen; name pairs (target, source)")
+    return edges
 
 
-def as_number(value: Any, name: str) -> float:
-    """A finite number.
-
-    Raises:
-        InterventionError: anything else.
-    """
-    real = isinstance(value, SupportsFloat) and not isinstance(value, bool)
-    try:
-        number = float(value) if real else math.nan
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InterventionError(f"{name} must be a finite number, got {describe(value)}")
-    return number
+def _columns(positions: Any, batch: HasRoles) -> RowPositions | Any:
+    """Positions with the columns of a batch in place of roles, row by row."""
+    if positions is None or is_per_row(positions) or not any(isinstance(position, str) for position in positions):
+        return positions
+    named = [position for position in positions if isinstance(position, int)]
+    rows = zip(*(batch.positions(role) for role in positions if isinstance(role, str)), strict=True)
+    return tuple(tuple(dict.fromkeys([*named, *(column for part in row for column in part)])) for row in rows)
 
 
-def _only_heads(intervention: Intervention) -> None:
-    if intervention.features and isinstance(intervention.features[0], tuple):
-        raise InterventionError(f"{intervention.kind} acts on heads; it takes no (head, state) pairs as features")
+def _explained(kind: type[Intervention], error: ValidationError) -> str:
+    """What is wrong, as one sentence each."""
 
+    def sentences() -> Iterator[str]:
+        problems = error.errors()
+        fields = sorted(kind.model_fields)
+        if unknown := [str(one["loc"][-1]) for one in problems if one["type"] == "extra_forbidden"]:
+            yield f"{kind.kind} has no field {sorted(unknown)}; it has {fields}"
+        if missing := [repr(one["loc"][-1]) for one in problems if one["type"] == "missing"]:
+            yield f"{kind.kind}: missing {', '.join(missing)}"
+        yield from (str(one["ctx"]["error"]) for one in problems if "error" in one.get("ctx", {}))
 
-def as_index(value: Any) -> int | None:
-    """An integer of Python, numpy or torch, as Python's; None for anything else, True and False included."""
-    try:
-        value = value.tolist() if hasattr(value, "tolist") else value
-        return None if isinstance(value, bool) else index(value)
-    except TypeError:
-        return None
-
-
-def as_indices(values: Any, name: str) -> FlatPositions | None:
-    """One index or a sequence of them (Python's, numpy's or torch's) as a tuple; None stays None.
-
-    Raises:
-        InterventionError: anything else.
-    """
-    if values is None:
-        return None
-    if (alone := as_index(values)) is not None:
-        return (alone,)
-    found = [as_index(value) for value in as_list(values)]
-    if None in found:
-        raise InterventionError(f"{name} must be an integer or a sequence of integers, got {describe(values)}")
-    return tuple(value for value in found if value is not None)
-
-
-def as_features(values: Any, name: str) -> tuple[int, ...] | tuple[tuple[int, int], ...] | None:
-    """One head, a sequence of heads, or a sequence of (head, state dimension) pairs, as a tuple; None stays None.
-
-    Raises:
-        InterventionError: none; anything else.
-    """
-    if values is None or as_index(values) is not None:
-        return as_indices(values, name)
-    rows = as_list(values)
-    if not rows:
-        raise InterventionError(f"{name} is empty; None means all features")
-    return _pairs(values, name, "(head, state dimension)") if all(map(_is_row, rows)) else as_indices(values, name)
-
-
-def as_list(values: Any) -> list[Any]:
-    """What an array or an iterable holds; anything else, a text too, stands alone."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    return list(values) if _is_row(values) else [values]
-
-
-def _is_row(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes)
-
-
-def _positions(values: Any, kind: str, name: str) -> FlatPositions | RowPositions | None:
-    what = f"{kind}.{name}"
-    if values is None or as_index(values) is not None:
-        return as_indices(values, what)
-    rows = as_list(values)
-    try:
-        if rows and all(map(_is_row, rows)):
-            return tuple(as_indices(row, what) or () for row in rows)
-        return as_indices(rows, what)
-    except InterventionError:
-        raise InterventionError(
-            f"{what} must be an integer, a sequence of integers, or one such sequence per row, got {describe(values)}"
-        ) from None
-
-
-def _pairs(values: Any, name: str, what: str) -> tuple[tuple[int, int], ...]:
-    found = [[as_index(value) for value in as_list(row)] for row in as_list(values)]
-    if any(len(pair) != 2 or None in pair for pair in found):
-        raise InterventionError(f"{name} must be pairs {what} of integers, got {describe(values)}")
-    return tuple((first, second) for first, second in found if first is not None and second is not None)
+    return "; ".join(sentences())
 
 
 def _listed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return mine is theirs or (mine.shape == theirs.shape and bool((mine.cpu() == theirs.cpu()).all()))
+    return bool(mine == theirs)

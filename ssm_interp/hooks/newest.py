@@ -26,7 +26,7 @@ from ssm_interp.hooks.cache import cache_in, cache_parameter
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.own import Watch, in_this_thread, own_operators, watching
-from ssm_interp.hooks.rows import depends_on_batch, obstacle, precision
+from ssm_interp.hooks.trial import depends_on_batch, obstacle, precision
 
 KNOWN = ("5.15", "5.24")  # the oldest and the newest version of transformers that the tests run on
 
@@ -219,7 +219,7 @@ def _differences(ssm: Attachment, native: Answers, way: str) -> Iterator[str]:
 
 def _knocked_out(ssm: Attachment, native: Answers, streams: tuple[str, ...]) -> Iterator[str]:
     """With nothing knocked out all is as it was; with all that the last token reads, that changes, and none before."""
-    with ssm.edit(Knockout(sources=[], through=streams)):
+    with ssm.edit(Knockout(sources=[[]], through=streams)):
         yield from _differences(ssm, native, f"under a knockout of nothing in its {streams[0]} layers")
     layers = ssm.layers_with(streams[0])
     outputs: list[Tensor] = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ssm_interp.scan import Terms
@@ -120,45 +121,45 @@ class SelectiveScan(Operator):
         **options: Any,
     ) -> None:
         self._D, self._wants_state, self._options = D, return_last_state, options
-        step = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
+        step = dt if delta_bias is None else dt + rearrange(delta_bias.to(dt.dtype), "h -> h 1")
         step = F.softplus(step) if delta_softplus else step
         self.operands = Operands(
-            x=hidden_states.transpose(1, 2)[..., None],
-            dt=step.transpose(1, 2),
+            x=rearrange(hidden_states, "b h t -> b t h 1"),
+            dt=rearrange(step, "b h t -> b t h"),
             A=A,
-            B=B.transpose(1, 2)[:, :, None],
-            C=C.transpose(1, 2)[:, :, None],
+            B=rearrange(B, "b n t -> b t 1 n"),
+            C=rearrange(C, "b n t -> b t 1 n"),
         )
-        self.z = None if z is None else z.transpose(1, 2)[..., None]
+        self.z = None if z is None else rearrange(z, "b h t -> b t h 1")
 
     def placeholder(self) -> Any:
-        x, n = self.operands.x[..., 0], self.operands.A.shape[1]
+        x, n = self.operands.x, self.operands.A.shape[1]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        y = _unset(x.transpose(1, 2), dtype)
-        return (y, _unset(x[:, 0, :, None].expand(-1, -1, n), dtype)) if self._wants_state else y
+        y = _unset(rearrange(x, "b t h 1 -> b h t"), dtype)
+        return (y, _unset(repeat(x[:, 0], "b h 1 -> b h n", n=n), dtype)) if self._wants_state else y
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         found = self._host(
-            operands.x[..., 0].transpose(1, 2),
-            operands.dt.transpose(1, 2),
+            rearrange(operands.x, "b t h 1 -> b h t"),
+            rearrange(operands.dt, "b t h -> b h t"),
             operands.A,
-            operands.B[:, :, 0].transpose(1, 2),
-            operands.C[:, :, 0].transpose(1, 2),
+            rearrange(operands.B, "b t 1 n -> b n t"),
+            rearrange(operands.C, "b t 1 n -> b n t"),
             return_last_state=self._wants_state,
             **self._options,
         )
         y, state = found if self._wants_state else (found, None)
-        return y.transpose(1, 2)[..., None], None if state is None else state[:, :, None]
+        return rearrange(y, "b h t -> b t h 1"), None if state is None else rearrange(state, "b h n -> b h 1 n")
 
     def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
-        output = y[..., 0].transpose(1, 2)
+        output = rearrange(y, "b t h 1 -> b h t")
         if self._D is not None:
-            output = output + x[..., 0].transpose(1, 2) * self._D[None, :, None]
+            output = output + rearrange(x, "b t h 1 -> b h t") * rearrange(self._D, "h -> h 1")
         if z is not None:
-            output = output * F.silu(z[..., 0].transpose(1, 2))
+            output = output * F.silu(rearrange(z, "b t h 1 -> b h t"))
         if not self._wants_state:
             return output
-        return output, None if state is None else state[:, :, 0]
+        return output, None if state is None else rearrange(state, "b h 1 n -> b h n")
 
 
 class SelectiveUpdate(Operator):
@@ -184,37 +185,41 @@ class SelectiveUpdate(Operator):
         step = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         step = F.softplus(step) if dt_softplus else step
         self.operands = Operands(
-            x=hidden_states[:, None, :, None], dt=step[:, None], A=A, B=B[:, None, None], C=C[:, None, None]
+            x=rearrange(hidden_states, "b h -> b 1 h 1"),
+            dt=rearrange(step, "b h -> b 1 h"),
+            A=A,
+            B=rearrange(B, "b n -> b 1 1 n"),
+            C=rearrange(C, "b n -> b 1 1 n"),
         )
-        self.z = None if z is None else z[:, None, :, None]
+        self.z = None if z is None else rearrange(z, "b h -> b 1 h 1")
 
     @property
     def initial_state(self) -> Tensor:
-        return self._state[:, :, None].clone()
+        return rearrange(self._state, "b h n -> b h 1 n").clone()
 
     def placeholder(self) -> Any:
-        x = self.operands.x[:, 0, :, 0]
+        x = rearrange(self.operands.x, "b 1 h 1 -> b h")
         return _unset(x, x.dtype)
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         y = self._host(
             self._state,
-            operands.x[:, 0, :, 0],
-            operands.dt[:, 0],
+            rearrange(operands.x, "b 1 h 1 -> b h"),
+            rearrange(operands.dt, "b 1 h -> b h"),
             operands.A,
-            operands.B[:, 0, 0],
-            operands.C[:, 0, 0],
+            rearrange(operands.B, "b 1 1 n -> b n"),
+            rearrange(operands.C, "b 1 1 n -> b n"),
             **self._options,
         )
-        return y[:, None, :, None], self._state[:, :, None]
+        return rearrange(y, "b h -> b 1 h 1"), rearrange(self._state, "b h n -> b h 1 n")
 
     def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
-        output = y[:, 0, :, 0]
+        output = rearrange(y, "b 1 h 1 -> b h")
         if self._D is not None:
-            output = output + x[:, 0, :, 0] * self._D
+            output = output + rearrange(x, "b 1 h 1 -> b h") * self._D
         if z is not None:
-            output = output * F.silu(z[:, 0, :, 0])
-        _put(self._state, None if state is None else state[:, :, 0])
+            output = output * F.silu(rearrange(z, "b 1 h 1 -> b h"))
+        _put(self._state, None if state is None else rearrange(state, "b h 1 n -> b h n"))
         return output.to(x.dtype)
 
 
@@ -244,7 +249,7 @@ class ChunkScan(Operator):
         step = F.softplus(step) if dt_softplus else step
         step = torch.clamp(step, min=dt_limit[0], max=dt_limit[1])
         self.dt_limit = dt_limit
-        self.operands = Operands(x=hidden_states, dt=step, A=A[:, None], B=B, C=C)
+        self.operands = Operands(x=hidden_states, dt=step, A=rearrange(A, "h -> h 1"), B=B, C=C)
         self.z = z
 
     @property
@@ -255,13 +260,13 @@ class ChunkScan(Operator):
         x, n = self.operands.x, self.operands.B.shape[3]
         dtype = torch.promote_types(x.dtype, torch.float32)
         y = _unset(x, dtype)
-        return (y, _unset(x[:, 0, :, :, None].expand(-1, -1, -1, n), dtype)) if self._wants_state else y
+        return (y, _unset(repeat(x[:, 0], "b h p -> b h p n", n=n), dtype)) if self._wants_state else y
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         found = self._host(
             operands.x,
             operands.dt,
-            operands.A[:, 0],
+            rearrange(operands.A, "h 1 -> h"),
             operands.B,
             operands.C,
             initial_states=self._initial_state,
@@ -273,7 +278,7 @@ class ChunkScan(Operator):
     def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
         output = y
         if self._D is not None:
-            output = output + (self._D[..., None] if self._D.ndim == 1 else self._D) * x.to(y.dtype)
+            output = output + (rearrange(self._D, "h -> h 1") if self._D.ndim == 1 else self._D) * x.to(y.dtype)
         if z is not None:
             output = output * F.silu(z)
         output = output.contiguous()  # hosts take a view of it
@@ -304,7 +309,11 @@ class HeadUpdate(Operator):
         step = F.softplus(step) if dt_softplus else step
         self._p, self._n = hidden_states.shape[-1], B.shape[-1]
         self.operands = Operands(
-            x=hidden_states[:, None], dt=step[:, None, :, 0], A=A[:, 0, :1], B=B[:, None], C=C[:, None]
+            x=rearrange(hidden_states, "b h p -> b 1 h p"),
+            dt=rearrange(step[..., 0], "b h -> b 1 h"),
+            A=A[:, 0, :1],
+            B=rearrange(B, "b g n -> b 1 g n"),
+            C=rearrange(C, "b g n -> b 1 g n"),
         )
 
     @property
@@ -317,14 +326,14 @@ class HeadUpdate(Operator):
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
         y = self._host(
             self._state,
-            operands.x[:, 0],
-            operands.dt[:, 0, :, None].expand(-1, -1, self._p),
-            operands.A[:, :, None].expand(-1, self._p, self._n),
-            operands.B[:, 0],
-            operands.C[:, 0],
+            rearrange(operands.x, "b 1 h p -> b h p"),
+            repeat(operands.dt, "b 1 h -> b h p", p=self._p),
+            repeat(operands.A, "h 1 -> h p n", p=self._p, n=self._n),
+            rearrange(operands.B, "b 1 g n -> b g n"),
+            rearrange(operands.C, "b 1 g n -> b g n"),
             **self._options,
         )
-        return y[:, None], self._state
+        return rearrange(y, "b h p -> b 1 h p"), self._state
 
     def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:  # noqa: ARG002
         output = y[:, 0]

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ssm_interp.arguments import as_list
 from ssm_interp.errors import InterventionError
-from ssm_interp.hooks.edges import naming, no_edge, reading
 from ssm_interp.hooks.interventions import Knockout
-from ssm_interp.hooks.positions import position_mask
+from ssm_interp.hooks.masks import Columns, naming, no_edge, reading
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,12 @@ class Plan:
 
 
 def resolve(
-    variants: Sequence[Sequence[Knockout]], streams: Mapping[str, Sequence[int]], mask: Tensor, default: str
+    variants: Sequence[Sequence[Knockout]],
+    streams: Mapping[str, Sequence[int]],
+    mask: Tensor,
+    default: str,
+    *,
+    refuse: bool = True,
 ) -> Plan:
     """The plan of some variants.
 
@@ -84,6 +88,7 @@ def resolve(
         streams: "ssm" and "attention" -> the model's layers that have it.
         mask: 0 at padding, `[b t]`.
         default: the stream of a knockout that names none.
+        refuse: edges of which not one exists.
 
     Raises:
         InterventionError: a knockout given as `edges`; two knockouts of one variant in one stream of one layer;
@@ -96,7 +101,7 @@ def resolve(
         for knockout in knockouts:
             cell = table.cell(knockout)
             for stream in knockout.through or (default,):
-                for layer in streams[stream] if knockout.layers is None else knockout.layers:
+                for layer in streams[stream] if knockout.layers is None else as_list(knockout.layers):
                     if layer not in streams[stream]:
                         continue
                     found = cells.setdefault((stream, layer), {})
@@ -108,7 +113,7 @@ def resolve(
                     found[number] = cell
     plan = Plan(table.masks, table.features, cells, len(variants))
     named = {cell for found in cells.values() for cell in found.values() if plan.is_named(cell)}
-    if named and not any(plan.reading(cell).any() for cell in named):
+    if refuse and named and not any(plan.reading(cell).any() for cell in named):
         first = next(knockout for knockouts in variants for knockout in knockouts)
         raise InterventionError(no_edge(naming(first), mask.shape[1]))
     return plan
@@ -137,34 +142,7 @@ class _Table:
 
     def _positions(self, positions: Any, name: str) -> int:
         if positions not in self._known:
-            batch, length = self._mask.shape
-            found = position_mask(positions, batch, length, f"Knockout.{name}", self._mask) & self._mask.bool()
-            self.masks.append(found)
+            columns = Columns(len(self._mask), self._mask.shape[1], self._mask)
+            self.masks.append(columns.positions(positions, f"Knockout.{name}") & self._mask.bool())
             self._known[positions] = len(self.masks) - 1
         return self._known[positions]
-
-
-def attention_heads(features: Any, heads: int) -> Tensor:
-    """The heads of softmax attention that a knockout is restricted to, bool `[h 1 1]`.
-
-    Raises:
-        InterventionError: a head that there is not, or a (head, state dimension) pair.
-    """
-    for feature in features or ():
-        if isinstance(feature, tuple) or not 0 <= feature < heads:
-            raise InterventionError(
-                f"Knockout.features names {feature}, but in softmax attention a feature is a head, 0 to {heads - 1}"
-            )
-    return feature_mask(features, heads, 1, torch.device("cpu"))[..., None]
-
-
-def feature_mask(features: Any, heads: int, state_size: int, device: torch.device) -> Tensor:
-    """Features as a mask: `[h 1]` for heads or `[h n]` for (head, state dimension) pairs."""
-    if features is not None and isinstance(features[0], tuple):
-        chosen = torch.zeros(heads, state_size, dtype=torch.bool)
-        for head, dimension in features:
-            chosen[head, dimension] = True
-    else:
-        chosen = torch.full((heads, 1), features is None)
-        chosen[list(features or ())] = True
-    return chosen.to(device)

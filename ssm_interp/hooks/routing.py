@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from ssm_interp.errors import UnsupportedModelError
 from ssm_interp.hooks.cache import CACHES, cache_parameter
 from ssm_interp.hooks.classes import on_base, own_class
-from ssm_interp.hooks.convolution import OVER_POSITIONS, UPDATE, bind, convolve
+from ssm_interp.hooks.convolution import OVER_POSITIONS, UPDATE, bind
+from ssm_interp.hooks.forward import edits_at
 from ssm_interp.hooks.operators import FUSED_SHORTCUTS, GATED_FAMILY, OPERATORS, Operator
 from ssm_interp.hooks.points import HookPoints
 from ssm_interp.hooks.record import has_record
-from ssm_interp.hooks.rowsite import RowSite, rows_at_work
-from ssm_interp.hooks.serve import serve
-from ssm_interp.hooks.site import Site, edits_at
+from ssm_interp.hooks.serve import EditSite
+from ssm_interp.hooks.serving import Site, server_here
 
-_site: ContextVar[Site | RowSite] = ContextVar("ssm_interp_site")
+_site: ContextVar[Site] = ContextVar("ssm_interp_site")
 
 
 class HookedMixer(nn.Module):
@@ -95,7 +95,7 @@ def _uncompiled(mixer: HookedMixer, *args: Any, **kwargs: Any) -> Any:
 def _is_idle(mixer: HookedMixer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether nothing is asked of a forward, so that the host's own may run."""
     points = mixer.ssm
-    if points.own_operator or points.requested or rows_at_work() or any(edits_at(mixer)):
+    if points.own_operator or points.requested or server_here() or any(edits_at(mixer)):
         return False
     return not _has_record(mixer, args, kwargs)
 
@@ -124,8 +124,8 @@ def _served(body: Any) -> Callable[..., Any]:
     def forward(self: HookedMixer, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         cached, mask = given.get(takes_cache), given.get("attention_mask")
-        rows = rows_at_work()
-        site = rows.at(self, cached) if rows else Site(self, cached, mask, given["hidden_states"])
+        server = server_here()
+        site = server.at(self, cached) if server else EditSite(self, cached, mask, given["hidden_states"])
         token = _site.set(site)
         try:
             output = copy(self, *args, **kwargs)
@@ -149,16 +149,14 @@ def _operators_in(body: FunctionType) -> tuple[str, ...]:
 
 def _route(adapter: type[Operator], name: str, host: dict[str, Any]) -> Callable[..., Any]:
     def routed(*args: Any, **kwargs: Any) -> Any:
-        site, operator = _site.get(), adapter(host[name], args, kwargs)
-        return site.serve(operator) if isinstance(site, RowSite) else serve(operator, site)
+        return _site.get().serve(adapter(host[name], args, kwargs))
 
     return routed
 
 
 def _route_conv(name: str, host: dict[str, Any]) -> Callable[..., Any]:
     def routed(*args: Any, **kwargs: Any) -> Any:
-        site, call = _site.get(), bind(name, host[name], args, kwargs)
-        return site.convolve(call) if isinstance(site, RowSite) else convolve(call, site)
+        return _site.get().convolve(bind(name, host[name], args, kwargs))
 
     return routed
 

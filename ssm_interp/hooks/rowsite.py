@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ssm_interp.errors import HookError
-from ssm_interp.hooks.convolution import Convolution, taps_between
+from ssm_interp.hooks.convolution import Convolution
+from ssm_interp.hooks.masks import as_matrix, as_taps, attention_heads, feature_mask
 from ssm_interp.hooks.operators import Operands, Operator
 from ssm_interp.hooks.own import Asked, asking
-from ssm_interp.hooks.plan import Cell, Plan, attention_heads, feature_mask
+from ssm_interp.hooks.plan import Cell, Plan
 from ssm_interp.hooks.points import HookPoints
+from ssm_interp.hooks.serving import serving
 from ssm_interp.scan import Terms, leave, one_step, read_initial, removed, scan
-
-_rows: ContextVar[Rows | None] = ContextVar("ssm_interp_rows", default=None)
-
-
-def rows_at_work() -> Rows | None:
-    """The rows that the forward of this thread computes, if `run_each` made it."""
-    return _rows.get()
 
 
 @dataclass(frozen=True)
@@ -121,18 +116,16 @@ class Rows:
         closed = torch.zeros(self.blocks(layer), self.prompts, 1 if whole else heads, queries, keys, dtype=torch.bool)
         for block, cell in cells:
             targets, sources = self.plan.positions[cell.targets], self.plan.positions[cell.sources]
-            edges = targets[:, -queries:, None] & sources[:, None, -keys:]  # n q k
-            closed[block] = edges[:, None] & attention_heads(self.plan.features[cell.features], closed.shape[2])
-        return closed.flatten(0, 1)
+            edges = as_matrix(targets[:, -queries:], sources[:, -keys:])  # n q k
+            closed[block] = rearrange(edges, "n q k -> n 1 q k") & attention_heads(
+                self.plan.features[cell.features], closed.shape[2]
+            )
+        return rearrange(closed, "blocks n h q k -> (blocks n) h q k")
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        token = _rows.set(self)
-        try:
-            with asking(self._asked):
-                yield
-        finally:
-            _rows.reset(token)
+        with serving(self), asking(self._asked):
+            yield
 
 
 class RowSite:
@@ -163,7 +156,7 @@ class RowSite:
             return run(call)
         removed = []
         for cell, blocks in cells.items():
-            taps = taps_between(self._targets(cell), rows.plan.positions[cell.sources], rows.start, call.taps)
+            taps = as_taps(self._targets(cell), rows.plan.positions[cell.sources], rows.start, call.taps)
             device = call.inputs.device
             removed.append((self._rows(blocks, device), taps.repeat(1, len(blocks), 1).to(device)))
         return call.without(removed, run)
@@ -197,7 +190,7 @@ class RowSite:
             return ()
         if self._is_own(operator):
             return leave(operands.terms(), torch.stack(masks).to(operands.x.device, torch.float32)).unbind()
-        kept = [torch.where(mask[:, :, None, None], operands.x, 0) for mask in masks]
+        kept = [torch.where(rearrange(mask, "n t -> n t 1 1"), operands.x, 0) for mask in masks]
         return [_run(operator, replace(operands, x=x))[1] for x in kept]
 
     def _is_own(self, operator: Operator) -> bool:
@@ -233,7 +226,9 @@ class RowSite:
         for cell, blocks in cells.items():
             features = self._features(cell, terms, heads)
             chosen = self._rows(blocks, y.device)
-            state = torch.where(features[:, None], start.state - start.written[cell.sources], start.state)
+            state = torch.where(
+                rearrange(features, "h n -> h 1 n"), start.state - start.written[cell.sources], start.state
+            )
             found, targets = read_initial(_take(terms, chosen), state), self._targets(cell).to(y.device)
             y[chosen] = found if targets.all() else torch.where(_each(targets, blocks), found, y[chosen])
         return y
@@ -278,4 +273,4 @@ def _take(terms: Terms, rows: Tensor) -> Terms:
 
 
 def _each(targets: Tensor, blocks: list[int]) -> Tensor:
-    return targets.repeat(len(blocks), 1)[:, :, None, None]
+    return repeat(targets, "n t -> (blocks n) t 1 1", blocks=len(blocks))

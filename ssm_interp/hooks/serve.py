@@ -7,7 +7,6 @@ features are scaled in what is then read; an edit of y comes last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,57 +15,65 @@ from einops import rearrange
 from torch import Tensor
 
 from ssm_interp.errors import HookError
+from ssm_interp.hooks.convolution import Convolution, convolve
 from ssm_interp.hooks.edits import Injected, LayerEdits
+from ssm_interp.hooks.forward import Forward
+from ssm_interp.hooks.masks import right_padded
 from ssm_interp.hooks.operators import Operands, Operator
-from ssm_interp.hooks.own import watches
-from ssm_interp.hooks.points import ON_REQUEST, HookPoint, HookPoints
-from ssm_interp.hooks.positions import right_padded
-from ssm_interp.hooks.site import Site
+from ssm_interp.hooks.points import ON_REQUEST, HookPoints
+from ssm_interp.hooks.through import shift_at, through_point
 from ssm_interp.scan import attention, read, scan, write
 from ssm_interp.scan.terms import Terms
 
 Result = tuple[Tensor, Tensor | None]  # y, and the final state if the host asked for it
 
 
-def serve(call: Operator, site: Site) -> Any:
-    """Do one operator call of the mixer that `site` is a forward of; its result is what the host's operator returns."""
-    operator = site.join(call)
-    if operator is None:
-        return site.given[-1]
-    points = site.points
-    given = operator.operands
-    edits = LayerEdits(site, given)
-    versions = _versions(given)
-    operands = replace(given, dt=edits.set_delta(given.dt)) if edits else given
-    operands = replace(
-        operands,
-        x=through_point(points.hook_x, operands.x),
-        dt=through_point(points.hook_dt, operands.dt),
-        B=through_point(points.hook_B, operands.B),
-        C=through_point(points.hook_C, operands.C),
-    )
-    exposed = any(points.point(name).requested for name in ON_REQUEST)
-    if edits or exposed or points.own_operator:
-        y, state = _edited(operator, operands, site, edits)
-    elif _keeps_to_itself(operator, points) and _untouched(operands, given) and _versions(given) == versions:
-        return operator.native()
-    else:
-        y, state = operator.run(operands)
-    y = through_point(points.hook_y, y)
-    z = None if operator.z is None else through_point(points.hook_z, operator.z)
-    return operator.finish(y, state, operands.x, z)
+class EditSite(Forward):
+    """A forward under the edits at work, as its calls reach us."""
+
+    def serve(self, call: Operator) -> Any:
+        """Do one operator call; its result is what the host's operator returns."""
+        operator = self.join(call)
+        if operator is None:
+            return self.given[-1]
+        points = self.points
+        given = operator.operands
+        edits = LayerEdits(self, given)
+        versions = _versions(given)
+        operands = replace(given, dt=edits.set_delta(given.dt)) if edits else given
+        operands = replace(
+            operands,
+            x=through_point(points.hook_x, operands.x),
+            dt=through_point(points.hook_dt, operands.dt),
+            B=through_point(points.hook_B, operands.B),
+            C=through_point(points.hook_C, operands.C),
+        )
+        exposed = any(points.point(name).requested for name in ON_REQUEST)
+        if edits or exposed or points.own_operator:
+            y, state = _edited(operator, operands, self, edits)
+        elif _keeps_to_itself(operator, points) and _untouched(operands, given) and _versions(given) == versions:
+            return operator.native()
+        else:
+            y, state = operator.run(operands)
+        y = through_point(points.hook_y, y)
+        z = None if operator.z is None else through_point(points.hook_z, operator.z)
+        return operator.finish(y, state, operands.x, z)
+
+    def convolve(self, call: Convolution) -> Tensor:
+        """Do one call of the causal convolution; its result is what the host's function returns."""
+        return convolve(call, self)
 
 
-def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdits) -> Result:
+def _edited(operator: Operator, operands: Operands, forward: Forward, edits: LayerEdits) -> Result:
     """y and the final state of a call with something to edit or to show."""
     if operator.packed:
         raise HookError(
-            f"layer {site.layer} got packed sequences (seq_idx or cu_seqlens), in which positions mean something else "
-            "in each sequence; give one sequence per row, padded, with an attention_mask"
+            f"layer {forward.layer} got packed sequences (seq_idx or cu_seqlens), in which positions mean something "
+            "else in each sequence; give one sequence per row, padded, with an attention_mask"
         )
-    points = site.points
-    initial = _initial_state(operator, site)
-    clean = _kept_over_padding(operands.terms(), site) if points.hook_state.requested else operands.terms()
+    points = forward.points
+    initial = _initial_state(operator, forward)
+    clean = _kept_over_padding(operands.terms(), forward) if points.hook_state.requested else operands.terms()
     terms = edits.scale_reads(clean)
     initial = None if initial is None else initial.to(terms.x.dtype)
     exact = operands.x.dtype in (torch.float32, torch.float64)  # so that the host's y and ours may be added
@@ -83,13 +90,15 @@ def _edited(operator: Operator, operands: Operands, site: Site, edits: LayerEdit
         return edits.scale_heads(y), state
 
 
-def _kept_over_padding(terms: Terms, site: Site) -> Terms:
+def _kept_over_padding(terms: Terms, forward: Forward) -> Terms:
     """The terms without steps at the padding on the right, over which a state would decay: it stays that of the last
     token."""
-    if site.continues or not right_padded(site.mask):
+    if forward.continues or not right_padded(forward.mask):
         return terms
-    assert site.mask is not None
-    return replace(terms, dt=torch.where(site.mask.bool().to(terms.dt.device)[..., None], terms.dt, 0))
+    assert forward.mask is not None
+    return replace(
+        terms, dt=torch.where(rearrange(forward.mask.bool().to(terms.dt.device), "b t -> b t 1"), terms.dt, 0)
+    )
 
 
 def _with_rounding(edited: Result, own: Result, host: Result) -> Result:
@@ -118,7 +127,7 @@ def _with_edits(
         y = y + read(injected.states, terms.C).to(y.dtype)
         state = None if state is None else state + injected.states[:, -1].to(state.dtype)
     if points.hook_attn.requested:
-        shift = _shift(points.hook_attn, lambda: attention(terms))
+        shift = shift_at(points.hook_attn, lambda: attention(terms))
         if shift is not None:
             y = y + torch.einsum("bhts,bshp->bthp", shift, terms.x).to(y.dtype)
     y = y + edits.edit_attention(terms).to(y.dtype)
@@ -126,14 +135,14 @@ def _with_edits(
 
 
 def _injected(points: HookPoints, terms: Terms, initial: Tensor | None, edits: LayerEdits) -> Injected | None:
-    writes = _shift(points.hook_write, lambda: write(terms)) if points.hook_write.requested else None
+    writes = shift_at(points.hook_write, lambda: write(terms)) if points.hook_write.requested else None
     written = None if writes is None else edits.accumulate(terms, writes)
 
     def all_states() -> Tensor:
         found = edits.states(terms, initial)
         return found if written is None else found + written
 
-    shift = _shift(points.hook_state, all_states) if points.hook_state.requested else None
+    shift = shift_at(points.hook_state, all_states) if points.hook_state.requested else None
     if shift is None:
         return None if written is None else Injected(writes, written, None)
     moved = edits.replace(terms, shift)
@@ -141,52 +150,18 @@ def _injected(points: HookPoints, terms: Terms, initial: Tensor | None, edits: L
     return Injected(writes, moved if written is None else written + moved, replaced if replaced.any() else None)
 
 
-def through_point(point: HookPoint, tensor: Tensor) -> Tensor:
-    """Through a hook point, which may replace the tensor by one of the same shape and dtype."""
-    watched = watches(point)
-    for watch in watched:
-        tensor = tensor if watch.give is None else watch.give(tensor)
-    found = point(tensor)
-    if not isinstance(found, Tensor) or found.shape != tensor.shape:
-        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise HookError(f"a hook on hook_{point.name} returned {got}; it must return a tensor {list(tensor.shape)}")
-    found = found.to(tensor)  # itself, where no hook replaced it
-    for watch in watched:
-        watch.read(found)
-    return found
-
-
-def _shift(point: HookPoint, compute: Callable[[], Tensor]) -> Tensor | None:
-    """How a hook moved a tensor that is made for it alone; None if nobody touched it.
-
-    With autograd the difference is returned though it is zero: through it the gradient reaches what the hook saw, while
-    what it is subtracted from keeps the gradient upstream from being counted twice.
-    """
-    tensor = compute()
-    untracked = tensor.is_inference()
-    before = tensor.clone() if untracked else tensor
-    version = None if untracked else tensor._version
-    shown = tensor.view_as(tensor)
-    found = through_point(point, shown)
-    if not untracked and tensor._version != version:
-        before = compute()
-    elif found is shown and not untracked and not found.requires_grad:
-        return None
-    return found - before
-
-
-def _initial_state(operator: Operator, site: Site) -> Tensor | None:
+def _initial_state(operator: Operator, forward: Forward) -> Tensor | None:
     """The state before this call, [b h p n]."""
     state = operator.initial_state
-    if state is not None or not site.continues:
+    if state is not None or not forward.continues:
         return state
-    if not site.points.own_operator:
+    if not forward.points.own_operator:
         raise HookError(
-            f"layer {site.layer}: several tokens at once on a filled cache, which the Mamba-1 operator of transformers "
-            "starts from a zero state; feed one token at a time, or attach with own_operator=True, which goes on from "
-            "the cached state"
+            f"layer {forward.layer}: several tokens at once on a filled cache, which the Mamba-1 operator of "
+            "transformers starts from a zero state; feed one token at a time, or attach with own_operator=True, which "
+            "goes on from the cached state"
         )
-    cached: Tensor = site.cache.layers[site.layer].recurrent_states[0]
+    cached: Tensor = forward.cache.layers[forward.layer].recurrent_states[0]
     return rearrange(cached.flatten(1, -2), "b h n -> b h 1 n")
 
 

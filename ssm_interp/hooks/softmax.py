@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,11 +25,10 @@ from ssm_interp.hooks.active import ActiveEdit, active_edits, edits_here
 from ssm_interp.hooks.blocks import blocks_of, running_block
 from ssm_interp.hooks.callers import chunks_of_prompt, prompt_mask
 from ssm_interp.hooks.checkpointing import is_checkpointed
-from ssm_interp.hooks.edges import Product, edges_of
 from ssm_interp.hooks.interventions import Knockout
-from ssm_interp.hooks.plan import attention_heads
+from ssm_interp.hooks.masks import Columns, as_matrix, attention_heads
 from ssm_interp.hooks.routing import host_forward
-from ssm_interp.hooks.rowsite import rows_at_work
+from ssm_interp.hooks.serving import server_here
 from ssm_interp.hooks.virtual import check_columns
 
 PREFIX = "ssm_interp-"
@@ -156,29 +154,30 @@ def _removed(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Ten
     block = running_block()
     layer: Any = module.layer_idx if block is None else block
     heads, q, k = query.shape[1], query.shape[2], key.shape[2]
-    if (rows := rows_at_work()) is not None:
-        edges = rows.removed_attention(layer, heads, q, k)
+    if (server := server_here()) is not None:
+        edges = server.removed_attention(layer, heads, q, k)
         return None if edges is None else (torch.arange(q, device=query.device), edges)
     found = []
     for edit in active_edits(module):
         knockout = edit.intervention
-        if isinstance(knockout, Knockout) and (knockout.layers is None or layer in knockout.layers):
+        if isinstance(knockout, Knockout) and knockout.acts_at(layer):
             prompt = _prompt(edit, module, layer, q, k)
             chosen = attention_heads(knockout.features, heads)
-            found += [(t[:, k - q :], s, chosen) for t, s in _edges(knockout, query.shape[0], prompt, k)]
+            columns = Columns(query.shape[0], prompt, prompt_mask(query.shape[0], prompt))
+            found += [(t[:, k - q :], s, chosen) for t, s in columns.edges_over(knockout, k)]
     _check_copy(module)
-    columns = torch.stack([targets.any(0) for targets, _, _ in found]).any(0).nonzero()[:, 0] if found else None
-    if columns is None or not len(columns):
+    queries = torch.stack([targets.any(0) for targets, _, _ in found]).any(0).nonzero()[:, 0] if found else None
+    if queries is None or not len(queries):
         return None
     if is_checkpointed():
         raise HookError(
             f"layer {layer} attends inside a gradient checkpoint, whose backward pass would compute it again without "
             "the knockout; call it without torch.utils.checkpoint"
         )
-    edges = torch.zeros(query.shape[0], 1, len(columns), k, dtype=torch.bool)
+    edges = torch.zeros(query.shape[0], 1, len(queries), k, dtype=torch.bool)
     for targets, sources, chosen in found:
-        edges = edges | ((targets[:, columns, None] & sources[:, None, :])[:, None] & chosen)
-    return columns.to(query.device), edges
+        edges = edges | (rearrange(as_matrix(targets[:, queries], sources), "b q k -> b 1 q k") & chosen)
+    return queries.to(query.device), edges
 
 
 def _check_copy(module: nn.Module) -> None:
@@ -217,15 +216,3 @@ def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> 
         )
     edit.seen[place] = prompt, k
     return prompt
-
-
-def _edges(knockout: Knockout, batch: int, prompt: int, k: int) -> list[Product]:
-    """The edges of a knockout in a sequence of k columns that began with a prompt: targets and sources `[b k]`."""
-    later = k - prompt
-    return [
-        (
-            pad(targets, (0, later), value=knockout.targets is None and knockout.edges is None),
-            pad(sources, (0, later), value=knockout.sources is None and knockout.edges is None),
-        )
-        for targets, sources in edges_of(knockout, batch, prompt, prompt_mask(batch, prompt))
-    ]

@@ -13,15 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssm_interp.errors import HookError, InterventionError
-from ssm_interp.hooks.interventions import Intervention
 
 WHAT_TO_DO = "call the model without them (PEFT: inside `with model.disable_adapter():`)"
-
-
-def names_positions(intervention: Intervention) -> bool:
-    """Whether an intervention acts at some positions."""
-    named = ("sources", "targets", "edges", "position", "positions")
-    return any(getattr(intervention, name, None) is not None for name in named)
 
 
 def virtual_tokens(model: nn.Module) -> str | None:

@@ -5,6 +5,7 @@ a string of HTML that opens in a browser offline: `Path("flow.html").write_text(
 """
 
 from ssm_interp.plots.agreement import agreement_figure
+from ssm_interp.plots.answers import answers_figure
 from ssm_interp.plots.attention import attention_figure, attention_panels
 from ssm_interp.plots.attribution import attribution_figure
 from ssm_interp.plots.circuit import circuit_figure
@@ -26,6 +27,7 @@ __all__ = [
     "StatisticName",
     "TokenMap",
     "agreement_figure",
+    "answers_figure",
     "attention_figure",
     "attention_page",
     "attention_panels",

@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.style import group_styles, headline, picture, plain
 
 NEEDED = ("attribution", "exact", "chosen")
@@ -23,15 +24,15 @@ def agreement_figure(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
         ax: draw into these axes.
 
     Raises:
-        ValueError: missing columns, or no rows.
+        PlotError: missing columns, or no rows.
 
     Example:
         >>> agreement_figure(check_edges(ssm, inputs, metric, found).frame).savefig("check.png")     # doctest: +SKIP
     """
     if missing := [column for column in NEEDED if column not in frame.columns]:
-        raise ValueError(f"this picture needs rows with the columns {list(NEEDED)}; these are missing: {missing}")
+        raise PlotError(f"this picture needs rows with the columns {list(NEEDED)}; these are missing: {missing}")
     if frame.empty:
-        raise ValueError("this picture needs at least one edge; there are none")
+        raise PlotError("this picture needs at least one edge; there are none")
     axes = picture(4.4, 4.0).subplots() if ax is None else ax
     axes.axline((0, 0), slope=1, color="0.6", linestyle=":", linewidth=1, zorder=0)
     for chosen, style in group_styles(frame["chosen"].unique()).items():

@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.cells import centred, colour_bar, extent, nothing, say_nothing, target_cells
 from ssm_interp.plots.style import SIZES, WRITTEN, headline, picture
 
@@ -40,7 +41,7 @@ def attention_figure(
         ax: draw into these axes.
 
     Raises:
-        ValueError: a matrix that is not square or is empty; another number of tokens; entries that are not finite.
+        PlotError: a matrix that is not square or is empty; another number of tokens; entries that are not finite.
 
     Example:
         >>> attention_figure(run["attn", 3][0].mean(0), tokens).savefig("attention.png")    # doctest: +SKIP
@@ -64,11 +65,11 @@ def checked_attention(attention: Float[Tensor, "t s"], tokens: Sequence[str]) ->
     """The lower triangle of a matrix that can be drawn; raises as `attention_figure`."""
     shape = list(attention.shape)
     if attention.ndim != 2 or shape[0] != shape[1] or not shape[0]:
-        raise ValueError(f"an attention heat map needs a square matrix [t, s], got {shape}")
+        raise PlotError(f"an attention heat map needs a square matrix [t, s], got {shape}")
     if len(tokens) != shape[0]:
-        raise ValueError(f"the attention matrix is {shape}, but there are {len(tokens)} tokens; give one per position")
+        raise PlotError(f"the attention matrix is {shape}, but there are {len(tokens)} tokens; give one per position")
     if not attention.isfinite().all():
-        raise ValueError("the attention matrix has entries that are not finite numbers")
+        raise PlotError("the attention matrix has entries that are not finite numbers")
     values: Float[np.ndarray, "t s"] = attention.detach().double().cpu().tril().numpy()
     return values
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing
 from ssm_interp.plots.style import WRITTEN, headline, picture
 
@@ -41,21 +42,21 @@ def attribution_figure(
         ax: draw into these axes.
 
     Raises:
-        ValueError: values of another shape, or that are not finite; a subject outside the prompt.
+        PlotError: values of another shape, or that are not finite; a subject outside the prompt.
 
     Example:
         >>> attribution_figure(found.by_position()[0].sum(1), tokens, found.layers).savefig("x.png")    # doctest: +SKIP
     """
     wanted = [len(layers), len(tokens)]
     if list(values.shape) != wanted or 0 in wanted:
-        raise ValueError(
+        raise PlotError(
             f"attributions must be [layer source] = {wanted} for {wanted[0]} layers and {wanted[1]} tokens, got "
             f"{list(values.shape)}"
         )
     if not values.isfinite().all():
-        raise ValueError("the attributions have entries that are not finite numbers")
+        raise PlotError("the attributions have entries that are not finite numbers")
     if outside := [place for place in subject if not 0 <= place < len(tokens)]:
-        raise ValueError(f"the subject has position {outside[0]}, but there are {len(tokens)} tokens")
+        raise PlotError(f"the subject has position {outside[0]}, but there are {len(tokens)} tokens")
     shown = values.detach().double().cpu().T.numpy()
     width, height = extent(len(layers), each=0.3, least=2.8, most=9.0), extent(len(tokens))
     axes = picture(width + 3.4, height + 1.2).subplots() if ax is None else ax

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.panels import LAYER
 from ssm_interp.plots.style import (
     FAINT,
@@ -56,7 +57,7 @@ def circuit_figure(
         metric: what the effects are changes of, with its unit.
 
     Raises:
-        ValueError: missing columns, no rows, a role of the frame that `roles` leaves out, an effect of a kept group
+        PlotError: missing columns, no rows, a role of the frame that `roles` leaves out, an effect of a kept group
             that is not finite.
 
     Example:
@@ -81,14 +82,14 @@ def circuit_figure(
 def checked_roles(frame: pd.DataFrame, roles: Sequence[str] | None) -> list[str]:
     """The columns of the picture, of a frame that can be drawn; raises as `circuit_figure`."""
     if missing := [column for column in COLUMNS if column not in frame.columns]:
-        raise ValueError(f"a circuit is drawn from a frame with the columns {COLUMNS}; these are missing: {missing}")
+        raise PlotError(f"a circuit is drawn from a frame with the columns {COLUMNS}; these are missing: {missing}")
     if frame.empty:
-        raise ValueError("a circuit is drawn from at least one edge group; the frame has no rows")
+        raise PlotError("a circuit is drawn from at least one edge group; the frame has no rows")
     named = list(dict.fromkeys([*frame["source"], *frame["target"]]))
     if roles is not None and (missing := [role for role in named if role not in roles]):
-        raise ValueError(f"the frame has the roles {named}, but the columns {list(roles)} leave out {missing}")
+        raise PlotError(f"the frame has the roles {named}, but the columns {list(roles)} leave out {missing}")
     if not np.isfinite(frame.loc[frame["kept"].astype(bool), "effect"].to_numpy(float)).all():
-        raise ValueError("the edge groups that are kept must have a finite effect")
+        raise PlotError("the edge groups that are kept must have a finite effect")
     return named if roles is None else list(roles)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing, target_cells
 from ssm_interp.plots.style import CHANGED, headline, picture, token_label
 
@@ -42,23 +43,23 @@ def edge_figure(
         label: of the colours.
 
     Raises:
-        ValueError: values of another shape, or not finite; another number of tokens or layers; a target outside.
+        PlotError: values of another shape, or not finite; another number of tokens or layers; a target outside.
 
     Example:
         >>> edge_figure(found.values[0], tokens, found.layers).savefig("edges.png", dpi=200)     # doctest: +SKIP
     """
     shape = list(values.shape)
     if values.ndim != 3 or shape[1] != shape[2] or 0 in shape:
-        raise ValueError(f"an edge map needs values [layer t s] with t = s and at least one of each, got {shape}")
+        raise PlotError(f"an edge map needs values [layer t s] with t = s and at least one of each, got {shape}")
     if [len(layers), len(tokens)] != shape[:2]:
-        raise ValueError(
+        raise PlotError(
             f"the values are {shape} [layer t s], but there are {len(layers)} layers and {len(tokens)} tokens"
         )
     if not -len(tokens) <= target < len(tokens):
-        raise ValueError(f"the target is position {target}, but there are {len(tokens)} tokens")
+        raise PlotError(f"the target is position {target}, but there are {len(tokens)} tokens")
     values = values.detach().double().cpu()
     if not values.isfinite().all():
-        raise ValueError("the values of an edge map must be finite; some are not")
+        raise PlotError("the values of an edge map must be finite; some are not")
     target %= len(tokens)
     wide, side = extent(len(layers), each=0.24, least=2.2, most=9.0), extent(len(tokens), each=0.27, least=2.6)
     figure = picture(wide + side + 4.8, side + 1.9)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.panels import (
     Layout,
     Panel,
@@ -69,7 +70,7 @@ def flow_figure(
         ax: draw into these axes; only where one panel is enough.
 
     Raises:
-        ValueError: no rows, missing columns, an unknown statistic; several panels for one `ax`.
+        PlotError: no rows, missing columns, an unknown statistic; several panels for one `ax`.
 
     Example:
         >>> flow_figure(result.summary(), statistic="median").savefig("flow.svg")      # doctest: +SKIP
@@ -96,7 +97,7 @@ def features_figure(
         summary, x_labels, statistic: as in `flow_figure`.
 
     Raises:
-        ValueError: no rows, missing columns, an unknown statistic; more groups than can be told apart (9).
+        PlotError: no rows, missing columns, an unknown statistic; more groups than can be told apart (9).
 
     Example:
         >>> features_figure(result.summary()).savefig("features.png", dpi=200)             # doctest: +SKIP
@@ -134,7 +135,7 @@ def _one_panel(
     layout: Layout, axes: Axes, chosen: Statistic, styles: Mapping[str, Style], x_labels: Mapping[str, str]
 ) -> None:
     if len(layout.panels) > 1:
-        raise ValueError(
+        raise PlotError(
             f"one axes holds one panel, but this summary fills {len(layout.panels)}: it differs in {layout.across}"
             f"{' and more' if layout.panels[0].down else ''}; choose its rows first, or leave `ax` out"
         )
@@ -188,7 +189,7 @@ def depth_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") ->
         statistic: as in `flow_figure`.
 
     Raises:
-        ValueError: no rows, missing columns, an unknown statistic; more models than can be told apart (9).
+        PlotError: no rows, missing columns, an unknown statistic; more models than can be told apart (9).
 
     Example:
         >>> depth_figure(FlowResult.join(results).summary()).savefig("depth.png", dpi=200)      # doctest: +SKIP
@@ -218,13 +219,13 @@ def stream_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -
         statistic: as in `flow_figure`.
 
     Raises:
-        ValueError: no rows, missing columns, an unknown statistic.
+        PlotError: no rows, missing columns, an unknown statistic.
 
     Example:
         >>> stream_figure(pd.concat([result.summary().assign(through="ssm"), ...]))      # doctest: +SKIP
     """
     if "through" not in summary.columns:
-        raise ValueError("a picture of streams needs a column `through`, which names the streams of each row")
+        raise PlotError("a picture of streams needs a column `through`, which names the streams of each row")
     found = {name: drawable(rows, statistic) for name, rows in summary.groupby("through", sort=False)}
     rows = pd.concat([part.assign(through=name) for name, (part, _) in found.items()])
     chosen = next(iter(found.values()))[1]

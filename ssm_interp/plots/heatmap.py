@@ -14,6 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing
 from ssm_interp.plots.panels import LAYER, layer_label
 from ssm_interp.plots.style import ARROW, CHANGED, headline, picture, readable, short
@@ -42,7 +43,7 @@ class TokenMap(Result):
         layer_label: what the layer axis says.
 
     Raises:
-        ValueError: no rows or columns; another number of tokens or layers; a subject outside the prompt; infinities.
+        PlotError: no rows or columns; another number of tokens or layers; a subject outside the prompt; infinities.
 
     Example:
         >>> map = TokenMap(np.array([[-0.2, -0.1], [0.0, 0.1]]), ["The", " Nile"], [0, 1], subject=[1], p_base=0.8)
@@ -62,15 +63,15 @@ class TokenMap(Result):
     def __post_init__(self) -> None:
         shape = list(self.values.shape)
         if 0 in shape:
-            raise ValueError(f"a token map needs values [token, window] with at least one of each, got {shape}")
+            raise PlotError(f"a token map needs values [token, window] with at least one of each, got {shape}")
         for name, count in (("tokens", shape[0]), ("layers", shape[1])):
             if len(getattr(self, name)) != count:
                 given = len(getattr(self, name))
-                raise ValueError(f"the values are {shape} [token, window], but there are {given} {name}; give {count}")
+                raise PlotError(f"the values are {shape} [token, window], but there are {given} {name}; give {count}")
         if outside := [row for row in self.subject if not 0 <= row < shape[0]]:
-            raise ValueError(f"the subject has row {outside[0]}, but the values are {shape} [token, window]")
+            raise PlotError(f"the subject has row {outside[0]}, but the values are {shape} [token, window]")
         if np.isinf(self.values).any():
-            raise ValueError("the values of a token map are changes of a probability, or NaN; some are infinite")
+            raise PlotError("the values of a token map are changes of a probability, or NaN; some are infinite")
 
     @classmethod
     def of(
@@ -84,7 +85,7 @@ class TokenMap(Result):
             subject, answer: as above.
 
         Raises:
-            ValueError: no rows, missing columns; rows of several models, prompts, ...; a source that is no position in
+            PlotError: no rows, missing columns; rows of several models, prompts, ...; a source that is no position in
                 this prompt.
 
         Example:
@@ -94,11 +95,11 @@ class TokenMap(Result):
         _check_rows(rows)
         positions = rows["source"].astype(str)
         if bad := [name for name in positions.unique() if not name.isdigit()]:
-            raise ValueError(f"a token map needs token positions as sources, got {bad[0]!r}; `flow_figure` draws roles")
+            raise PlotError(f"a token map needs token positions as sources, got {bad[0]!r}; `flow_figure` draws roles")
         kept = rows.assign(source=positions.astype(int), change=rows["p"] - rows["p_base"])
         kept = kept[(kept["source"] < len(tokens)) | (kept["n_edges"] > 0)]
         if len(kept) and (most := int(kept["source"].max())) >= len(tokens):
-            raise ValueError(f"the rows knock out position {most}, but there are only {len(tokens)} tokens")
+            raise PlotError(f"the rows knock out position {most}, but there are only {len(tokens)} tokens")
         layers = sorted(kept["layer"].unique().tolist())
         change = kept["change"].where(kept["n_edges"] > 0)
         table = kept.assign(change=change).pivot(index="source", columns="layer", values="change")
@@ -155,27 +156,27 @@ class TokenMap(Result):
 
 def _check_rows(rows: pd.DataFrame) -> None:
     if missing := [column for column in NEEDED if column not in rows.columns]:
-        raise ValueError(f"a token map needs rows with the columns {list(NEEDED)}; these are missing: {missing}")
+        raise PlotError(f"a token map needs rows with the columns {list(NEEDED)}; these are missing: {missing}")
     if rows.empty:
-        raise ValueError("a token map needs at least one row; there are none")
+        raise PlotError("a token map needs at least one row; there are none")
     for column in ONE_OF_EACH:
         if len(several := rows[column].unique()) > 1:
             shown = ", ".join(repr(str(one)) for one in several[:3])
-            raise ValueError(f"a token map shows one {column}, but these rows have {len(several)}: {shown}; choose one")
+            raise PlotError(f"a token map shows one {column}, but these rows have {len(several)}: {shown}; choose one")
     if rows.duplicated(["source", "layer"]).any():
-        raise ValueError("a token map shows one window size, but these rows have several at one layer; choose one")
+        raise PlotError("a token map shows one window size, but these rows have several at one layer; choose one")
 
 
 def colour_limit(maps: Sequence[TokenMap], limit: float | None) -> float:
     """Where the colours end on both sides of 0: as given, or the largest change of all maps (at least 1 % of p_base).
 
     Raises:
-        ValueError: no maps; a limit that is not positive.
+        PlotError: no maps; a limit that is not positive.
     """
     if not maps:
-        raise ValueError("there are no token maps to draw")
+        raise PlotError("there are no token maps to draw")
     if limit is not None and not limit > 0:
-        raise ValueError(f"the limit of the colours must be positive, such as 0.3, got {limit}")
+        raise PlotError(f"the limit of the colours must be positive, such as 0.3, got {limit}")
     return limit or max(max(one.largest, LEAST * one.scale) for one in maps)
 
 
@@ -192,7 +193,7 @@ def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None 
         ax: draw into these axes, without a colour bar; only one map.
 
     Raises:
-        ValueError: no maps; several for one `ax`; a limit that is not positive.
+        PlotError: no maps; several for one `ax`; a limit that is not positive.
 
     Example:
         >>> heatmap_figure(first, second, limit=0.3).savefig("tokens.png", dpi=200)     # doctest: +SKIP
@@ -200,7 +201,7 @@ def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None 
     norm = centred(colour_limit(maps, limit))
     if ax is not None:
         if len(maps) > 1:
-            raise ValueError(f"one axes holds one token map, got {len(maps)}; leave `ax` out, or call once for each")
+            raise PlotError(f"one axes holds one token map, got {len(maps)}; leave `ax` out, or call once for each")
         _map(ax, maps[0], norm)
         return ax.figure.figure
     across = min(len(maps), MOST_ACROSS)

@@ -15,6 +15,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.attention import SIGNS, checked_attention
 from ssm_interp.plots.cells import nothing
 from ssm_interp.plots.circuit import HEIGHT, THICKEST, THINNEST, arrow_path, checked_roles
@@ -42,7 +43,7 @@ def attention_page(
         HTML of about 5 MB, since it carries the drawing library with it and fetches nothing.
 
     Raises:
-        ValueError: as `attention_figure`.
+        PlotError: as `attention_figure`.
 
     Example:
         >>> Path("attention.html").write_text(attention_page(run["attn", 3][0].mean(0), tokens))    # doctest: +SKIP
@@ -85,7 +86,7 @@ def edges_page(
         HTML of about 5 MB, and 16 bytes per edge.
 
     Raises:
-        ValueError: missing columns, no rows; several rows or feature groups; a position outside the tokens; numbers
+        PlotError: missing columns, no rows; several rows or feature groups; a position outside the tokens; numbers
             that are not finite.
 
     Example:
@@ -93,7 +94,7 @@ def edges_page(
     """
     cube, layers = _cube(frame, tokens)
     if not -len(tokens) <= target < len(tokens):
-        raise ValueError(f"the target is position {target}, but there are {len(tokens)} tokens")
+        raise PlotError(f"the target is position {target}, but there are {len(tokens)} tokens")
     names, numbers = token_labels(tokens), [str(layer) for layer in layers]
     figure = make_subplots(1, 2, subplot_titles=["Edges into one token", "All edges"], horizontal_spacing=0.14)
     chosen = target % len(names)
@@ -123,7 +124,7 @@ def circuit_page(
         HTML of about 5 MB, since it carries the drawing library with it and fetches nothing.
 
     Raises:
-        ValueError: as `circuit_figure`.
+        PlotError: as `circuit_figure`.
 
     Example:
         >>> Path("circuit.html").write_text(circuit_page(circuit.frame, roles=circuit.roles))     # doctest: +SKIP
@@ -182,18 +183,18 @@ def _arrow(ends: tuple[int, int, int], row: dict[Any, Any], width: float, group:
 def _cube(frame: pd.DataFrame, tokens: Sequence[str]) -> tuple[Float[np.ndarray, "l t s"], list[int]]:
     """Values by layer, target and source, NaN where there is no edge; and the layers."""
     if missing := [column for column in EDGE_COLUMNS if column not in frame.columns]:
-        raise ValueError(f"a page of edges needs the columns {list(EDGE_COLUMNS)}; these are missing: {missing}")
+        raise PlotError(f"a page of edges needs the columns {list(EDGE_COLUMNS)}; these are missing: {missing}")
     if frame.empty:
-        raise ValueError("a page of edges needs at least one edge; the table has no rows")
+        raise PlotError("a page of edges needs at least one edge; the table has no rows")
     for column in ("row", "feature_group"):
         if column in frame.columns and frame[column].nunique() > 1:
-            raise ValueError(f"a page of edges shows one {column}, but this table has several; choose one")
+            raise PlotError(f"a page of edges shows one {column}, but this table has several; choose one")
     furthest = int(frame[["source", "target"]].to_numpy().max())
     if furthest >= len(tokens):
-        raise ValueError(f"the table has an edge of position {furthest}, but there are {len(tokens)} tokens")
+        raise PlotError(f"the table has an edge of position {furthest}, but there are {len(tokens)} tokens")
     values = frame["attribution"].to_numpy(float)
     if not np.isfinite(values).all():
-        raise ValueError("the attributions of a page of edges must be finite; some are not")
+        raise PlotError("the attributions of a page of edges must be finite; some are not")
     layers = sorted(map(int, frame["layer"].unique()))
     cube = np.full((len(layers), len(tokens), len(tokens)), np.nan)
     cube[np.searchsorted(layers, frame["layer"]), frame["target"], frame["source"]] = values

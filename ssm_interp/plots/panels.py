@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.style import ARROW, readable, short
 from ssm_interp.reprs import short_repr
 
@@ -83,6 +84,9 @@ class Covered(NamedTuple):
     x: Float[np.ndarray, " n"]
     y: Float[np.ndarray, " n"]
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -137,17 +141,17 @@ def drawable(summary: pd.DataFrame, statistic: str) -> tuple[pd.DataFrame, Stati
     A window that is cut off at the model's first or last layer belongs to those of its layer's full size.
 
     Raises:
-        ValueError: no such statistic, missing columns, no rows.
+        PlotError: no such statistic, missing columns, no rows.
     """
     if statistic not in STATISTICS:
-        raise ValueError(f"there is no statistic {statistic!r} to draw; give one of {', '.join(STATISTICS)}")
+        raise PlotError(f"there is no statistic {statistic!r} to draw; give one of {', '.join(STATISTICS)}")
     found = STATISTICS[statistic]
     numbers = [found.value, found.low, found.high]
     needed = [*APART, "layer", "window_start", "window_size", "level", "n", "n_first", *numbers]
     if missing := [column for column in needed if column not in summary.columns]:
-        raise ValueError(f"this picture needs a summary with the columns {needed}; these are missing: {missing}")
+        raise PlotError(f"this picture needs a summary with the columns {needed}; these are missing: {missing}")
     if summary.empty:
-        raise ValueError("this picture needs at least one row; the summary is empty")
+        raise PlotError("this picture needs at least one row; the summary is empty")
     rows = summary[needed[:-3]].copy()
     rows[["value", "low", "high"]] = summary[numbers].to_numpy(float) * found.scale
     rows["source"] = rows["source"].astype(str)

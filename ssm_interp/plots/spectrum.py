@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ssm_interp.errors import PlotError
 from ssm_interp.plots.panels import LAYER
 from ssm_interp.plots.style import FAINT, INK, Style, headline, legend, model_styles, picture, plain, printable, short
 
@@ -42,17 +43,17 @@ def quantiles(frame: pd.DataFrame, q: Sequence[float] = QUANTILES) -> pd.DataFra
         `model`, `statistic`, `layer`, `quantile`, `value`.
 
     Raises:
-        ValueError: missing columns, no rows; a quantile outside [0, 1], or none.
+        PlotError: missing columns, no rows; a quantile outside [0, 1], or none.
 
     Example:
         >>> quantiles(found.frame, [0.5]).pivot(index="layer", columns="statistic", values="value")  # doctest: +SKIP
     """
     if missing := [column for column in COLUMNS if column not in frame.columns]:
-        raise ValueError(f"quantiles need a table with the columns {COLUMNS}; these are missing: {missing}")
+        raise PlotError(f"quantiles need a table with the columns {COLUMNS}; these are missing: {missing}")
     if frame.empty:
-        raise ValueError("quantiles need at least one row; the table is empty")
+        raise PlotError("quantiles need at least one row; the table is empty")
     if not len(q) or not all(0 <= one <= 1 for one in q):
-        raise ValueError(f"quantiles are numbers in [0, 1], at least one, got {list(q)}")
+        raise PlotError(f"quantiles are numbers in [0, 1], at least one, got {list(q)}")
     groups = frame.groupby(["model", "statistic", "layer"], sort=False)["value"]
     found: pd.Series = groups.quantile(list(q), interpolation="nearest")
     return found.rename_axis(index={None: "quantile"}).reset_index()
@@ -69,7 +70,7 @@ def spectrum_figure(frame: pd.DataFrame, *, title: str = "") -> Figure:
         title: over the picture; a reader wants to know on which texts it was measured.
 
     Raises:
-        ValueError: missing columns, no rows; more models than can be told apart.
+        PlotError: missing columns, no rows; more models than can be told apart.
 
     Example:
         >>> spectrum_figure(pd.concat([one.frame, other.frame])).savefig("spectrum.png")      # doctest: +SKIP

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.legend import Legend
 
+from ssm_interp.errors import PlotError
+
 INK, FAINT = "#222222", "#DDDDDD"
 # Blue supports the answer and red opposes it, in every map and circuit: what is written is blue where it is positive,
 # what a knockout changes is blue where it is a loss. Sizes, which have no sign, are blues.
@@ -66,11 +68,11 @@ def model_styles(models: Iterable[str]) -> dict[str, Style]:
     """A style per model, in their order.
 
     Raises:
-        ValueError: more models than there are styles.
+        PlotError: more models than there are styles.
     """
     models, styles = list(models), list(STYLES.values())
     if len(models) > len(styles):
-        raise ValueError(f"{len(models)} models cannot be told apart in one picture; draw at most {len(styles)}")
+        raise PlotError(f"{len(models)} models cannot be told apart in one picture; draw at most {len(styles)}")
     return dict(zip(models, styles, strict=False))
 
 
@@ -78,14 +80,12 @@ def group_styles(groups: Iterable[str]) -> dict[str, Style]:
     """A style per feature group, in their order; that of all features is the role's of all tokens, black.
 
     Raises:
-        ValueError: more groups than there are styles.
+        PlotError: more groups than there are styles.
     """
     groups = list(groups)
     spare = iter([style for name, style in STYLES.items() if name != "all"])
     if len(groups) > MOST_GROUPS:
-        raise ValueError(
-            f"{len(groups)} feature groups cannot be told apart in one picture; draw at most {MOST_GROUPS}"
-        )
+        raise PlotError(f"{len(groups)} feature groups cannot be told apart in one picture; draw at most {MOST_GROUPS}")
     return {group: STYLES["all"] if group == "all" else next(spare, STYLES["all"]) for group in groups}
 
 
@@ -127,6 +127,7 @@ def legend(place: Axes | Figure | SubFigure, handles: Sequence[Any], names: Iter
     found = place.legend(handles, [""] * len(handles), **({"frameon": False, "fontsize": 9} | options))
     for text, name in zip(found.get_texts(), names, strict=True):
         text.set(text=printable(name), parse_math=False)
+    found.get_title().set_multialignment("center")
     return found
 
 

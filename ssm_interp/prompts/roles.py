@@ -148,10 +148,10 @@ class TokenizedPrompt:
         return replace(self, ids=self.ids + ids, tokens=self.tokens + tokens)
 
     def positions(self, role: str | int) -> tuple[int, ...]:
-        """Positions of a role; PromptError, with the nearest valid name, if there is no such role. A position stands
-        for itself, and for none where the prompt is too short."""
-        if isinstance(role, int):
-            return (role,) if 0 <= role < len(self.roles["all"]) else ()
+        """Positions of a role; PromptError, with the nearest valid name, if there is no such role. A position (7, or
+        "7") stands for itself, and for none where the prompt is too short."""
+        if isinstance(role, int) or role.isdecimal():
+            return (int(role),) if 0 <= int(role) < len(self.roles["all"]) else ()
         check_role(role)
         return self.roles[role]
 
@@ -271,9 +271,19 @@ class Batch:
         return f"Batch({len(self.prompts)} prompts, input_ids {list(self.input_ids.shape)})"
 
     def positions(self, role: str | int) -> list[list[int]]:
-        """Columns of `input_ids` that play a role or are a position of the prompt, one list per row (maybe empty)."""
+        """Columns of `input_ids` that play a role or are a position of the prompt (7, or "7"), one list per row; an
+        empty one where a prompt has none."""
         width = self.input_ids.shape[1]
         return [[width - len(row) + i for i in row.positions(role)] for row in self.prompts]
+
+    @property
+    def answers(self) -> list[tuple[int, ...]]:
+        """All tokens of each target."""
+        return [row.answer_ids for row in self.prompts]
+
+    def continued(self) -> Batch:
+        """The prompts with their targets behind them, but for the last token: what asks for all tokens of each."""
+        return pad([row.continued() for row in self.prompts]).to(self.input_ids.device)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from operator import index
 from typing import Literal, SupportsIndex
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,6 +19,12 @@ from ssm_interp.scan.edges import edge_products
 from ssm_interp.scan.terms import Terms, in_full_precision
 
 Reduction = Literal["mean", "mean_abs", "norm"]
+MEASURES: Mapping[Reduction, Callable[[Tensor], Tensor]] = {
+    "mean": torch.positive,
+    "mean_abs": torch.abs,
+    "norm": torch.square,
+}
+"""What of each entry a reduction sums up."""
 
 
 @in_full_precision
@@ -42,7 +49,7 @@ def attention(terms: Terms, *, block: int = 32, fold_dt: bool = True) -> Float[T
     Example:
         >>> torch.einsum("bhts,bshp->bthp", attention(terms), terms.x)      # is scan(terms)[0]
     """
-    by_slab = slabs(terms, checked_block(block), fold_dt)
+    by_slab = slabs(terms, checked_block(block), None if fold_dt else torch.ones_like(terms.dt))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (terms.dt, terms.A, terms.B, terms.C)):
         return torch.cat([square(list(rows)) for _, rows in by_slab], dim=1)
     length = terms.length
@@ -55,40 +62,69 @@ def attention(terms: Terms, *, block: int = 32, fold_dt: bool = True) -> Float[T
 
 
 @in_full_precision
-def reduced_attention(terms: Terms, reduction: Reduction, *, block: int = 32) -> Float[Tensor, "b t s"]:
-    """One number per edge: `attention(terms)` reduced over its heads, without ever holding the matrix of every head.
+def reduced_attention(
+    terms: Terms,
+    reduction: Reduction,
+    *,
+    heads: Iterable[int] | None = None,
+    steps: Float[Tensor, "b t h"] | None = None,
+    block: int = 32,
+) -> Float[Tensor, "b t s"]:
+    """One number per edge: `attention(terms)` reduced over heads, without ever holding the matrix of every head.
 
     Args:
         terms: the operands; x is not looked at.
         reduction: "mean", "mean_abs" (mean of absolute values) or "norm" (root of the sum of squares; in fp32 the
             square of a number below 1e-22 is zero).
+        heads: those to reduce over; None: all.
+        steps: what takes the place of dt_s in M[t,s] (the decays keep dt): ones for the attention-like form; None: dt.
         block: positions per block, a power of two.
 
     Returns:
         `[b, t, s]` in fp32 at least.
 
     Raises:
-        TermsError: an unknown reduction; a block size that is not a power of two.
+        TermsError: an unknown reduction; no heads, or one that does not exist; steps of another shape than dt; a block
+            size that is not a power of two.
 
-    Cost: time as `attention`; O(L^2) memory (with autograd O(L^2 H)).
+    Cost: time as `attention` of these heads; O(L^2) memory (with autograd O(L^2 H)).
 
     Example:
         >>> reduced_attention(terms, "mean")             # is attention(terms).mean(1)
     """
-    measures = {"mean": torch.positive, "mean_abs": torch.abs, "norm": torch.square}
-    if reduction not in measures:
-        raise TermsError(f"reduction must be one of {list(measures)}, got {reduction!r}")
-    if reduction == "mean" and not terms.scalar_decay:
-        ones = terms.x.new_ones(*terms.dt.shape, 1)
-        return edge_products(terms.with_x(ones), ones, block=block) / terms.heads
-    sums: list[Tensor] = []
-    for _, rows in slabs(terms, checked_block(block)):
-        parts = [measures[reduction](row).sum(1, keepdim=True) for row in rows]  # b 1 q s
-        sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
-    total = square(sums)[:, 0]
+    if reduction not in MEASURES:
+        raise TermsError(f"reduction must be one of {list(MEASURES)}, got {reduction!r}")
+    if steps is not None and steps.shape != terms.dt.shape:
+        raise TermsError(f"steps must be [b t h] = {list(terms.dt.shape)}, as dt, got {list(steps.shape)}")
+    parts = [(list(range(terms.heads)), terms)] if heads is None else list(terms.of_heads(heads))
+    count, block = sum(part.heads for _, part in parts), checked_block(block)
+    if reduction == "mean" and steps is None and not terms.scalar_decay:
+        total = sum((_matrix_sum(part, block) for _, part in parts[1:]), _matrix_sum(parts[0][1], block))
+    else:
+        by_slab = (
+            rows
+            for members, part in parts
+            for _, rows in slabs(part, block, None if steps is None else steps.to(part.x)[:, :, members])
+        )
+        total = _sum_over_heads(by_slab, MEASURES[reduction])
     if reduction != "norm":
-        return total / terms.heads
+        return total / count
     return torch.where(total > 0, torch.where(total > 0, total, 1).sqrt(), 0)  # a gradient of 0, not NaN, at 0
+
+
+def _matrix_sum(terms: Terms, block: int) -> Float[Tensor, "b t s"]:
+    ones = terms.x.new_ones(*terms.dt.shape, 1)
+    return edge_products(terms.with_x(ones), ones, block=block)
+
+
+def _sum_over_heads(
+    by_slab: Iterable[Iterator[Float[Tensor, "b h q s"]]], measure: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "b t s"]:
+    sums: list[Tensor] = []  # b 1 q s
+    for rows in by_slab:
+        of_slab = [measure(row).sum(1, keepdim=True) for row in rows]
+        sums = [total + part for total, part in zip(sums, of_slab, strict=True)] if sums else of_slab
+    return square(sums)[:, 0]
 
 
 @in_full_precision
@@ -123,7 +159,7 @@ def attention_rows(
         chunks.append(torch.stack(chunk[::-1], dim=-1))
     rows = torch.cat(chunks[::-1], dim=-1)  # b h r s
     if fold_dt:
-        rows = rows * terms.dt[:, : targets[0] + 1].transpose(1, 2)[:, :, None]
+        rows = rows * rearrange(terms.dt[:, : targets[0] + 1], "b s h -> b h 1 s")
     order = [targets.index(target) for target in wanted]
     return pad(rows, (0, terms.length - rows.shape[-1]))[:, :, order]
 
@@ -131,9 +167,9 @@ def attention_rows(
 def _columns(terms: Terms, targets: list[int]) -> Iterator[Float[Tensor, "b h r"]]:
     """`M[targets, s] / dt_s` for s from the last target down to 0; the targets are descending."""
     b, h, r, by_group = terms.batch, terms.heads, len(targets), (terms.groups, terms.heads // terms.groups)
-    C = terms.C[:, targets, :, None].expand(b, r, *by_group, terms.state_size)  # b r g h/g n
+    C = repeat(terms.C[:, targets], "b r g n -> b r g j n", j=by_group[1])
     g = C[:, :0]  # the rows of the targets passed so far, each decayed from its target to s
-    for s in range(targets[0], -1, -1):
+    for s in range(targets[0], -1, -1):  # plain shapes: a step takes microseconds
         if s in targets:
             g = torch.cat([g, C[:, g.shape[1], None]], dim=1)
         column = (g @ terms.B[:, s, None, :, :, None]).reshape(b, -1, h).transpose(1, 2)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -75,24 +76,27 @@ def square(rows: list[Float[Tensor, "b h _ _"]]) -> Float[Tensor, "b h t t"]:
     return torch.cat([pad(row, (0, length - row.shape[-1])) for row in rows], dim=2)
 
 
-def slabs(terms: Terms, block: int, fold_dt: bool = True) -> Iterator[tuple[slice, Iterator[Float[Tensor, "b h q s"]]]]:
-    """The heads in slabs that share a group, and the block rows of each slab."""
+def slabs(
+    terms: Terms, block: int, steps: Float[Tensor, "b t h"] | None = None
+) -> Iterator[tuple[slice, Iterator[Float[Tensor, "b h q s"]]]]:
+    """The heads in slabs that share a group, and the block rows of each slab; a source writes steps B (None: dt B)."""
+    steps = terms.dt if steps is None else steps
     length, n = terms.length, terms.A.shape[1]
     one_head = terms.x.element_size() * terms.batch * length * (4 * block + 8 * n)
     size = max(1, SLAB_BYTES // one_head)
     per_group = terms.heads // terms.groups
     for group in range(terms.groups):
-        C, B = terms.C[:, None, :, group], terms.B[:, None, :, group]  # b 1 t n
+        C, B = (rearrange(part[:, :, group], "b t n -> b 1 t n") for part in (terms.C, terms.B))
         scores = C @ B.mT if terms.scalar_decay else None  # b 1 t s
         for start in range(group * per_group, (group + 1) * per_group, size):
             heads = slice(start, min(start + size, (group + 1) * per_group))
-            dt = terms.dt[:, :, heads].transpose(1, 2)[..., None]  # b h t 1
+            # b h t 1, the last axis by indexing: a pattern would give it a stride that makes products copy
+            dt, scale = (rearrange(part[:, :, heads], "b t h -> b h t")[..., None] for part in (terms.dt, steps))
             log_decay = dt * terms.A[heads, None]  # b h t n
-            steps = dt if fold_dt else torch.ones_like(dt)
             if scores is None:
-                yield heads, block_rows(log_decay, C, steps * B, block)
+                yield heads, block_rows(log_decay, C, scale * B, block)
             else:
-                yield heads, _scored(block_rows(log_decay, torch.ones_like(dt[:, :1]), steps, block), scores)
+                yield heads, _scored(block_rows(log_decay, torch.ones_like(dt[:, :1]), scale, block), scores)
 
 
 def _scored(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,9 +38,11 @@ def distance_sums(terms: Terms, *, block: int = 32) -> tuple[Float[Tensor, "b h"
         sums = terms.x.new_zeros(2, terms.batch, heads.stop - heads.start)
         for row in rows:
             size, stop = row.shape[2:]
-            distance = positions[stop - size : stop, None] - positions[:stop]  # q s; M is zero where it is negative
+            targets = rearrange(positions[stop - size : stop], "q -> q 1")
+            distance = targets - positions[:stop]  # q s; M is zero where it is negative
             strength = row.abs()
-            sums = sums + torch.stack([torch.einsum("bhqs,qs->bh", strength, distance), strength.sum((2, 3))])
+            weighted = einsum(strength, distance, "b h q s, q s -> b h")
+            sums = sums + torch.stack([weighted, strength.sum((2, 3))])
         parts.append(sums)
     weighted, total = torch.cat(parts, dim=2)
     return weighted, total

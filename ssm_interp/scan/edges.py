@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
+from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -92,12 +93,11 @@ def _with_state_decay(
     terms: Terms, weights: Float[Tensor, "b t h p"], mask: FeatureMask, block: int
 ) -> Float[Tensor, "b t s"]:
     """(head, value, state) is one long axis of the reads, which carry the weights, and of the writes, which carry x."""
-    b, t, h, p = terms.x.shape
-    shape = (b, t, h, p, terms.state_size)
-    reads = (weights[..., None] * torch.where(mask[:, None], terms.C[:, :, :, None], 0)).expand(shape)
-    writes = (terms.dt[..., None] * terms.x)[..., None] * terms.B[:, :, :, None]
-    log_decay = terms.log_decay[:, :, :, None].expand(shape)
-    log_decay, reads, writes = (part.flatten(2)[:, None] for part in (log_decay, reads, writes))  # b 1 t (h p n)
+    u = einsum(terms.dt, terms.x, "b t h, b t h p -> b t h p")
+    reads = einsum(weights, torch.where(mask, terms.C, 0), "b t h p, b t h n -> b t h p n")
+    writes = einsum(u, terms.B[:, :, 0], "b t h p, b t n -> b t h p n")
+    log_decay = repeat(terms.log_decay, "b t h n -> b t h p n", p=terms.head_dim)
+    log_decay, reads, writes = (rearrange(part, "b t h p n -> b 1 t (h p n)") for part in (log_decay, reads, writes))
     return square(list(block_rows(log_decay, reads, writes, block)))[:, 0]
 
 
@@ -105,13 +105,14 @@ def _with_head_decay(
     terms: Terms, weights: Float[Tensor, "b t h p"], mask: FeatureMask, block: int
 ) -> Float[Tensor, "b t s"]:
     """Decays, weighed values and C B^T are three matrices, the last one shared by whole heads."""
-    dt = terms.dt.transpose(1, 2)[..., None]  # b h t 1
-    decays = square(list(block_rows(dt * terms.A[:, None], torch.ones_like(dt[:, :1]), dt, block)))  # b h t s
-    values = decays * (weights.transpose(1, 2) @ terms.x.permute(0, 2, 3, 1))
-    C, B = terms.C.transpose(1, 2), terms.B.transpose(1, 2)  # b 1 t n
+    dt, A = rearrange(terms.dt, "b t h -> b h t")[..., None], rearrange(terms.A, "h 1 -> h 1 1")
+    decays = square(list(block_rows(dt * A, torch.ones_like(dt[:, :1]), dt, block)))  # b h t s
+    values = decays * einsum(weights, terms.x, "b t h p, b s h p -> b h t s")
+    C, B = terms.C[:, :, 0], terms.B[:, :, 0]  # b t n
     if mask.all():
-        return values.sum(1) * (C @ B.mT)[:, 0]
-    return (values * (torch.where(mask[:, None], C, 0) @ B.mT)).sum(1)
+        return values.sum(1) * einsum(C, B, "b t n, b s n -> b t s")
+    chosen = torch.where(rearrange(mask, "h n -> h 1 n"), rearrange(C, "b t n -> b 1 t n"), 0)
+    return (values * (chosen @ rearrange(B, "b s n -> b 1 n s"))).sum(1)
 
 
 def _checked_group(terms: Terms, group: Tensor) -> FeatureMask:

@@ -1,4 +1,8 @@
-"""States at the border of two runs of positions: what is read of one after it, and what positions leave in it."""
+"""States at the border of two runs of positions: what is read of one after it, and what positions leave in it.
+
+Each of these runs in every layer of every step, in tens of microseconds: shapes are changed by plain methods, since
+patterns of named axes would add a tenth to that.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +53,9 @@ def read_initial(terms: Terms, state: Float[Tensor, "m h p n"]) -> Float[Tensor,
 def _one_decay(terms: Terms, state: Float[Tensor, "m h p n"]) -> Float[Tensor, "b t h p"]:
     m, g, (b, t, h, p) = state.shape[0], terms.groups, terms.x.shape
     C = terms.C.reshape(b // m, m, t, g, -1).permute(1, 3, 0, 2, 4).flatten(2, 3)  # m g (b/m t) n
-    found = C @ state.reshape(m, g, -1, terms.state_size).mT  # m g (b/m t) (h/g p)
-    read = found.reshape(m, g, b // m, t, h // g, p).permute(2, 0, 3, 1, 4, 5).reshape(b, t, h, p)
-    return read * terms.log_decay[..., 0].cumsum(1).exp()[..., None]
+    undecayed = C @ state.reshape(m, g, -1, terms.state_size).mT  # m g (b/m t) (h/g p)
+    undecayed = undecayed.reshape(m, g, b // m, t, h // g, p).permute(2, 0, 3, 1, 4, 5).reshape(b, t, h, p)
+    return undecayed * terms.log_decay.cumsum(1).exp()
 
 
 def _own_decays(terms: Terms, state: Float[Tensor, "m h p n"]) -> Float[Tensor, "b t h p"]:
@@ -99,14 +103,14 @@ def leave(terms: Terms, weights: Float[Tensor, "k b t"]) -> Float[Tensor, "k b h
         raise TermsError(f"the weights must be [k b t] = {['k', *terms.x.shape[:2]]}, got {list(weights.shape)}")
     later = pad(terms.dt[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # b t h: the steps after a position
     each = max(1, SLAB // (terms.batch * terms.heads * terms.A.shape[1]))
-    found = terms.x.new_zeros(len(weights), *terms.x[:, 0].shape, terms.state_size)
+    states = terms.x.new_zeros(len(weights), *terms.x[:, 0].shape, terms.state_size)
     for first in range(0, terms.length, each):
         span = slice(first, first + each)
-        found = found + _left(terms.at(span), later[:, span], weights[..., span].to(terms.x))
-    return found
+        states = states + _left(terms.at(span), later[:, span], weights[..., span].to(terms.x))
+    return states
 
 
-def _left(terms: Terms, later: Tensor, weights: Tensor) -> Float[Tensor, "k b h p n"]:
+def _left(terms: Terms, later: Float[Tensor, "b t h"], weights: Float[Tensor, "k b t"]) -> Float[Tensor, "k b h p n"]:
     b, t, h, p = terms.x.shape
     g, n, k = terms.groups, terms.state_size, len(weights)
     u = (terms.dt[..., None] * terms.x).reshape(b, t, g, -1, p)  # b t g h/g p

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssm_interp.errors import TermsError
 from ssm_interp.scan.recurrence import scan
-from ssm_interp.scan.terms import Terms, in_full_precision
+from ssm_interp.scan.terms import Terms, in_full_precision, per_head
 
 FEW = 32  # targets or sources up to which single entries of M cost less than a scan
 
@@ -47,7 +47,7 @@ def edge_mask(targets: Bool[Tensor, "*b t"], sources: Bool[Tensor, "*b s"]) -> B
         >>> edge_mask(last, first).nonzero().tolist()
         [[2, 0]]
     """
-    return (targets[..., :, None] & sources[..., None, :]).tril()
+    return (rearrange(targets, "... t -> ... t 1") & rearrange(sources, "... s -> ... 1 s")).tril()
 
 
 def removed(
@@ -81,17 +81,18 @@ def removed(
     restricted = _restrict(terms, features)
     carried = terms.precise().x.new_zeros(terms.x.shape)
     for targets, sources in _products(terms, mask):
+        is_target, is_source = targets[..., None, None], sources[..., None, None]  # b t 1 1
         to, since = targets.any(0).nonzero()[:, 0].tolist(), sources.any(0).nonzero()[:, 0].tolist()
         if operator is scan_values and len(to) <= FEW and len(since) <= FEW:
             for target in to:
                 columns = [source for source in since if source <= target]
                 y = _carried_to(restricted, target, columns, sources[:, columns])
-                carried[:, target] += torch.where(targets[:, target, None, None], y, 0)
+                carried[:, target] += torch.where(is_target[:, target], y, 0)
             continue
         span = slice(since[0], to[-1] + 1)
         part = restricted.at(span)
-        y = operator(part.with_x(torch.where(sources[:, span, None, None], part.x, 0)))
-        carried[:, span] += torch.where(targets[:, span, None, None], y, 0)
+        y = operator(part.with_x(torch.where(is_source[:, span], part.x, 0)))
+        carried[:, span] += torch.where(is_target[:, span], y, 0)
     return carried
 
 
@@ -101,11 +102,10 @@ def _carried_to(terms: Terms, target: int, columns: list[int], sources: Bool[Ten
     borders = [*columns, target]
     steps = [terms.dt[:, first + 1 : last + 1].sum(1) for first, last in pairwise(borders)]  # b h each
     since = torch.stack(steps, dim=1).flip(1).cumsum(1).flip(1)  # b m h: the steps after a column, up to the target
-    grouped = "b m (g k) n -> b m g k n"
-    decay = rearrange((since[..., None] * terms.A).exp(), grouped, g=terms.groups)
+    decay = rearrange((since[..., None] * terms.A).exp(), "b m (g j) n -> b m g j n", g=terms.groups)
     decay = decay.expand(*decay.shape[:-1], terms.state_size)
-    entries = torch.einsum("bgn,bmgkn,bmgn->bmgk", terms.C[:, target], decay, terms.B[:, columns])
-    entries = rearrange(entries, "b m g k -> b m (g k)") * terms.dt[:, columns]
+    entries = torch.einsum("bgn,bmgjn,bmgn->bmgj", terms.C[:, target], decay, terms.B[:, columns])
+    entries = rearrange(entries, "b m g j -> b m (g j)") * terms.dt[:, columns]
     return torch.einsum("bmh,bmhp->bhp", entries * sources[..., None], terms.x[:, columns])
 
 
@@ -134,8 +134,8 @@ def _restrict(terms: Terms, features: Features) -> Terms:
         )
     features = features.to(terms.x.device)
     if features.ndim == 1:
-        return terms.with_x(torch.where(features[:, None], terms.x, 0))
-    B, C = (part.repeat_interleave(heads // terms.groups, dim=2) for part in (terms.B, terms.C))  # b t h n
+        return terms.with_x(torch.where(rearrange(features, "h -> h 1"), terms.x, 0))
+    B, C = (per_head(part, heads) for part in (terms.B, terms.C))
     return replace(terms, B=B, C=torch.where(features, C, 0))
 
 
@@ -154,8 +154,9 @@ def products(edges: Bool[Tensor, "b t s"]) -> Iterator[tuple[Bool[Tensor, "b t"]
     last = torch.arange(edges.shape[1], device=edges.device)
     while bool(open_targets.any()):
         chosen = torch.where(open_targets, last, 0).amax(1)  # b
-        sources = edges.take_along_dim(chosen[:, None, None], dim=1)[:, 0]  # b s
-        targets = open_targets & ~((edges ^ sources[:, None]).tril().any(-1))
+        sources = edges.take_along_dim(rearrange(chosen, "b -> b 1 1"), dim=1)[:, 0]  # b s
+        differ = (edges ^ rearrange(sources, "b s -> b 1 s")).tril()
+        targets = open_targets & ~differ.any(-1)
         yield targets, sources
         open_targets = open_targets & ~targets
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from ssm_interp.errors import TermsError
 from ssm_interp.scan.chunks import scan_by_chunks
-from ssm_interp.scan.terms import Terms, in_full_precision
+from ssm_interp.scan.terms import Terms, in_full_precision, per_head
 
 FEW = 4  # positions up to which single steps are faster than matrix products
 
@@ -45,7 +46,7 @@ def scan(
     by_group = (terms.batch, terms.groups, -1, terms.state_size)
     reads: list[Tensor] = []
     steps = _run(terms, _writes(terms), state)
-    for state, C in zip(steps, terms.C.unbind(1), strict=True):
+    for state, C in zip(steps, terms.C.unbind(1), strict=True):  # plain shapes: a step takes microseconds
         reads.append(state.reshape(by_group) @ C[..., None])  # b g (h/g p) 1
     return torch.stack(reads, dim=1).reshape(terms.x.shape), state
 
@@ -80,7 +81,7 @@ def read(state: Float[Tensor, "b t h p n"], C: Float[Tensor, "b t g n"]) -> Floa
             f"state [b t h p n] = {list(state.shape)} and C [b t g n] = {list(C.shape)} do not belong together: "
             "b, t and n must be equal and h a multiple of g"
         )
-    return (state.reshape(b, t, g, -1, n) @ C[..., None].to(state)).reshape(b, t, h, p)
+    return (state.reshape(b, t, g, -1, n) @ C[..., None].to(state)).reshape(b, t, h, p)  # plain: one step of many
 
 
 @in_full_precision
@@ -90,8 +91,8 @@ def write(terms: Terms) -> Float[Tensor, "b t h p n"]:
     Example:
         >>> list(accumulate(terms, write(terms)))[-1]    # is scan(terms)[1]
     """
-    B = terms.B.repeat_interleave(terms.heads // terms.groups, dim=2)  # b t h n
-    return (terms.dt[..., None] * terms.x)[..., None] * B[:, :, :, None, :]
+    u = einsum(terms.dt, terms.x, "b t h, b t h p -> b t h p")
+    return einsum(u, per_head(terms.B, terms.heads), "b t h p, b t h n -> b t h p n")
 
 
 @in_full_precision

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import groupby
 from typing import Any, TypeVar, cast
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -134,6 +136,35 @@ class Terms:
     def at(self, positions: slice) -> Terms:
         """The terms of a contiguous run of positions."""
         return Terms(self.x[:, positions], self.dt[:, positions], self.A, self.B[:, positions], self.C[:, positions])
+
+    def of_heads(self, heads: Iterable[int]) -> Iterator[tuple[list[int], Terms]]:
+        """Some heads, ascending, those that share a group of B and C together: which these are, and their terms.
+
+        Raises:
+            TermsError: no heads, or one that does not exist.
+
+        Example:
+            >>> [(members, part.heads) for members, part in terms.of_heads([0, 2])]       # of 4 heads in 2 groups
+            [([0], 1), ([2], 1)]
+        """
+        chosen = sorted(set(heads))
+        if not chosen or not 0 <= chosen[0] <= chosen[-1] < self.heads:
+            raise TermsError(f"heads must be some of 0 to {self.heads - 1}, got {chosen}")
+        per_group = self.heads // self.groups
+        for group, of_group in groupby(chosen, key=lambda head: head // per_group):
+            members = list(of_group)
+            B, C = self.B[:, :, [group]], self.C[:, :, [group]]
+            yield members, Terms(self.x[:, :, members], self.dt[:, :, members], self.A[members], B, C)
+
+
+def per_head(grouped: Float[Tensor, "b t g n"], heads: int) -> Float[Tensor, "b t h n"]:
+    """B or C of each head: those of its group.
+
+    Example:
+        >>> per_head(torch.tensor([[[[1.0], [2.0]]]]), 4).flatten().tolist()
+        [1.0, 1.0, 2.0, 2.0]
+    """
+    return repeat(grouped, "b t g n -> b t (g j) n", j=heads // grouped.shape[2])
 
 
 def in_full_precision(function: Function) -> Function:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -39,10 +40,10 @@ class Convolution(NamedTuple):
 
     def transposed(self, coefficients: Float[Tensor, "*rows s h p"]) -> Float[Tensor, "*rows s h p"]:
         """Coefficients of the outputs as coefficients of the inputs: `sum_i taps_i coefficients_{s+i}`. O(L H P K)."""
-        found = coefficients * self.taps[..., 0]
+        of_inputs = coefficients * self.taps[..., 0]
         for lag in range(1, min(self.taps.shape[-1], coefficients.shape[-3])):
-            found[..., :-lag, :, :] += coefficients[..., lag:, :, :] * self.taps[..., lag]
-        return found
+            of_inputs[..., :-lag, :, :] += coefficients[..., lag:, :, :] * self.taps[..., lag]
+        return of_inputs
 
 
 def unified_rows(
@@ -82,6 +83,6 @@ def unified_rows(
     for name, (shape, tensor) in wanted.items():
         if list(tensor.shape) != shape:
             raise TermsError(f"attention [b h r s] = {[b, h, r, s]} wants {name} {shape}, got {list(tensor.shape)}")
-    coefficients = attention.permute(0, 2, 3, 1)[..., None] * secant[:, None]  # b r s h p
+    coefficients = einsum(attention, secant, "b h r s, b s h p -> b r s h p")
     rows = torch.cat([convolution.transposed(coefficients), coefficients.sum(2, keepdim=True)], dim=2)
-    return rows * gate[:, :, None]
+    return rows * rearrange(gate, "b r h p -> b r 1 h p")

@@ -10,11 +10,10 @@ from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.callers import chunks_of_prompt
 from ssm_interp.hooks.checkpointing import as_first_run
-from ssm_interp.hooks.edges import Product, edges_of
-from ssm_interp.hooks.interventions import FlatPositions, Intervention, Knockout, RowPositions
+from ssm_interp.hooks.interventions import Intervention, Knockout
+from ssm_interp.hooks.masks import Columns, right_padded
 from ssm_interp.hooks.operators import Joined, Operator
 from ssm_interp.hooks.points import HookPoint, HookPoints
-from ssm_interp.hooks.positions import column_of, position_mask, right_padded
 from ssm_interp.hooks.record import record_of
 from ssm_interp.hooks.virtual import check_columns
 
@@ -30,10 +29,10 @@ def edits_at(mixer: Any) -> tuple[Edits, Edits]:
 
 def _edits_of(place: HookPoints | HookPoint, layer: int) -> Edits:
     found = (edit.intervention for edit in active_edits(place))
-    return tuple(edit for edit in found if edit.layers is None or layer in edit.layers)
+    return tuple(edit for edit in found if edit.acts_at(layer))
 
 
-class Site:
+class Forward:
     """One forward of one mixer.
 
     Attributes:
@@ -64,9 +63,15 @@ class Site:
         self._check_history()
 
     @property
-    def prompt(self) -> int:
-        """Positions of the prompt: of the first call on the cache, or of this call if it is the first."""
-        return self.record.prompt if self.continues and self.record is not None else self.length
+    def prompt(self) -> Columns:
+        """The columns of the prompt: of the first call on the cache, or of this call if it is the first."""
+        length = self.record.prompt if self.continues and self.record is not None else self.length
+        return Columns(self.batch, length, self.mask)
+
+    @property
+    def seen(self) -> int:
+        """Positions that the cache had read before this call."""
+        return self.record.seen if self.continues and self.record is not None else 0
 
     def join(self, call: Operator) -> Operator | None:
         """The operator over all heads, as soon as its last call is made; None: further ones follow."""
@@ -75,22 +80,6 @@ class Site:
             self.given.append(call.placeholder())
             return None
         return call if len(self._calls) == 1 else Joined(self._calls, self.given)
-
-    def positions(self, positions: FlatPositions | RowPositions | None, what: str) -> Tensor:
-        """The named positions as a mask over the prompt, `[b, t]`.
-
-        Raises:
-            InterventionError: a position outside the prompt or inside padding, or another number of rows.
-        """
-        return position_mask(positions, self.batch, self.prompt, what, self.mask)
-
-    def edges(self, edit: Knockout) -> list[Product]:
-        """The edges of a knockout inside the prompt, as targets x sources; errors as `edges_of`."""
-        return edges_of(edit, self.batch, self.prompt, self.mask)
-
-    def columns(self, position: int, what: str) -> Tensor:
-        """The column of a position in each row, `[b]`; errors as for `positions`."""
-        return column_of(position, self.batch, self.prompt, what, self.mask)
 
     def close(self) -> None:
         """After the forward: remember where the sequence stands; complain of an operator that was never called."""
@@ -138,5 +127,4 @@ class Site:
 
 
 def _looks_back(edit: Intervention) -> bool:
-    named = [getattr(edit, name, None) for name in ("sources", "targets", "edges", "position", "positions")]
-    return edit.kind == "Knockout" or any(value is not None for value in named)
+    return isinstance(edit, Knockout) or edit.names_positions
