@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         FlowError,
         HookError,
         InterventionError,
+        JobError,
         LoadError,
         MetricError,
         MissingError,
@@ -90,6 +91,7 @@ __all__ = [
     "HookPoints",
     "Intervention",
     "InterventionError",
+    "JobError",
     "Knockout",
     "LeakReport",
     "LoadError",
@@ -137,8 +139,8 @@ __all__ = [
 
 _HOMES = {
     "errors": (
-        "FeatureError FlowError HookError InterventionError LoadError MetricError MissingError PlotError PromptError "
-        "RecipeError ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
+        "FeatureError FlowError HookError InterventionError JobError LoadError MetricError MissingError PlotError "
+        "PromptError RecipeError ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
     ),
     "features": (
         "AttentionView AttentionViews Circuit Decomposition Decompositions EdgeAttribution EdgeCheck "

@@ -29,10 +29,10 @@ quietly = pytest.mark.filterwarnings("ignore:a square is no cube:ssm_interp.erro
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
-    """A cluster of one machine with one core, which this process has joined."""
+    """A cluster of one machine with two cores, which this process has joined."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([TESTS, str(Path(TESTS).parent)]))
-        machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         ray.init(address=machines.address, log_to_driver=False, logging_level="ERROR")
         yield machines
         ray.shutdown()
@@ -46,23 +46,26 @@ def job(tmp_path: Path) -> Squares:
 
 
 @quietly
-def test_a_machine_that_joins_late_gets_work(
+def test_a_machine_joins_late_gets_work_and_is_lost(
     machines: Any, job: Squares, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first worker holds its shard until the other one has done one."""
-    job.tell(wait_0=1)
+    """Two workers hold their shards until the third one has begun one, and its machine is gone."""
+    job.tell(wait_0=1, wait_1=1, wait_2=1)
+    joined: list[Any] = []
 
-    def joins(done: int, _: int) -> None:
-        if done == 1 and len(machines.list_all_nodes()) == 1:
-            machines.add_node(num_cpus=1)
-        if job.logged(1) and job.told("wait-0"):
-            job.forget("wait-0")
+    def joins(*_: int) -> None:
+        if not joined:
+            joined.append(machines.add_node(num_cpus=1))
+        if job.logged(2) and job.told("wait-0"):
+            machines.remove_node(joined[0], allow_graceful=False)
+            job.forget("wait-0", "wait-1", "wait-2")
 
     with caplog.at_level(logging.WARNING):
-        assert values(run(job, tmp_path / "store", Where(workers=2), progress=joins)) == VALUES
-    assert "room for 1 of 2 workers (a CPU and 0 GPUs each); the others begin when machines join" in caplog.text
-    assert len(set(job.logged("opened"))) == 2
-    assert job.logged(0) != job.logged(1)
+        assert values(run(job, tmp_path / "store", Where(workers=3), progress=joins)) == VALUES
+    assert "room for 2 of 3 workers (a CPU and 0 GPUs each); the others begin when machines join" in caplog.text
+    assert "a worker died at shard 00002; it is started again" in caplog.text
+    assert len(job.logged(2)) == 2
+    assert job.logged(2)[0] not in job.logged(0) + job.logged(1)
 
 
 def test_the_table_is_that_of_one_process_and_warnings_come_once(machines: Any, job: Squares, tmp_path: Path) -> None:
@@ -160,16 +163,24 @@ def test_workers_with_other_weights_are_refused(machines: Any, job: Squares, tmp
         run(job, tmp_path / "store", Where(workers=2))
 
 
-def test_a_killed_driver_is_resumed_by_the_same_command(machines: Any, job: Squares, tmp_path: Path) -> None:
+def recorded(folder: Path) -> list[str]:
+    return sorted(manifest(folder)["shards"]) if (folder / "manifest.json").is_file() else []
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_that_is_ended_is_resumed_by_the_same_command(
+    machines: Any, job: Squares, tmp_path: Path, end: signal.Signals
+) -> None:
     words = [sys.executable, str(Path(TESTS) / "tiny_job.py"), job.folder, str(tmp_path / "store"), machines.address]
     environment = os.environ | {"PYTHONPATH": str(Path(TESTS).parent)}
     job.tell(wait_2=1)
-    first = subprocess.Popen(words, env=environment)
-    until(lambda: job.logged(2) and len(stored(tmp_path / "store")) == 3)
-    first.send_signal(signal.SIGKILL)
-    first.wait(60)
+    first = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    until(lambda: job.logged(2) and recorded(tmp_path / "store") == ["00000", "00001", "00003"])
+    first.send_signal(end)
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == -end
+    assert said.endswith("the same command continues from there.\n" if end is signal.SIGINT else "")
     job.forget("wait-2")
-    assert sorted(manifest(tmp_path / "store")["shards"]) == ["00000", "00001", "00003"]
     second = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert second.stdout == f"{VALUES}\n"
     assert second.stderr == ""

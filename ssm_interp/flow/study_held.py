@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ssm_interp.arguments import as_list
 from ssm_interp.errors import FeatureError
 from ssm_interp.experiments.values import is_share
 from ssm_interp.features import STATISTICS, FeatureGroup, feature_groups, spectrum
@@ -60,7 +61,7 @@ def _by_layer(edit: Intervention, ssm: Attachment, statistics: Statistics) -> li
     features = feature_groups(ssm, [edit.features], statistics=statistics)[edit.features]
     if features is None:
         return [edit.replace(features=None)]
-    layers = edit.layers if edit.layers is not None else list(features)
+    layers = list(features) if edit.layers is None else as_list(edit.layers)
     for layer in layers:
         if layer in ssm.layers and layer not in features:
             raise FeatureError(f"{edit.kind}: the feature group {edit.features!r} names no features for layer {layer}")

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ssm_interp.errors import NothingAnswered, SsmInterpWarning, StudyError
 from ssm_interp.experiments import Study
 from ssm_interp.features import feature_groups
-from ssm_interp.flow.engine import CLEAN, full_forwards
 from ssm_interp.flow.result import FlowResult
 from ssm_interp.flow.study_held import check_held, held_on, measured
-from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, device_of, sweep
+from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, sweep
 from ssm_interp.flow.windows import windows
-from ssm_interp.hooks import Attachment, Intervention, attach
-from ssm_interp.hooks.rows import default_memory
+from ssm_interp.hooks import Attachment, Intervention, answers, attach
+from ssm_interp.hooks.answers import device_of
+from ssm_interp.hooks.steps import default_memory
 from ssm_interp.jobs import Job, Prepared, Report, Shard, Worker
 from ssm_interp.jobs.files import digest
 from ssm_interp.models import load, weights_hash
@@ -126,7 +126,7 @@ class StudyWorker(Worker):
         """Raise, before anything is written, what the edits that are held on would in a forward pass."""
         batch = pad([tokenize(self.job.prompts[0], self.tokenizer)]).to(device_of(self.model))
         with self.ssm.edit(*held):
-            next(full_forwards(self.ssm, batch, [CLEAN]))
+            answers(self.ssm, batch, [()], by="forwards")
 
     def _sweep(
         self, prompts: Sequence[Prompt], features: FeatureGroups, max_memory: int, progress: Progress

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import monotonic
@@ -100,7 +101,7 @@ class Cluster:
             "num_gpus": self.where.gpus_per_worker,
             "max_restarts": -1,
             "scheduling_strategy": "SPREAD",
-            "concurrency_groups": {"watch": 1},
+            "max_concurrency": 2,  # at work, and asked after its progress
         }
         remote = self.ray.remote(**options)(JobWorker)
         for _ in range(count - len(self.members)):
@@ -121,7 +122,7 @@ class Cluster:
             for member in self.members if report else ():
                 if member.doing == "shard" and monotonic() - member.questioned > TICK:
                     member.questioned = float("inf")
-                    questions[member.actor.progress.options(concurrency_group="watch").remote()] = member
+                    questions[member.actor.progress.remote()] = member
             answered, _ = self.ray.wait([*self.asked, *questions], num_returns=1, timeout=TICK)
             self._tell_waiting()
             for reference in answered:
@@ -221,22 +222,26 @@ class JobWorker:
         if not gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray's versions differ in what a worker without GPUs may see
         self.now = (-1, 0)
+        self.thread = ThreadPoolExecutor(1)  # hooks and settings of torch belong to the thread that made them
 
     def start(self) -> None:
         """Return once this process is there."""
 
     def open(self, job: bytes) -> _Answer:
-        return _answer(lambda: self._open(job))
+        return self._answer(lambda: self._open(job))
 
     def prepare(self) -> _Answer:
-        return _answer(self.worker.prepare)
+        return self._answer(self.worker.prepare)
 
     def shard(self, number: int, prepared: Prepared) -> _Answer:
-        return _answer(lambda: self.worker.shard(number, prepared, lambda done: self._report(number, done)))
+        return self._answer(lambda: self.worker.shard(number, prepared, lambda done: self._report(number, done)))
 
     def progress(self) -> tuple[int, int]:
         """The shard at which this worker is, and how many of its inputs are done."""
         return self.now
+
+    def _answer(self, work: Callable[[], object]) -> _Answer:
+        return self.thread.submit(_answer, work).result()
 
     def _open(self, job: bytes) -> _Opened:
         self.worker: Worker = pickle.loads(job).open()

@@ -68,7 +68,10 @@ def _join(ray: ModuleType, address: str) -> None:
     try:
         _init(ray, address=address)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise JobError(f"cannot join the Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from error
+        raise JobError(
+            f"cannot join the Ray cluster at {address}: {' '.join(str(error).split())[:300]}; if it asks for a token, "
+            "set RAY_AUTH_MODE=token here too"
+        ) from error
 
 
 def _check_gpus(ray: ModuleType, where: Where) -> None:
