@@ -101,7 +101,7 @@ def test_the_table_says_what_was_held_on(tiny: Scene, tmp_path: Path) -> None:
     with si.attach(model) as ssm, ssm.edit(edit):
         prompts = load_prompts(tiny.options["facts"])
         whole = sweep(ssm, tokenizer, prompts, sources=["subject"], windows=2, name=study.label).frame
-    pd.testing.assert_frame_equal(found.frame, whole, rtol=1e-9)
+    pd.testing.assert_frame_equal(found.frame, whole, rtol=1e-5)  # the host computes in fp32 in places
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ssm_interp.errors import SsmInterpError
+
 Key = tuple[str | int, ...]
 """From the top of a declaration down: names of fields, keys of tables, and indices of lists."""
 
@@ -30,7 +32,7 @@ class Declared(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class KeyedError(ValueError):
+class KeyedError(SsmInterpError, ValueError):
     """What is wrong with values that are fine alone; `key` is the one to blame, from where this is raised."""
 
     def __init__(self, key: Key, message: str) -> None:
