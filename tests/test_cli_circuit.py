@@ -85,7 +85,7 @@ BAD = {
     "--column and --skip-bad are for facts that are read": ["--column", "text=question"],
     "needs at least 1 prompt of at least 7 symbols, got count=0": ["--limit", 0],
     "no such layer": ["--layer", 7],
-    '--metric: there is no "size": it is "logprob", "probability" or "accuracy"': ["--metric", "size"],
+    '--metric: there is no "size": it is "log_probability", "probability", "logit_difference", ': ["--metric", "size"],
     "--tolerance: it should be greater than or equal to 0": ["--tolerance", -1],
     "--full-answer: its number is that of the answer's first token": ["--full-answer"],
     "--features: there is no feature group 'tpo third'": ["--features", "tpo third"],

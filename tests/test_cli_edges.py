@@ -58,7 +58,7 @@ def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
     (tmp_path / "facts").mkdir()
     facts = tmp_path / "facts" / "one.jsonl"
     facts.write_text(json.dumps({"text": TEXT, "subject": "France", "target": "Paris"}))
-    result = run("edges", "--facts", facts, "--metric", "logprob", "--out", tmp_path / "p")
+    result = run("edges", "--facts", facts, "--metric", "log_probability", "--out", tmp_path / "p")
     assert result.exit_code == 0, result.output
     assert 'ln p("·P" of "Paris") = ' in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"e.csv", "e.png", "p.png", "p.parquet", "facts"}
@@ -88,14 +88,14 @@ BAD = {
     "For a text of your own, give its answer too: --target Paris": [TEXT],
     "the suffix is one of .png, .svg, .pdf, .parquet, .csv": [TEXT, "--target", "Paris", "--out", "edges.txt"],
     "is a folder; name a picture": [TEXT, "--target", "Paris", "--out", "."],
-    "--other: it is for --metric difference; the log-probability has no wrong answer": [
+    "--other: it is for --metric logit_difference; the log-probability has no wrong answer": [
         TEXT,
         "--target",
         "Paris",
         "--other",
         "Rome",
         "--metric",
-        "logprob",
+        "log_probability",
     ],
     "has no SSM layers": [TEXT, "--target", "Paris", "--model", "tiny-llama"],
     "--check: it should be greater than or equal to 0": [TEXT, "--target", "Paris", "--check", "-1"],

@@ -43,7 +43,7 @@ def run(edges: Edges) -> None:
         likely = _likely(ssm, ids)
         number: Metric = log_probability(row.target_id)
         label = f"ln p({asked_for})"
-        if edges.metric == "difference":
+        if edges.metric == "logit_difference":
             against = next(token for token in likely if token != row.target_id) if rival is None else rival.target_id
             number = logit_difference(row.target_id, against)
             wrong = _word(tokenizer, against) if rival is None else rival.asked

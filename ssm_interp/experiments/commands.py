@@ -38,6 +38,7 @@ from ssm_interp.experiments.study import Study
 from ssm_interp.experiments.values import (
     Align,
     Columns,
+    MetricName,
     Name,
     Role,
     Share,
@@ -200,7 +201,9 @@ class Edges(Experiment):
     prompts: OnePrompt = OnePrompt()
     model: OneModel = OneModel()
     other: Annotated[Name | None, flag(show_default="the most likely other token")] = option(None, "The wrong answer.")
-    metric: Literal["difference", "logprob"] = option("difference", "logit(answer) - logit(other), or ln p(answer).")
+    metric: Literal["logit_difference", "log_probability"] = option(
+        "logit_difference", "logit(answer) - logit(other), or ln p(answer)."
+    )
     steps: PositiveInt = option(1, "1: the gradient; more: integrated gradients.")
     top: PositiveInt = option(10, "How many edges to print.")
     check: NonNegativeInt = option(0, "Knock out so many of the strongest edges, and as many random ones.")
@@ -209,8 +212,8 @@ class Edges(Experiment):
 
     @model_validator(mode="after")
     def _has_a_rival(self) -> Edges:
-        if self.other is not None and self.metric == "logprob":
-            message = "it is for --metric difference; the log-probability has no wrong answer"
+        if self.other is not None and self.metric == "log_probability":
+            message = "it is for --metric logit_difference; the log-probability has no wrong answer"
             raise KeyedError(("other",), message)
         return self
 
@@ -253,7 +256,7 @@ class Circuit(Experiment):
             show_default="before trigger answer between query; of facts context subject after last",
         ),
     ] = option(None, "Roles, or positions, that share out the tokens.", min_length=1)
-    metric: Literal["logprob", "probability", "accuracy"] = option("logprob", "Of the answers; its mean is to stay.")
+    metric: MetricName = option("log_probability", "Of the answers; its mean is to stay.")
     tolerance: float = option(0.1, "How far it may move: a share of what all edges do.", ge=0)
     absolute: Annotated[bool, flag(show_default=False)] = option(False, "The tolerance is in the metric's units.")
     layers: Annotated[Several[int] | None, flag("--layer", "--layers", group=SWEEP, show_default="all")] = option(

@@ -13,6 +13,7 @@ DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Stream = Literal["ssm", "conv", "attention"]
 Align = Literal["left", "centre"]
 Interval = Literal["bootstrap", "t"]
+MetricName = Literal["log_probability", "probability", "logit_difference", "rank", "accuracy", "kl"]
 ALL = "all"
 """The feature group of all features."""
 ROLES = (
