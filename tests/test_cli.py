@@ -16,7 +16,7 @@ from tiny_flow import World, answer, world
 
 import ssm_interp as si
 from ssm_interp import plots
-from ssm_interp.cli import attention, check, flow, output
+from ssm_interp.cli import check, flow, output
 from ssm_interp.errors import FlowError
 from ssm_interp.experiments import Study
 from ssm_interp.flow import FlowResult, study_job
@@ -214,7 +214,7 @@ def test_attention_draws_what_the_hooks_read(
         drawn.append(shown)
         return draw(shown, *args, **options)
 
-    monkeypatch.setattr(attention.plots, "attention_figure", spy)
+    monkeypatch.setattr(plots, "attention_figure", spy)
     text, out = scene.prompts[0].text, tmp_path / "pictures" / "map.png"
     choices = (["--head", 3], ["--reduce", "mean"], ["--reduce", "mean_abs"], ["--reduce", "norm"], [])
     for asked, words in zip((text, text, text, text, "p0"), choices, strict=True):
@@ -228,8 +228,9 @@ def test_attention_draws_what_the_hooks_read(
     expected = [attn[3], attn.mean(0), attn.abs().mean(0), attn.square().sum(0).sqrt(), attn.mean(0)]
     for found, right in zip(drawn, expected, strict=True):
         torch.testing.assert_close(found, right)
-    middle = run("attention", "ban dus", "--model", model, "--out", out)
-    assert middle.stdout.startswith(f"overwrote {out}: layer 2 of ")
+    assert run("attention", text, "--model", model, "--out", out).stdout.startswith(f"overwrote {out}: layer 2 of ")
+    assert run("attention", text, "--model", model, "--out", tmp_path / "x.html").exit_code == 0
+    assert "Plotly.newPlot" in (tmp_path / "x.html").read_text()
 
 
 def test_check_prints_a_table_and_fails_with_1(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +313,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(model: str, 
     refused(run("flow", "--model", model, "--out", tmp_path / "file"), "file is not a folder")
     drawn = ["attention", "ban", "--model", model, "--out"]
     refused(run(*drawn, tmp_path / "file" / "deep" / "a.png"), "file is not a folder")
-    refused(run(*drawn, tmp_path / "a.nonsense"), "a.nonsense: the suffix is one of .png, .svg, .pdf")
+    refused(run(*drawn, tmp_path / "a.nonsense"), "a.nonsense: the suffix is one of .png, .svg, .pdf, .html")
     refused(run(*drawn, tmp_path), "is a folder; name a picture, such as ")
 
 

@@ -47,7 +47,7 @@ def test_facts_with_the_roles_around_the_subject(tmp_path: Path) -> None:
 
 def test_a_text_that_lacks_a_role_has_one_less(tmp_path: Path) -> None:
     text = ["The capital of France is", "--target", "Paris", "--subject", "France"]
-    result = run("circuit", *text, "--layer", 4, "--out", tmp_path / "c.csv")
+    result = run("circuit", *text, "--layer", 4, "--out", tmp_path / "c.html")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("none of these prompts has a token that is after, so these are no roles here\n")
     table = pd.read_csv(tmp_path / "c.csv")
@@ -91,7 +91,7 @@ BAD = {
     "--features: there is no feature group 'tpo third'": ["--features", "tpo third"],
     "there is no device 'gpu'": ["--device", "gpu"],
     "is a folder; name a picture, such as circuit.png": ["--out", "."],
-    "the suffix is one of .png, .svg, .pdf, .parquet, .csv": ["--out", "circuit.txt"],
+    "the suffix is one of .png, .svg, .pdf, .html, .parquet, .csv": ["--out", "circuit.txt"],
 }
 
 

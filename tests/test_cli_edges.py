@@ -58,10 +58,10 @@ def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
     (tmp_path / "facts").mkdir()
     facts = tmp_path / "facts" / "one.jsonl"
     facts.write_text(json.dumps({"text": TEXT, "subject": "France", "target": "Paris"}))
-    result = run("edges", "--facts", facts, "--metric", "log_probability", "--out", tmp_path / "p")
+    result = run("edges", "--facts", facts, "--metric", "log_probability", "--out", tmp_path / "p.html")
     assert result.exit_code == 0, result.output
     assert 'ln p("·P" of "Paris") = ' in result.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"e.csv", "e.png", "p.png", "p.parquet", "facts"}
+    assert {path.name for path in tmp_path.iterdir()} == {"e.csv", "e.png", "p.html", "p.parquet", "facts"}
 
 
 def test_it_says_what_the_model_answers_instead(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_in_float64(tmp_path: Path) -> None:
 BAD = {
     "there is no device 'gpu'": [TEXT, "--target", "Paris", "--device", "gpu"],
     "For a text of your own, give its answer too: --target Paris": [TEXT],
-    "the suffix is one of .png, .svg, .pdf, .parquet, .csv": [TEXT, "--target", "Paris", "--out", "edges.txt"],
+    "the suffix is one of .png, .svg, .pdf, .html, .parquet, .csv": [TEXT, "--target", "Paris", "--out", "edges.txt"],
     "is a folder; name a picture": [TEXT, "--target", "Paris", "--out", "."],
     "--other: it is for --metric logit_difference; the log-probability has no wrong answer": [
         TEXT,

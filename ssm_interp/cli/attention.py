@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ssm_interp import plots
 from ssm_interp.cli.ask import loaded, picked_alone
-from ssm_interp.cli.output import PICTURES, picture, say, wrote
+from ssm_interp.cli.output import draw, picture, say, wrote
 from ssm_interp.errors import HookError
 from ssm_interp.experiments import Attention
 from ssm_interp.experiments.parts import Picked
@@ -20,7 +19,7 @@ LABELS = {"mean": "mean attention", "mean_abs": "mean |attention|", "norm": "nor
 
 def run(attention: Attention) -> None:
     """Draws it; of many heads never more than a few are in memory at once."""
-    out = picture(attention.out, "attention.png", PICTURES)
+    out = picture(attention.out, "attention.png")
     text, name, head = _text(attention.prompts), attention.model.model, attention.head
     host, tokenizer = loaded(name, attention.model, attention.computed)
     encoding = encode(text, tokenizer)
@@ -32,15 +31,12 @@ def run(attention: Attention) -> None:
         reduction = attention.reduce or "mean"  # of one head: itself
         ids = torch.tensor([encoding.ids], device=device_of(host))
         with torch.no_grad():
-            view = attention_views(ssm, ids, reduction=reduction, layers=[layer], heads=head)[layer]
+            views = attention_views(ssm, ids, reduction=reduction, layers=[layer], heads=head, tokens=encoding.tokens)
         label = (
             f"{LABELS[reduction]} of {ssm.layers[layer].heads} heads" if head is None else f"attention of head {head}"
         )
-    shown = view.values[0].float().cpu()
-    figure = plots.attention_figure(shown, encoding.tokens, title=f"{name}, layer {layer}", label=label)
     verb = wrote(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=200)
+    draw(out, views[layer].plot, views[layer].page, title=f"{name}, layer {layer}", label=label)
     say(f"{verb} {out}: layer {layer} of {name}, {label}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ssm_interp.cli.ask import loaded, picked, tokenized
-from ssm_interp.cli.output import picture_and_table, progress_bar, say, write_table, wrote
+from ssm_interp.cli.output import draw, picture_and_table, progress_bar, say, write_table, wrote
 from ssm_interp.errors import FeatureError
 from ssm_interp.experiments import Circuit
 from ssm_interp.experiments.parts import Picked
@@ -52,8 +52,7 @@ def run(circuit: Circuit) -> None:
         )
     say(str(found))
     verb = wrote(picture, table)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    found.plot().savefig(picture, dpi=200)
+    draw(picture, found.plot, found.page)
     frame = found.frame
     write_table(frame, table)
     say(f"\n{verb} {picture} and {table} ({len(frame)} edge groups; {found.trials} trials)")

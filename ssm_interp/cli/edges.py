@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.cli.ask import loaded, picked_alone
-from ssm_interp.cli.output import console, picture_and_table, say, write_table, wrote
+from ssm_interp.cli.output import console, draw, picture_and_table, say, write_table, wrote
 from ssm_interp.errors import FeatureError
 from ssm_interp.experiments import Edges
 from ssm_interp.features import (
@@ -59,8 +59,7 @@ def run(edges: Edges) -> None:
     if checked is not None:
         _print_correlation(checked)
     verb = wrote(picture, table)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    found.plot(title=f"{name}: {label} = {float(found.metric):.3g}").savefig(picture, dpi=200)
+    draw(picture, found.plot, found.page, title=f"{name}: {label} = {float(found.metric):.3g}")
     write_table(frame, table)
     say(f"\n{verb} {picture} and {table} ({len(frame)} edges)")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -76,8 +78,17 @@ def picture(out: Path, example: str, suffixes: tuple[str, ...] = (*PICTURES, PAG
 
 def picture_and_table(out: Path, example: str, table: str) -> tuple[Path, Path]:
     """A picture and a table beside it, one of which the user named; `table` is the suffix of one that has no name."""
-    named = picture(out, example, PICTURES + TABLES)
+    named = picture(out, example, (*PICTURES, PAGE, *TABLES))
     return (named.with_suffix(".png"), named) if named.suffix in TABLES else (named, named.with_suffix(table))
+
+
+def draw(out: Path, plot: Callable[..., Figure], page: Callable[..., str], **options: Any) -> None:
+    """Into a picture or an interactive page, whichever the suffix says, with the options that both take."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == PAGE:
+        out.write_text(page(**options), encoding="utf-8")
+    else:
+        plot(**options).savefig(out, dpi=200)
 
 
 def write_table(frame: pd.DataFrame, table: Path) -> None:

@@ -48,9 +48,7 @@ from ssm_interp.experiments.values import (
 )
 
 PICTURE = "Picture (.png, .svg, .pdf), or page (.html)."
-BESIDE = (
-    "Picture (.png, .svg, .pdf); a table (.parquet, .csv) goes beside it, or is named and has the picture beside it."
-)
+BESIDE = "Picture (.png, .svg, .pdf), page (.html), or table (.parquet, .csv); picture and table go side by side."
 
 
 @Parameter(name="*")
