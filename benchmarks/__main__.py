@@ -17,8 +17,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Annotated
 
+import cyclopts
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
@@ -81,8 +81,8 @@ def speed(name: str, length: int, repeats: int) -> list[tuple[str, float, float,
 
 
 def main(
-    length: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats of each pair.")] = 15,
+    length: Annotated[int, cyclopts.Parameter(help="Tokens in the prompt.")] = 128,
+    repeats: Annotated[int, cyclopts.Parameter(help="Interleaved repeats of each pair.")] = 15,
 ) -> None:
     """Print the ratios."""
     logging.set_verbosity_error()
@@ -108,4 +108,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cyclopts.run(main)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import cyclopts
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
@@ -67,8 +67,8 @@ def error(name: str, length: int, by: Any) -> float:
 
 
 def main(
-    length: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats of each pair.")] = 3,
+    length: Annotated[int, cyclopts.Parameter(help="Tokens in the prompt.")] = 128,
+    repeats: Annotated[int, cyclopts.Parameter(help="Interleaved repeats of each pair.")] = 3,
 ) -> None:
     """Print the ratios and the errors."""
     logging.set_verbosity_error()
@@ -87,4 +87,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cyclopts.run(main)

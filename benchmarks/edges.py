@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Annotated
 
+import cyclopts
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
@@ -63,8 +63,8 @@ def measure(name: str, what: str, length: int, repeats: int) -> None:
 
 
 def main(
-    length: Annotated[int, typer.Option(help="Tokens in the prompt.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Of each; the best counts.")] = 3,
+    length: Annotated[int, cyclopts.Parameter(help="Tokens in the prompt.")] = 128,
+    repeats: Annotated[int, cyclopts.Parameter(help="Of each; the best counts.")] = 3,
 ) -> None:
     """Print the ratios."""
     threads = torch.get_num_threads()
@@ -95,4 +95,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else:
-        typer.run(main)
+        cyclopts.run(main)

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Annotated
 
+import cyclopts
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -128,11 +128,11 @@ def _words(count: int) -> Tokenizer:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats.")] = 5,
-    profile: Annotated[bool, typer.Option(help="Print where the step's time goes.")] = False,
-    prompts: Annotated[int, typer.Option(hidden=True)] = 0,
-    model: Annotated[str, typer.Option(hidden=True)] = "",
-    batch_size: Annotated[int, typer.Option(hidden=True)] = 0,
+    repeats: Annotated[int, cyclopts.Parameter(help="Interleaved repeats.")] = 5,
+    profile: Annotated[bool, cyclopts.Parameter(help="Print where the step's time goes.")] = False,
+    prompts: Annotated[int, cyclopts.Parameter(show=False)] = 0,
+    model: Annotated[str, cyclopts.Parameter(show=False)] = "",
+    batch_size: Annotated[int, cyclopts.Parameter(show=False)] = 0,
 ) -> None:
     """Print the ratios."""
     if prompts:
@@ -158,4 +158,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cyclopts.run(main)

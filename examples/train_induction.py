@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import cyclopts
 import torch
-import typer
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -111,11 +111,11 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="tiny-induction-mamba1 or tiny-induction-mamba2")],
-    out: Annotated[Path, typer.Option(help="folder for the trained model")],
-    steps: Annotated[int, typer.Option(help="0: as many as the shipped model had")] = 0,
-    every: Annotated[int, typer.Option(help="steps between reports")] = 250,
-    ship: Annotated[bool, typer.Option(help="copy the trained model into the package")] = False,
+    name: Annotated[str, cyclopts.Parameter(help="tiny-induction-mamba1 or tiny-induction-mamba2")],
+    out: Annotated[Path, cyclopts.Parameter(help="folder for the trained model")],
+    steps: Annotated[int, cyclopts.Parameter(help="0: as many as the shipped model had")] = 0,
+    every: Annotated[int, cyclopts.Parameter(help="steps between reports")] = 250,
+    ship: Annotated[bool, cyclopts.Parameter(help="copy the trained model into the package")] = False,
 ) -> None:
     """Train one induction model."""
     torch.set_num_threads(1)
@@ -151,4 +151,4 @@ def train(
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    cyclopts.run(train)

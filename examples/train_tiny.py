@@ -19,8 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
+import cyclopts
 import torch
-import typer
 from build_facts import facts, load_templates
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -158,12 +158,12 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="tiny-mamba1, tiny-mamba2 or tiny-llama")],
-    out: Annotated[Path, typer.Option(help="folder for checkpoints and the trained model")],
+    name: Annotated[str, cyclopts.Parameter(help="tiny-mamba1, tiny-mamba2 or tiny-llama")],
+    out: Annotated[Path, cyclopts.Parameter(help="folder for checkpoints and the trained model")],
     steps: int = STEPS,
-    every: Annotated[int, typer.Option(help="steps between checkpoints")] = 250,
+    every: Annotated[int, cyclopts.Parameter(help="steps between checkpoints")] = 250,
     threads: int = 1,
-    ship: Annotated[bool, typer.Option(help="copy the trained model into the package")] = False,
+    ship: Annotated[bool, cyclopts.Parameter(help="copy the trained model into the package")] = False,
 ) -> None:
     """Train one embedded model (about an hour on one CPU core)."""
     torch.set_num_threads(threads)
@@ -221,4 +221,4 @@ def _save(path: Path, state: dict, step: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    cyclopts.run(train)

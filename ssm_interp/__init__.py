@@ -160,20 +160,7 @@ _HOMES = {
 """Floor -> the names of `__all__` that live there."""
 
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-_FLOORS = (
-    "errors",
-    "features",
-    "flow",
-    "hooks",
-    "hosts",
-    "jobs",
-    "models",
-    "plots",
-    "prompts",
-    "recipes",
-    "results",
-    "scan",
-)
+_FLOORS = (*_HOMES, "experiments", "hosts", "jobs", "recipes", "scan")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run
 from tiny_flow import WORDS, World, world
-from typer.testing import CliRunner, Result
 
 import ssm_interp as si
-from ssm_interp import cli
 from ssm_interp.features import find_circuit
 from ssm_interp.flow import (
     FlowResult,
@@ -35,10 +34,6 @@ from ssm_interp.prompts import (
 )
 
 FRANCE = "The name of the capital city of France is"
-
-
-def quietly(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +168,7 @@ def test_a_study_keeps_the_option_and_warns_once_for_all_shards(scene: World, tm
     runs = FlowResult.load(tmp_path / "full.parquet").runs
     assert runs == full.runs and runs[0].full_answer and runs[0].kept == 5
     asked = ["flow", "--model", options["model"], "--facts", options["facts"], "--window", 2]
-    partly, whole = (quietly(*asked, "--out", tmp_path / f"x{len(more)}", *more) for more in ((), ("--full-answer",)))
+    partly, whole = (run(*asked, "--out", tmp_path / f"x{len(more)}", *more) for more in ((), ("--full-answer",)))
     assert partly.exit_code == whole.exit_code == 0, partly.output + whole.output
     (line,) = partly.stderr.splitlines()
     assert line.startswith("warning: 2 of 6 prompts ask for a first token that does not tell their answer from another")
@@ -186,14 +181,14 @@ def test_a_study_keeps_the_option_and_warns_once_for_all_shards(scene: World, tm
 
 def test_pictures_and_commands_show_the_token_that_is_asked(tmp_path: Path) -> None:
     ids = ["capital/France/0", "capital/Czechia/0"]
-    drawn = quietly("heatmap", *ids, "--model", "tiny-mamba2", "--out", tmp_path / "x.html")
+    drawn = run("heatmap", *ids, "--model", "tiny-mamba2", "--out", tmp_path / "x.html")
     assert drawn.exit_code == 0, drawn.output
     assert 'asked: "·P" of "Paris", "·P" of "Prague"' in drawn.stdout
     assert "warning: 2 of 2 prompts" in drawn.stderr and '"·P" begins Paris, Prague' in drawn.stderr
     assert "&quot;\\u00b7P&quot; of &quot;Prague&quot;" in (tmp_path / "x.html").read_text()
-    full = quietly("heatmap", ids[1], "--model", "tiny-mamba2", "--full-answer", "--out", tmp_path / "y.png")
+    full = run("heatmap", ids[1], "--model", "tiny-mamba2", "--full-answer", "--out", tmp_path / "y.png")
     assert full.stdout.endswith("; asked: Prague\n") and full.stderr == ""
-    edges = quietly("edges", FRANCE, "--target", "Prague", "--other", "Rome", "--out", tmp_path / "e.png")
+    edges = run("edges", FRANCE, "--target", "Prague", "--other", "Rome", "--out", tmp_path / "e.png")
     assert 'logit("·P" of "Prague") - logit("·R" of "Rome") = ' in edges.stdout
 
 
@@ -204,12 +199,12 @@ def test_a_recipe_asks_for_full_answers_by_the_same_name(tmp_path: Path) -> None
     text = text[:start] + 'names = ["tiny-mamba2"]' + text[end:]
     start, end = text.index("prompts = ["), text.index("]", text.index("prompts = [")) + 1
     recipe.write_text(text[:start] + 'prompts = ["capital/Czechia/0"]' + text[end:])
-    first = quietly("run", recipe, "--out", tmp_path / "first")
-    full = quietly("run", recipe, "--full-answer", "--out", tmp_path / "full")
+    first = run("run", recipe, "--out", tmp_path / "first")
+    full = run("run", recipe, "--full-answer", "--out", tmp_path / "full")
     assert first.exit_code == full.exit_code == 0, first.output + full.output
     assert '"·P" of "Prague"' in first.stdout
     assert "Prague" in full.stdout and "·P" not in full.stdout
-    assert "# run with facts.full_answer = true" in (tmp_path / "full" / "recipe.toml").read_text()
+    assert "# run with prompts.full_answer = true" in (tmp_path / "full" / "recipe.toml").read_text()
 
 
 def test_a_circuit_says_of_how_many_answers_it_asked_the_first_token() -> None:

@@ -1,25 +1,27 @@
-"""The command line, run in this process; the model is a small random one in a folder."""
+"""The commands `flow`, `heatmap`, `attention` and `check`; the model is a small random one in a folder."""
 
 import io
 import json
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from commands import refused, run
+from cyclopts import Parameter
 from matplotlib.figure import Figure
 from rich.console import Console
-from tiny_flow import World, world
-from typer.testing import CliRunner, Result
+from tiny_flow import World, answer, world
 
 import ssm_interp as si
-from ssm_interp import cli, plots
-from ssm_interp.cli import flow, look, output
-from ssm_interp.flow import FlowResult, Study, run_study, study_job
+from ssm_interp import plots
+from ssm_interp.cli import check, flow, output
+from ssm_interp.errors import FlowError
+from ssm_interp.experiments import Study
+from ssm_interp.flow import FlowResult, study_job
 from ssm_interp.hooks.check import Row
-from ssm_interp.jobs import Store
-from ssm_interp.models import EMBEDDED
+from ssm_interp.jobs.store import Store
 from ssm_interp.prompts import save_prompts
 
 
@@ -44,97 +46,106 @@ def prompts(scene: World, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
-
-
-def refused(result: Result, message: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
-
-
-def test_flow_writes_a_picture_and_every_number(model: str, prompts: str, tmp_path: Path) -> None:
-    result = run("flow", "--model", model, "--prompts", prompts, "--window", 2, "--out", tmp_path / "new" / "map")
+def test_flow_writes_pictures_every_number_and_what_was_dropped(
+    scene: World, model: str, prompts: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "map"
+    result = run("flow", "--model", model, "--prompts", prompts, "--window", 2, "--interval", "t", "--out", out)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""  # quiet when it is no terminal
     assert "6 of 8 prompts answered correctly and kept; windows of 2 of 4 layers" in result.stdout
-    assert (tmp_path / "new" / "map" / "flow.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "new" / "map" / "flow.svg").read_text()
-    assert "Plotly.newPlot" in (tmp_path / "new" / "map" / "flow.html").read_text()
-    found = FlowResult.load(tmp_path / "new" / "map" / "flow.parquet")
+    assert (out / "flow.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "flow.svg").read_text()
+    assert "Plotly.newPlot" in (out / "flow.html").read_text()
+    found = FlowResult.load(out / "flow.parquet")
     assert len(found.frame) == 6 * 4 * 3
     assert found.runs[0].model == model
-    drop = found.largest_drops().iloc[0]
+    drop = found.largest_drops(interval="t").iloc[0]
     (line,) = [line for line in result.stdout.splitlines() if "subject →" in line]
     assert f"{drop['mean']:+.1f}" in line
     assert f"{drop['window_start']} to {drop['window_start'] + 1}" in line
     assert f"{drop['low']:+.1f} to {drop['high']:+.1f}" in line
-    for row in found.largest_drops().to_dict("records"):  # where no window has a drop, none is named
-        (line,) = [line for line in result.stdout.splitlines() if f"{row['source']} →" in line]
-        assert (line.count("\N{EN DASH}") == 4) == (round(row["mean"], 1) >= 0)
+    dropped = pd.read_csv(out / "dropped.csv")
+    assert dropped["prompt_id"].tolist() == [prompt.id for prompt in scene.wrong]
+    said = [answer(scene.model, scene.tokenizer, prompt.text) for prompt in scene.wrong]
+    assert dropped["answered"].tolist() == said
+    assert dropped["answer"].tolist() == [prompt.target for prompt in scene.wrong]
+    assert f"2 otherwise, which are left out: wrong p0 ({said[0]} instead of {scene.wrong[0].target})" in result.stdout
 
 
-def test_flow_takes_several_models_roles_and_a_seeded_draw(
-    model: str, prompts: str, scene: World, tmp_path: Path
-) -> None:
-    second = tmp_path / "second"
-    scene.model.save_pretrained(second)
-    scene.tokenizer.save_pretrained(second)
-    shared = ["flow", "--model", model, "--model", second, "--prompts", prompts, "--limit", 5]
-    options = ["--source", "context", "--source", "all", "--target", "last", "--target", "subject"]
-    options += ["--align", "centre", "--window", "3"]
+def test_what_is_answered_instead_of_a_full_answer(scene: World, model: str, tmp_path: Path) -> None:
+    right = scene.prompts[0]
+    second = answer(scene.model, scene.tokenizer, f"{right.text} {right.target}")
+    wrong = next(word for word in ("ban", "bas", "bat") if word != second)
+    asked = si.Prompt(right.text, right.subject, f"{right.target} {wrong}", id="half right")
+    save_prompts([right, asked], tmp_path / "p.jsonl")
+    words = ["--source", "subject", "--window", 4, "--full-answer", "--out", tmp_path]
+    result = run("flow", "--model", model, "--prompts", tmp_path / "p.jsonl", *words)
+    assert result.exit_code == 0, result.output
+    assert pd.read_csv(tmp_path / "dropped.csv")["answered"].tolist() == [f"{right.target}·{second}"]
+
+
+def test_flow_takes_several_models_roles_and_a_seeded_draw(model: str, prompts: str, tmp_path: Path) -> None:
+    (tmp_path / "second").symlink_to(model)
+    shared = ["flow", "--model", model, tmp_path / "second", "--prompts", prompts, "--limit", 5, "--all-prompts"]
+    options = ["--source", "context", "--source", "all", "--target", "last", "subject", "--align", "centre"]
     frames = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        result = run(*shared, *options, "--seed", seed, "--out", tmp_path / name)
+        result = run(*shared, *options, "--window", 3, "--seed", seed, "--out", tmp_path / name)
         assert result.exit_code == 0, result.output
         frames.append(pd.read_parquet(tmp_path / name / "flow.parquet"))
     assert frames[0].equals(frames[1])
     assert set(frames[0]["prompt_id"]) != set(frames[2]["prompt_id"])
-    assert set(frames[0]["model"]) == {model, str(second)}
+    assert set(frames[0]["model"]) == {model, str(tmp_path / "second")}
     assert set(frames[0]["source"]) == {"context", "all"}
     assert set(frames[0]["target"]) == {"last", "subject"}
     assert sorted(set(frames[0]["layer"])) == [0, 1, 2, 3]
-    assert "of 5 prompts answered" in result.stdout
+    assert frames[0]["prompt_id"].nunique() == 5  # those that are answered wrongly, too
+    assert not (tmp_path / "a" / "dropped.csv").exists()
     assert "without" in result.stdout  # subjects that begin the prompt have no context
 
 
-def test_flow_asks_the_embedded_models_by_default(tmp_path: Path) -> None:
-    result = run("flow", "--limit", 12, "--source", "subject", "--window", 5, "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    assert set(pd.read_parquet(tmp_path / "flow.parquet")["model"]) == set(EMBEDDED)
+def flag(field: str) -> str:
+    """How a field of a study is called on the command line."""
+    named = [data.name for data in Study.model_fields[field].metadata if isinstance(data, Parameter) and data.name]
+    return named[0][0] if named else f"--{field.replace('_', '-')}"
 
 
-def test_flow_takes_every_option_of_a_study(
-    model: str, scene: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def words_of(study: Study) -> Iterator[str]:
+    for name in Study.model_fields.keys() - {"groups", "held"}:  # of recipes alone
+        value = getattr(study, name)
+        if value is True:
+            yield flag(name)
+        elif name == "columns":
+            yield from (flag(name), *(f"{field}={column}" for field, column in value.items()))
+        else:
+            yield from (flag(name), *map(str, value if isinstance(value, tuple) else [value]))
+
+
+def test_flow_takes_every_option_of_a_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[Study] = []
 
     def spy(study: Study, *positional: object, **options: object) -> FlowResult:
         given.append(study)
-        here = study.model_copy(update={"workers": None, "gpus_per_worker": 0.0, "address": None})
-        return run_study(here, *positional, **options)
+        raise FlowError("that is all")
 
     monkeypatch.setattr(flow, "run_study", spy)
-    rows = [{"question": p.text, "subject": p.subject, "target": p.target, "n": p.id} for p in scene.prompts]
-    pd.DataFrame(rows).to_csv(tmp_path / "facts.csv", index=False)
     wanted = Study(
-        model=model,
+        model="a-model",
         revision="v1",
         dtype="float64",
         device="cpu",
         device_map="auto",
-        facts=str(tmp_path / "facts.csv"),
+        facts="facts.csv",
         columns={"text": "question", "id": "n"},
         skip_bad=True,
         limit=5,
         seed=3,
         full_answer=True,
-        ids=[f"p{number}" for number in range(6)],
+        all_prompts=True,
+        ids=["p0", "p1"],
         sources=["subject", 0],
-        targets=["last"],
+        targets=["subject", "last"],
         windows=[1, 3],
         align="centre",
         features=["all", "top third"],
@@ -147,21 +158,9 @@ def test_flow_takes_every_option_of_a_study(
         address="auto",
     )
     kept = [name for name, field in Study.model_fields.items() if getattr(wanted, name) == field.default]
-    assert kept == ["answered_only", "targets", "groups", "held"]  # for recipes, but for the targets
-    words = ["--column", "text=question", "--column", "id=n", "--skip-bad", "--full-answer", "--max-memory", "2MB"]
-    singular = {"sources": "source", "targets": "target", "windows": "window", "ids": "id"}
-    switches = {"columns", "skip_bad", "full_answer", "max_memory"}
-    for name, value in wanted.model_dump(exclude=switches | {*kept} - {"targets"}).items():
-        for one in value if isinstance(value, tuple) else [value]:
-            words += [f"--{singular.get(name, name).replace('_', '-')}", str(one)]
-    result = run("flow", *words, "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    assert kept == ["groups", "held"]
+    refused(run("flow", *words_of(wanted), "--out", tmp_path), "that is all")
     assert given == [wanted]
-    found = FlowResult.load(tmp_path / "out" / "flow.parquet")
-    assert (found.runs[0].asked, found.runs[0].windows) == (5, (1, 3))
-    assert set(found.frame["source"]) == {"subject", "0"}
-    for label in ("subject → last, all", "subject → last, top third", "0 → last, all", "0 → last, top third"):
-        assert label in result.stdout
 
 
 def test_flow_goes_on_where_it_was_and_refuses_other_options(
@@ -197,7 +196,6 @@ def test_progress_has_a_rate_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
             task = progress.add_task("model", total=None)
             for done in (0, 10, 20):
                 progress.update(task, completed=done, total=40)
-                time.sleep(0.01)
         assert "20/40" in screen.getvalue()
         assert f"{unit}/s" in screen.getvalue()
     screen.truncate(0)
@@ -207,7 +205,7 @@ def test_progress_has_a_rate_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_attention_draws_what_the_hooks_read(
-    model: str, scene: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, prompts: str, scene: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[torch.Tensor] = []
     draw = plots.attention_figure
@@ -217,10 +215,10 @@ def test_attention_draws_what_the_hooks_read(
         return draw(shown, *args, **options)
 
     monkeypatch.setattr(plots, "attention_figure", spy)
-    text = scene.prompts[0].text
-    for words in (["--head", 3], ["--reduce", "mean"], ["--reduce", "mean_abs"], ["--reduce", "norm"], []):
-        out = tmp_path / "pictures" / "map.png"
-        result = run("attention", text, "--model", model, "--layer", 1, *words, "--out", out)
+    text, out = scene.prompts[0].text, tmp_path / "pictures" / "map.png"
+    choices = (["--head", 3], ["--reduce", "mean"], ["--reduce", "mean_abs"], ["--reduce", "norm"], [])
+    for asked, words in zip((text, text, text, text, "p0"), choices, strict=True):
+        result = run("attention", asked, "--facts", prompts, "--model", model, "--layer", 1, *words, "--out", out)
         assert result.exit_code == 0, result.output
         assert "layer 1" in result.stdout
         assert out.read_bytes().startswith(b"\x89PNG")
@@ -230,12 +228,9 @@ def test_attention_draws_what_the_hooks_read(
     expected = [attn[3], attn.mean(0), attn.abs().mean(0), attn.square().sum(0).sqrt(), attn.mean(0)]
     for found, right in zip(drawn, expected, strict=True):
         torch.testing.assert_close(found, right)
-
-
-def test_attention_takes_the_middle_layer_by_default(model: str, tmp_path: Path) -> None:
-    result = run("attention", "ban dus", "--model", model, "--out", tmp_path / "a.png")
-    assert result.exit_code == 0, result.output
-    assert "layer 2" in result.stdout
+    assert run("attention", text, "--model", model, "--out", out).stdout.startswith(f"overwrote {out}: layer 2 of ")
+    assert run("attention", text, "--model", model, "--out", tmp_path / "x.html").exit_code == 0
+    assert "Plotly.newPlot" in (tmp_path / "x.html").read_text()
 
 
 def test_check_prints_a_table_and_fails_with_1(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +239,7 @@ def test_check_prints_a_table_and_fails_with_1(model: str, monkeypatch: pytest.M
     assert "passed" in result.stdout
     assert "FAILED" not in result.stdout
     rows = [Row("good", 0.0, True, "fine"), Row("bad", 0.5, False, "must be 0")]
-    monkeypatch.setattr(look, "check_model", lambda model: rows)
+    monkeypatch.setattr(check, "check_model", lambda model: rows)
     result = run("check", model)
     assert result.exit_code == 1
     (line,) = [line for line in result.stdout.splitlines() if "bad" in line]
@@ -252,40 +247,44 @@ def test_check_prints_a_table_and_fails_with_1(model: str, monkeypatch: pytest.M
     assert "0.5" in line
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--prompts", "missing.jsonl"], "there is no prompt file 'missing.jsonl'"),
-        (["--facts", "missing.csv"], "there is no prompt file 'missing.csv'"),
-        (["--source", "subjct"], "sources.0: there is no role 'subjct': did you mean 'subject'?"),
-        (["--target", "lst"], "did you mean 'last'?"),
-        (["--window", 5], "a window of 5 layers does not fit: this model has 4 "),
-        (["--window", 0], "windows.0: input should be greater than 0, got 0"),
-        (["--max-memory", "4XB"], "max_memory: could not interpret byte unit: XB"),
-        (["--features", "tpo third"], "there is no feature group 'tpo third'"),
-        (["--through", "attention"], "has no attention layers"),
-        (["--device", "cuda:99"], "there is no device 'cuda:99'"),
-        (["--column", "text"], "--column text: give FIELD=COLUMN, such as text=question"),
-        (["--column", "txt=a"], "did you mean 'text'?"),
-        (["--batch-size", 0], "Invalid value for '--batch-size'"),
-        (["--limit", -1], "Invalid value for '--limit'"),
-        (["--align", "right"], "'right' is not one of 'left', 'centre'"),
-        (["--colour", "red"], "No such option: --colour"),
-    ],
-)
-def test_flow_refuses_bad_options(model: str, prompts: str, tmp_path: Path, options: list[str], message: str) -> None:
-    out = tmp_path / "new"
-    refused(run("flow", "--model", model, "--prompts", prompts, "--out", out, *options), message)
-    assert not out.exists()
+BAD_FLOW = {
+    "there is no prompt file 'missing.jsonl'": ["--prompts", "missing.jsonl"],
+    "--source: there is no role 'subjct': did you mean 'subject'?": ["--source", "last", "subjct"],
+    "--target: there is no role 'lst': did you mean 'last'?": ["--target", "lst"],
+    "a window of 5 layers does not fit: this model has 4 ": ["--window", 5],
+    "--window: it should be greater than 0, got ": ["--window", 0],
+    "--window: it should have at least 1 item": ["--window"],
+    "--max-memory: could not interpret byte unit: XB": ["--max-memory", "4XB"],
+    "--features: there is no feature group 'tpo third'": ["--features", "tpo third"],
+    "has no attention layers": ["--through", "attention"],
+    "there is no device 'cuda:99'": ["--device", "cuda:99"],
+    "--column: text: give FIELD=COLUMN, such as text=question": ["--column", "text"],
+    "--column: a prompt has no field 'txt' to read a column into: did you mean 'text'?": ["--column", "txt=a"],
+    "--batch-size: it should be greater than 0": ["--batch-size", 0],
+    "--limit: it should be a valid integer, got ": ["--limit", "x"],
+    "--align: there is no \"center\": did you mean 'centre'? it is": ["--align", "center"],
+    "--interval: there is no \"bootstap\": did you mean 'bootstrap'?": ["--interval", "bootstap"],
+    "Unknown option: --windw. Did you mean --window?": ["--windw", 3],
+    "there is nothing here that takes 'x'": ["--limit", 3, "x"],
+    "it is a folder here, for figures, tables and what is stored; name one without .png": ["--out", "x.png"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_FLOW)
+def test_flow_refuses_bad_options(
+    model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"--model": model, "--prompts": prompts}
+    words = [word for name, value in options.items() if name not in BAD_FLOW[message] for word in (name, value)]
+    refused(run("flow", *words, *BAD_FLOW[message]), message)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
-        ('{"text": "ban dus", "subject": "kit", "target": "lox"}', "line 2: the subject 'kit' occurs 0 times"),
-        ('{"text": "dus dus", "subject": "dus", "target": "lox"}', "line 2: the subject 'dus' occurs 2 times"),
-        ('{"text": "", "subject": "dus", "target": "lox"}', "line 2: the prompt '' has an empty text"),
         ('{"text": "ban kit", "subject": "kit", "target": "Paris"}', "the tokenizer does not know it"),
         ('{"text": "ban dus", "subject": "dus", "target": "lox"}', "these occur more than once: ban dus"),
     ],
@@ -296,96 +295,106 @@ def test_flow_refuses_bad_prompts(model: str, tmp_path: Path, line: str, message
     refused(run("flow", "--model", model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path), message)
 
 
-def test_flow_refuses_prompts_the_model_cannot_answer(model: str, scene: World, tmp_path: Path) -> None:
-    save_prompts(scene.wrong, tmp_path / "p.jsonl")
-    message = "answers none of the 2 prompts correctly"
-    refused(run("flow", "--model", model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path), message)
-
-
-def test_models_that_cannot_be_loaded_are_refused(model: str, prompts: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_asked_are_refused(model: str, prompts: str, scene: World, tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     message = f"{str(missing)!r} is not a folder that holds a model"
     refused(run("check", missing), message)
     refused(run("flow", "--model", missing, "--out", tmp_path), message)
-    refused(run("attention", "x", "--model", missing), message)
-    twice = run("flow", "--model", model, "--model", model, "--prompts", prompts, "--out", tmp_path)
-    refused(twice, "each --model once")
+    for command in (["flow"], ["heatmap", "p0"], ["features"]):
+        twice = ["--model", model, model, "--facts", prompts, "--out", tmp_path / ("x" if command[1:] else "y")]
+        refused(run(*command, *twice), "give each --model once")
+    save_prompts(scene.wrong, tmp_path / "p.jsonl")
+    none = run("flow", "--model", model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path)
+    refused(none, "answers none of the 2 prompts correctly")
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(model: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(run("flow", "--model", model, "--out", tmp_path / "file"), "file is not a folder")
-    attention = ["attention", "ban", "--model", model, "--out"]
-    refused(run(*attention, tmp_path / "file" / "a.png"), "file is not a folder")
-    refused(run(*attention, tmp_path / "file" / "deep" / "a.png"), "file is not a folder")
-    refused(run(*attention, tmp_path / "a.nonsense"), "Format 'nonsense' is not supported")
+    drawn = ["attention", "ban", "--model", model, "--out"]
+    refused(run(*drawn, tmp_path / "file" / "deep" / "a.png"), "file is not a folder")
+    refused(run(*drawn, tmp_path / "a.nonsense"), "a.nonsense: the suffix is one of .png, .svg, .pdf, .html")
+    refused(run(*drawn, tmp_path), "is a folder; name a picture, such as ")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("words", "message"),
     [
-        (["--layer", 4], "no SSM layer 4; the SSM layers of this model are [0, 1, 2, 3]"),
-        (["--head", 4], "there is no head 4: this layer has 4, numbered 0 to 3"),
-        (["--head", -1], "there is no head -1"),
-        (["--head", 1, "--reduce", "mean"], "give --head or --reduce, not both"),
-        (["--reduce", "max"], "'max' is not one of 'mean', 'mean_abs', 'norm'"),
+        (["ban dus", "--layer", 4], "there is no SSM layer 4; the SSM layers of this model are [0, 1, 2, 3]"),
+        (["ban dus", "--head", 4], "no head 4; it has heads 0 to 3"),
+        (["ban dus", "--head", 1, "--reduce", "mean"], "--head: give this or --reduce, not both"),
+        (["ban dus", "--reduce", "max"], "--reduce: there is no \"max\": did you mean 'mean'? it is "),
+        (["  "], "has no tokens: it is empty"),
+        ([], "geo holds 2571 prompts, and one is asked; name it by its id, such as 'capital/Afghanistan/0', or give"),
+        (["ban dus", "ban"], "there is no prompt 'ban dus' among these 2571"),
+        (["capital/France/0", "capital/Japan/0"], "one prompt is asked here, and 2 are given"),
+        (["ban dus", "--full-answer"], "--full-answer: its number is that of the answer's first token"),
     ],
 )
-def test_attention_refuses_bad_options(model: str, tmp_path: Path, options: list[str], message: str) -> None:
-    refused(run("attention", "ban dus", "--model", model, "--out", tmp_path / "a.png", *options), message)
+def test_attention_refuses(model: str, tmp_path: Path, words: list[object], message: str) -> None:
+    refused(run("attention", *words, "--model", model, "--out", tmp_path / "a.png"), message)
 
 
-def test_attention_refuses_an_empty_text(model: str) -> None:
-    refused(run("attention", "  ", "--model", model), "has no tokens: it is empty")
-
-
-def test_heatmap_draws_a_panel_for_each_prompt_and_model(
-    model: str, prompts: str, scene: World, tmp_path: Path
-) -> None:
-    ids = [prompt.id for prompt in (scene.prompts[0], scene.wrong[0])]
-    words = ["heatmap", *ids, "--model", model, "--facts", prompts, "--window", 2]
-    picture = run(*words, "--out", tmp_path / "new" / "map")
+def test_heatmap_draws_a_panel_for_each_prompt(model: str, prompts: str, scene: World, tmp_path: Path) -> None:
+    """By id, as a text with its answer, or as the facts have them."""
+    own = scene.prompts[1]
+    words = ["heatmap", "p0", own.text, "--target", own.target, "--subject", own.subject, "--model", model]
+    picture = run(*words, "--facts", prompts, "--window", 2, "--out", tmp_path / "new" / "map")
     assert picture.exit_code == 0, picture.output
-    asked = f"asked: {scene.prompts[0].target}, {scene.wrong[0].target}"
+    asked = f"asked: {scene.prompts[0].target}, {own.target}"
     assert picture.stdout == f"wrote {tmp_path / 'new' / 'map.png'}: 2 heat maps, token -> last; {asked}\n"
     assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
-    page = run(*words, "--out", tmp_path / "map.html", "--limit", 0.3)
+    drawn = ["heatmap", "--model", model, "--facts", prompts, "--limit", 1, "--seed", 2, "--colour-limit", 0.3]
+    page = run(*drawn, "--out", tmp_path / "map.html")
     assert page.exit_code == 0, page.output
+    assert "map.html: 1 heat map, token -> last" in page.stdout
     assert "Plotly.newPlot" in (tmp_path / "map.html").read_text()
 
 
-def test_a_look_at_a_model_takes_its_type_and_its_device(
+BAD_HEATMAPS = {
+    "there is no prompt 'p77' among these 8": ["p77"],
+    "For a text of your own, give its answer too: --target Paris": ["ban dus"],
+    "p0 is the id of a prompt, which has its own answer and subject; leave --target": ["p0", "--target", "ban"],
+    "there are 2 texts and 1 of --target; give one for each text": ["ban dus", "dus ban", "--target", "ban"],
+    "--target and --subject are of a text of your own, and there is none; give one": ["--target", "ban"],
+    "--reader: there is no role 'lst': did you mean 'last'?": ["p0", "--reader", "lst"],
+    "a window of 9 layers does not fit: this model has 4 of them; give 1 to 4": ["p0", "--window", 9],
+    "Mamba2ForCausalLM has no attention layers to knock out": ["p0", "--through", "attention"],
+    "is a folder; name a picture, such as heatmap.png": ["p0", "--out", "."],
+    "--colour-limit: it should be greater than 0": ["p0", "--colour-limit", -1],
+}
+
+
+@pytest.mark.parametrize("message", BAD_HEATMAPS)
+def test_heatmap_refuses(model: str, prompts: str, message: str) -> None:
+    first = BAD_HEATMAPS[message]
+    refused(run("heatmap", *first, "--model", model, "--facts", prompts), message)
+
+
+def test_a_model_is_loaded_where_and_as_is_said(
     model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[dict[str, object]] = []
 
     def spy(name: str, **options: object) -> object:
         given.append(options)
-        return si.load(name, **options)
+        raise FlowError("that is all")
 
     monkeypatch.setattr(study_job, "load", spy)
     how = ["--revision", "v1", "--dtype", "float64", "--device", "cpu", "--device-map", "auto"]
-    for words in (["check", model], ["attention", "ban dus", "--model", model], ["heatmap", "p0", "--facts", prompts]):
-        out = [] if words[0] == "check" else ["--out", tmp_path / "a.png"]
-        result = run(*words, *(["--model", model] if words[0] == "heatmap" else []), *how, *out)
-        assert result.exit_code == 0, result.output
-        expected = {"revision": "v1", "dtype": torch.float64, "device": torch.device("cpu"), "device_map": "auto"}
-        assert given.pop() == expected
-    assert result.stdout.startswith(f"overwrote {tmp_path / 'a.png'}: ")  # where the attention was
-    for words in (["check", model], ["attention", "ban", "--model", model], ["heatmap", "p0", "--facts", prompts]):
-        refused(run(*words, "--device", "gpu"), "there is no device 'gpu'")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["p77"], "there is no prompt 'p77' among these 8"),
-        (["p0", "--target", "lst"], "there is no role 'lst': did you mean 'last'?"),
-        (["p0", "--window", 9], "a window of 9 layers does not fit: this model has 4 of them; give 1 to 4"),
-        (["p0", "--through", "attention"], "Mamba2ForCausalLM has no attention layers to knock out"),
-        (["p0", "--out", "."], "is a folder; name a picture, such as heatmap.png"),
-        (["p0", "--limit", -1], "the limit of the colours must be positive"),
-    ],
-)
-def test_heatmap_refuses(model: str, prompts: str, words: list[object], message: str) -> None:
-    refused(run("heatmap", *words[:1], "--model", model, "--facts", prompts, *words[1:]), message)
+    facts = ["--facts", prompts, "--model", model]
+    for words in (
+        ["check", model],
+        ["attention", "ban dus", "--model", model],
+        *([command, "p0", *facts] for command in ("heatmap", "edges", "circuit")),
+        ["features", *facts],
+    ):
+        out = [] if words[0] == "check" else ["--out", tmp_path / ("f" if words[0] == "features" else "a.png")]
+        refused(run(*words, *how, *out), "that is all")
+        assert given.pop() == {
+            "revision": "v1",
+            "dtype": torch.float64,
+            "device": torch.device("cpu"),
+            "device_map": "auto",
+        }
+        refused(run(*words, "--device", "gpu", *out), "--device: there is no device 'gpu'")

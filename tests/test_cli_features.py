@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+import commands
 import pandas as pd
 import pytest
 from tiny_flow import World, world
-from typer.testing import CliRunner, Result
 
 import ssm_interp as si
-from ssm_interp import cli
 from ssm_interp.features import STATISTICS, spectrum
 from ssm_interp.models import load
 from ssm_interp.prompts import pad, save_prompts, tokenize
@@ -31,8 +31,7 @@ def folder(scene: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, ["features", *map(str, words)])
+run = partial(commands.run, "features")
 
 
 def test_it_writes_a_table_and_pictures_and_prints_quantiles(scene: World, folder: Path, tmp_path: Path) -> None:
@@ -92,20 +91,18 @@ def test_the_answers_need_not_be_known_to_the_tokenizer(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--statistic", "halflife"], "there is no statistic 'halflife': did you mean 'half-life'?"),
+        (["--statistic", "halflife"], "--statistic: there is no statistic 'halflife': did you mean 'half-life'?"),
         (["--model", "tiny-llama"], "LlamaForCausalLM has no SSM layers"),
         (["--model", "tiny-mamba1", "--model", "tiny-mamba1"], "give each --model once, got tiny-mamba1, tiny-mamba1"),
         (["--model", "tiny-mamba3"], "there is no model 'tiny-mamba3'; did you mean the embedded"),
         (["--model", "tiny-mamba1", "--facts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model", "tiny-mamba1", "--device", "gpu"], "there is no device 'gpu'"),
-        (["--limit", "-1"], "--limit"),
+        (["--limit", "-1"], "--limit: it should be greater than or equal to 0"),
         (["--out", __file__], "is not a folder"),
+        (["--out", "x.pdf"], "it is a folder here, for a table and figures; name one without .pdf"),
     ],
 )
 def test_what_is_refused(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = run(*words)
-    assert done.exit_code == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and message in line
+    commands.refused(run(*words), message)
     assert not any(tmp_path.iterdir())

@@ -1,23 +1,23 @@
 """The command line around its commands: what it loads and when, help, errors, Ctrl-C."""
 
-import inspect
 import os
 import subprocess
 import sys
-from importlib import import_module
+from typing import get_args
 
 import pytest
-from test_cli import run
+from commands import run
 
 import ssm_interp as si
-from ssm_interp.cli import look
-from ssm_interp.cli.app import COMMANDS
+from ssm_interp import hooks, models, plots, prompts
+from ssm_interp.cli import check, main
+from ssm_interp.experiments import COMMANDS, Experiment, parts, values
 
 LOADED = """
 import sys
 from ssm_interp import cli
 try:
-    cli.app(sys.argv[1:])
+    cli.main(sys.argv[1:])
 except SystemExit as end:
     heavy = {"torch", "transformers", "pandas", "matplotlib"} & set(sys.modules)
     sys.exit(f"loaded {heavy}" if heavy else end.code)
@@ -49,14 +49,15 @@ def python(script: str, *words: str, **environment: str) -> subprocess.Completed
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [((), 0), (("--help",), 0), (("--version",), 0), (("flwo",), 2), (("--colour",), 2)]
+    ("words", "code"),
+    [((), 0), (("flow", "--help"), 0), (("--version",), 0), (("flwo",), 2), (("flow", "--colour"), 2)],
 )
 def test_help_version_and_misuse_load_no_torch(words: tuple[str, ...], code: int) -> None:
     done = python(LOADED, *words)
     assert done.returncode == code, done.stderr
 
 
-@pytest.mark.parametrize("module", ["typer", "torch"])
+@pytest.mark.parametrize("module", ["cyclopts", "torch"])
 def test_control_c_while_it_is_loaded_is_one_line(module: str) -> None:
     done = python(AT_IMPORT.format(module=module, action="raise KeyboardInterrupt"))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
@@ -68,59 +69,58 @@ def test_threads_of_torch_sleep_unless_told_otherwise(given: dict[str, str], pol
     assert done.stderr.strip() == policy
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
-    module, summary = COMMANDS[name]
-    documented = inspect.getdoc(getattr(import_module(f"ssm_interp.cli.{module}"), name))
-    assert documented is not None
-    assert documented.splitlines()[0] == summary
-
-
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command: str) -> None:
-    result = run(command, "--help")
+def test_help_has_an_example_and_every_option(command: type[Experiment]) -> None:
+    name = command.__name__.lower()
+    result = run(name, "--help")
     assert result.exit_code == 0
-    assert f"ssm-interp {command}" in result.stdout.split("Example:")[1]
-    wanted = ["--device", "--device-map"] + ["--revision", "--dtype"] * (command != "run")  # where a model is loaded
+    assert f"ssm-interp {name}" in result.stdout.split("Example:")[1]
+    wanted = ["--device", "--device-map"] + ["--revision", "--dtype"] * (name != "run")  # where a model is loaded
     assert all(f"{option} " in result.stdout for option in wanted)
+    assert ".experiment" not in result.stdout
 
 
 def test_help_and_version() -> None:
     for words in ([], ["--help"]):
         result = run(*words)
         assert result.exit_code == 0
-        assert "attention" in result.stdout
+        assert all(f" {command.__name__.lower()} " in result.stdout for command in COMMANDS)
     assert run("--version").stdout.strip() == f"ssm-interp {si.__version__}"
+
+
+def test_what_is_known_without_loading_it_is_what_is_loaded() -> None:
+    assert values.ROLES == prompts.ROLES
+    assert get_args(values.MetricName) == tuple(hooks.metrics.NAMES)
+    assert parts.EMBEDDED == models.EMBEDDED
+    assert parts.FACTS == prompts.facts_file.EMBEDDED
+    assert get_args(parts.Summary.model_fields["statistic"].annotation) == get_args(plots.StatisticName)
 
 
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ssm_interp", "check"], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-m", "ssm_interp", "flwo"], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 2
-    assert done.stderr.strip().lower() == "error: missing argument 'model'."
+    assert done.stderr.startswith('error: Unknown command "flwo". Did you mean "flow"?')
 
 
 @pytest.mark.parametrize("words", [["--debug", "flow"], ["flow", "--debug"]])
 def test_debug_shows_the_traceback(words: list[str]) -> None:
-    result = run(*words, "--prompts", "missing.jsonl")
-    assert isinstance(result.exception, si.PromptError)
-    assert result.exit_code == 1
+    with pytest.raises(si.PromptError, match=r"missing\.jsonl"):
+        main([*words, "--prompts", "missing.jsonl"])
 
 
-def test_a_fault_of_our_own_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fault", "code"), [(ZeroDivisionError, None), (KeyboardInterrupt, 130)])
+def test_a_fault_of_our_own_is_not_dressed_up_and_control_c_is(
+    monkeypatch: pytest.MonkeyPatch, fault: type[BaseException], code: int | None
+) -> None:
     def broken(model: object) -> None:
-        raise ZeroDivisionError
+        raise fault
 
-    monkeypatch.setattr(look, "check_model", broken)
-    assert isinstance(run("check", "tiny-mamba1").exception, ZeroDivisionError)
-
-
-def test_control_c_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(model: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(look, "check_model", interrupt)
-    result = run("check", "tiny-mamba1")
-    assert result.exit_code == 130
-    assert result.stderr.strip() == "interrupted"
+    monkeypatch.setattr(check, "check_model", broken)
+    if code is None:
+        with pytest.raises(fault):
+            main(["check", "tiny-mamba1"])
+    else:
+        result = run("check", "tiny-mamba1")
+        assert (result.exit_code, result.stderr) == (code, "interrupted\n")

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from tiny_flow import World, world
-from typer.testing import CliRunner, Result
 
 import ssm_interp as si
-from ssm_interp import cli
 from ssm_interp.flow import FlowError, NoEdgesError, NoEdgesWarning, Study, check_study, run_study, sweep, token_map
 from ssm_interp.prompts import save_prompts
 
@@ -31,10 +30,6 @@ def folder(scene: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scene.tokenizer.save_pretrained(place / "tiny")
     save_prompts(scene.prompts, place / "facts.jsonl")
     return place
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
 def test_a_sweep_of_edges_that_no_prompt_has_is_refused(scene: World) -> None:
@@ -98,7 +93,7 @@ def test_the_command_line_says_so(folder: Path, scene: World, tmp_path: Path) ->
     assert "6 of 6" in some.stdout and "without" in some.stdout
     starts = [p.id for p in scene.prompts if p.subject_span[0] == 0]
     others = [p.id for p in scene.prompts if p.subject_span[0]]
-    out = ["--target", "context", "--out", tmp_path / "x.png"]
+    out = ["--reader", "context", "--out", tmp_path / "x.png"]
     none = run("heatmap", *starts, *model, *out)
     assert none.exit_code == 2 and "the role context is at no position" in none.stderr
     two = run("heatmap", starts[0], others[0], *model, *out)
@@ -113,11 +108,10 @@ def test_a_recipe_names_the_key(folder: Path, tmp_path: Path) -> None:
 [model]
 names = ["{folder / "tiny"}"]
 
-[facts]
-source = "{folder / "facts.jsonl"}"
+[prompts]
+facts = "{folder / "facts.jsonl"}"
 
-[[operation]]
-kind = "Knockout"
+[[sweep]]
 sources = ["last"]
 targets = ["subject"]
 
@@ -126,6 +120,6 @@ kind = "flow"
 """)
     found = run("run", recipe, "--out", tmp_path / "out")
     assert found.exit_code == 2
-    assert found.stderr.startswith(f"error: {recipe}, line 11: operation.sources: ")
+    assert found.stderr.startswith(f"error: {recipe}, line 10: sweep.sources: ")
     assert "there is no edge last -> subject in any of the 6 prompts" in found.stderr
     assert not (tmp_path / "out").exists()

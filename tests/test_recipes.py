@@ -1,16 +1,16 @@
 """What running a recipe finds and writes, and what it refuses."""
 
+from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tiny_recipes import zoo
-from typer.testing import CliRunner, Result
 
 import ssm_interp as si
-from ssm_interp import cli
 from ssm_interp.flow import FlowResult, summarise, sweep
 from ssm_interp.prompts import load_prompts, save_prompts
 from ssm_interp.recipes import RecipeError, read_recipe, run_recipe
@@ -22,16 +22,13 @@ title = "A title"
 [model]
 names = ["tiny-mamba2"]
 
-[facts]
-source = "geo"
+[prompts]
+facts = "geo"
 limit = 6
 
-[[operation]]
-kind = "Knockout"
+[[sweep]]
 sources = ["subject"]
 targets = ["last"]
-
-[sweep]
 windows = [4]
 
 [plot]
@@ -46,8 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return zoo(tmp_path_factory.mktemp("zoo"))
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, ["run", *map(str, words)])
+run = partial(commands.run, "run")
 
 
 def written(folder: Path, text: str, name: str = "x.toml") -> Path:
@@ -55,9 +51,9 @@ def written(folder: Path, text: str, name: str = "x.toml") -> Path:
     return folder / name
 
 
-def test_operations_of_one_model_make_one_table(tmp_path: Path) -> None:
-    more = '[[operation]]\nkind = "Knockout"\nsources = ["context"]\ntargets = ["subject"]\n\n[sweep]'
-    findings = run_recipe(read_recipe(written(tmp_path, RECIPE.replace("[sweep]", more))), tmp_path / "out")
+def test_sweeps_of_one_model_make_one_table(tmp_path: Path) -> None:
+    more = '[[sweep]]\nsources = ["context"]\ntargets = ["subject"]\nwindows = [4]\n\n[plot]'
+    findings = run_recipe(read_recipe(written(tmp_path, RECIPE.replace("[plot]", more))), tmp_path / "out")
     model, tokenizer = si.load("tiny-mamba2")
     asked = [prompt for prompt in load_prompts() if prompt.id in set(findings.result.frame["prompt_id"])]
     with si.attach(model) as ssm:
@@ -69,21 +65,30 @@ def test_operations_of_one_model_make_one_table(tmp_path: Path) -> None:
     assert len(findings.result.runs) == 1
 
 
-def test_named_operations_stand_beside_each_other(tmp_path: Path) -> None:
-    other = '[[operation]]\nname = "itself"\nkind = "Knockout"\nsources = ["last"]\ntargets = ["last"]\n\n[sweep]'
-    findings = run_recipe(read_recipe(written(tmp_path, RECIPE.replace("[sweep]", other))), tmp_path)
+def test_named_sweeps_stand_beside_each_other(tmp_path: Path) -> None:
+    other = '[[sweep]]\nname = "itself"\nsources = ["last"]\nwindows = [2]\n\n[plot]'
+    findings = run_recipe(read_recipe(written(tmp_path, RECIPE.replace("[plot]", other))), tmp_path)
     assert [run.model for run in findings.result.runs] == ["tiny-mamba2", "tiny-mamba2, itself"]
     assert findings.result.frame.groupby("model")["source"].unique().map(list).to_dict() == {
         "tiny-mamba2": ["subject"],
         "tiny-mamba2, itself": ["last"],
     }
+    assert [run.windows for run in findings.result.runs] == [(4,), (2,)]
 
 
 def test_edits_that_are_held_on_are_at_work_in_every_run(tmp_path: Path) -> None:
-    held = '[[operation]]\nkind = "ScaleFeatures"\nfactor = 0.3\nfeatures = "top third"\nlayers = [1, 2]\n\n'
-    held += '[[operation]]\nkind = "SetDelta"\nvalue = 0.01\nlayers = [0]\n\n[sweep]'
-    findings = run_recipe(read_recipe(written(tmp_path, RECIPE.replace("[sweep]", held))), tmp_path / "out")
+    held = '[[held]]\nkind = "ScaleFeatures"\nfactor = 0.3\nfeatures = "top third"\nlayers = [1, 2]\n\n'
+    held += '[[held]]\nkind = "SetDelta"\nvalue = 0.01\nlayers = [0]\n\n[plot]'
+    text = RECIPE.replace("[plot]", held).replace('["svg"]', '["svg", "html"]')
+    findings = run_recipe(read_recipe(written(tmp_path, text)), tmp_path / "out")
     found = findings.result
+    label = (
+        "tiny-mamba2, under ScaleFeatures layers 1 2 features top third factor 0.3, under SetDelta layers 0 value 0.01"
+    )
+    _, svg, page = findings.write(tmp_path / "out")
+    assert "edited: ScaleFeatures layers 1 2 features top third factor 0.3; SetDelta" in svg.read_text()
+    assert "tiny-mamba2, edited" in svg.read_text()
+    assert "edited: ScaleFeatures" in page.read_text()
     assert found.runs[0].engine == "full forwards: other edits are at work"
     model, tokenizer = si.load("tiny-mamba2")
     asked = [prompt for prompt in load_prompts() if prompt.id in set(found.frame["prompt_id"])]
@@ -92,7 +97,7 @@ def test_edits_that_are_held_on_are_at_work_in_every_run(tmp_path: Path) -> None
         edits = [si.ScaleFeatures(factor=0.3, features=top[layer], layers=layer) for layer in (1, 2)]
         plain = sweep(ssm, tokenizer, asked, sources=["subject"], windows=4)
         with ssm.edit(*edits, si.SetDelta(value=0.01, layers=0)):
-            expected = sweep(ssm, tokenizer, asked, sources=["subject"], windows=4, name="tiny-mamba2")
+            expected = sweep(ssm, tokenizer, asked, sources=["subject"], windows=4, name=label)
     pd.testing.assert_frame_equal(found.frame, expected.frame)
     assert not np.allclose(plain.frame["p_base"].mean(), found.frame["p_base"].mean())
 
@@ -102,7 +107,7 @@ def test_metrics_say_what_is_drawn(models: dict[str, Path], tmp_path: Path) -> N
     own = '[metrics]\nstatistic = "median"\ninterval = "bootstrap"\nlevel = 0.8\n\n[plot]'
     recipe = read_recipe(
         written(tmp_path, RECIPE.replace("[plot]", own)),
-        {"model.names": [str(models["mamba"])], "facts.source": str(models["mamba"].parent / "facts.jsonl")},
+        {"model.names": [str(models["mamba"])], "prompts.facts": str(models["mamba"].parent / "facts.jsonl")},
     )
     findings = run_recipe(recipe, tmp_path / "out")
     expected = summarise(findings.result.frame, level=0.8, interval="bootstrap")
@@ -111,8 +116,8 @@ def test_metrics_say_what_is_drawn(models: dict[str, Path], tmp_path: Path) -> N
     assert "median over prompts" in findings.write(tmp_path / "out")[1].read_text()
 
 
-def test_a_picture_of_streams_has_a_line_per_operation(tmp_path: Path) -> None:
-    start, end = RECIPE.index("[[operation]]"), RECIPE.index("[sweep]")
+def test_a_picture_of_streams_has_a_line_per_sweep(tmp_path: Path) -> None:
+    start, end = RECIPE.index("[[sweep]]"), RECIPE.index("[plot]")
     parts = [f'name = "{name}"\nthrough = ["{name}"]\n\n' for name in ("ssm", "conv")]
     text = RECIPE[:start] + "".join(RECIPE[start:end].rstrip() + "\n" + part for part in parts) + RECIPE[end:]
     recipe = read_recipe(written(tmp_path, text.replace('"flow"', '"streams"')))
@@ -142,7 +147,7 @@ def test_common_prompts_are_those_that_all_models_answer(models: dict[str, Path]
     save_prompts([*shared, *more], tmp_path / "facts.jsonl")
     text = RECIPE.replace("[plot]", '[metrics]\nprompts = "common"\n\n[plot]').replace("limit = 6", "limit = 0")
     names = [str(models[name]) for name in ("mamba", "gpt2")]
-    given = {"model.names": names, "facts.source": str(tmp_path / "facts.jsonl")}
+    given = {"model.names": names, "prompts.facts": str(tmp_path / "facts.jsonl")}
     recipe = read_recipe(written(tmp_path, text), given)
     findings = run_recipe(recipe, tmp_path / "out")
     answered = [set(part["prompt_id"]) for _, part in findings.result.frame.groupby("model")]
@@ -163,9 +168,9 @@ def test_no_common_prompt_is_an_error(models: dict[str, Path], tmp_path: Path) -
     save_prompts([si.Prompt("ban bas", "bas", word, id=word) for word in own.values()], tmp_path / "facts.jsonl")
     text = RECIPE.replace("[plot]", '[metrics]\nprompts = "common"\n\n[plot]')
     names = [str(models[name]) for name in own]
-    given = {"model.names": names, "facts.source": str(tmp_path / "facts.jsonl")}
+    given = {"model.names": names, "prompts.facts": str(tmp_path / "facts.jsonl")}
     findings = run_recipe(read_recipe(written(tmp_path, text), given), tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"line 19: metrics.prompts: no prompt is answered by all of the models"):
+    with pytest.raises(RecipeError, match=r"line 16: metrics.prompts: no prompt is answered by all of the models"):
         findings.summary()
 
 
@@ -206,36 +211,39 @@ def test_a_heat_map_shows_prompts_that_are_answered_wrongly_too(models: dict[str
     [
         (
             RECIPE.replace("[4]", "[4, 11]"),
-            "line 16: sweep.windows: tiny-mamba2: a window of 11 layers does not fit: this model has 10",
+            "line 13: sweep.windows: tiny-mamba2: a window of 11 layers does not fit: this model has 10",
         ),
         (RECIPE.replace("tiny-mamba2", "./nowhere"), "line 4: model.names: './nowhere' is not a folder"),
-        (RECIPE.replace('"geo"', '"nowhere.csv"'), "line 7: facts.source: there is no prompt file 'nowhere.csv'"),
+        (RECIPE.replace('"geo"', '"nowhere.csv"'), "line 7: prompts.facts: there is no prompt file 'nowhere.csv'"),
         (
-            RECIPE.replace("tiny-mamba2", "tiny-llama").replace("[sweep]", 'features = ["top third"]\n[sweep]'),
-            "line 15: operation.features: tiny-llama: LlamaForCausalLM has no SSM layers",
+            RECIPE.replace("tiny-mamba2", "tiny-llama").replace("[plot]", 'features = ["top third"]\n[plot]'),
+            "line 15: sweep.features: tiny-llama: LlamaForCausalLM has no SSM layers",
         ),
         (
-            RECIPE.replace("[sweep]", 'through = ["attention"]\n[sweep]'),
-            "line 15: operation.through: tiny-mamba2: Mamba2ForCausalLM has no attention layers",
+            RECIPE.replace("[plot]", 'through = ["attention"]\n[plot]'),
+            "line 15: sweep.through: tiny-mamba2: Mamba2ForCausalLM has no attention layers",
         ),
         (
             RECIPE.replace('sources = ["subject"]\n', "")
             .replace("limit = 6\n", "")
             .replace('"flow"', '"heatmap"\nprompts = ["capital/Frnce/0"]'),
-            "line 18: plot.prompts: there is no prompt 'capital/Frnce/0' among these 2571; there are 'capital/Fra",
+            "line 15: plot.prompts: there is no prompt 'capital/Frnce/0' among these 2571; there are 'capital/Fra",
         ),
         (
-            RECIPE.replace("[sweep]", '[[operation]]\nkind = "SetDelta"\nvalue = 0\nlayers = [10]\n[sweep]'),
-            "line 10: operation: tiny-mamba2: SetDelta: no such layer [10]",
+            RECIPE.replace("[plot]", '[[held]]\nkind = "SetDelta"\nvalue = 0\nlayers = [10]\n[plot]'),
+            "line 15: held: tiny-mamba2: SetDelta: no such layer [10]",
+        ),
+        (
+            RECIPE.replace("[plot]", '[[held]]\nkind = "SetDelta"\nvalue = 0\n' * 2 + "[plot]"),
+            "line 15: held: tiny-mamba2, under SetDelta value 0.0, under SetDelta value 0.0: layer 0: two",
         ),
         (RECIPE.replace('mamba2"', 'mamba2", "tiny-mamba3"'), "line 4: model.names: there is no model 'tiny-mamba3'"),
         (
             RECIPE.replace(
-                "[sweep]",
-                '[[operation]]\nkind = "Knockout"\nsources = ["first"]\ntargets = ["last"]\nfeatures = ["mine"]\n'
-                "groups.mine = {0 = [1]}\n[sweep]",
+                "[plot]",
+                '[[sweep]]\nsources = ["first"]\nwindows = [4]\nfeatures = ["mine"]\ngroups.mine = {0 = [1]}\n[plot]',
             ),
-            "line 19: operation.features: tiny-mamba2: the feature group 'mine' names no features for layer 1",
+            "line 18: sweep.features: tiny-mamba2: the feature group 'mine' names no features for layer 1",
         ),
     ],
 )
@@ -249,7 +257,7 @@ def test_what_only_the_model_or_the_facts_forbid_names_its_line_too(tmp_path: Pa
 
 def test_a_model_that_answers_nothing_is_named(tmp_path: Path) -> None:
     save_prompts([si.Prompt("The name of the capital city of France is", "France", "Rome")], tmp_path / "facts.jsonl")
-    recipe = read_recipe(written(tmp_path, RECIPE), {"facts.source": str(tmp_path / "facts.jsonl")})
+    recipe = read_recipe(written(tmp_path, RECIPE), {"prompts.facts": str(tmp_path / "facts.jsonl")})
     with pytest.raises(RecipeError, match="line 4: model.names: tiny-mamba2: the model answers none of the 1 prompts"):
         run_recipe(recipe, tmp_path / "out")
 
@@ -262,7 +270,7 @@ def test_the_command_takes_the_place_of_what_is_written(tmp_path: Path) -> None:
     frame = FlowResult.load(tmp_path / "out" / "table.parquet").frame
     assert (set(frame["model"]), set(frame["window_size"])) == ({"tiny-mamba1"}, {2, 3})
     copy = (tmp_path / "out" / "recipe.toml").read_text()
-    assert copy.splitlines()[:2] == ['# run with model.names = ["tiny-mamba1"]', "# run with facts.limit = 3"]
+    assert copy.splitlines()[:2] == ['# run with model.names = ["tiny-mamba1"]', "# run with prompts.limit = 3"]
     assert copy.endswith(RECIPE)
     refused = run(path, "--prompt", "x", "--out", tmp_path / "out")
     assert refused.exit_code == 2
@@ -275,7 +283,7 @@ def test_the_same_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
     first = run(path)
     assert first.exit_code == 0, first.output
     table = (tmp_path / "x" / "table.parquet").read_bytes()
-    shard = next((tmp_path / "x" / "operation-1" / "tiny-mamba2" / "shards").glob("*"))
+    shard = next((tmp_path / "x" / "sweep-1" / "tiny-mamba2" / "shards").glob("*"))
     made = shard.stat().st_mtime_ns
     again = run(path)
     assert again.stdout == first.stdout

@@ -166,7 +166,7 @@ def test_a_check_of_edges_is_drawn_as_points(results: dict[str, Result]) -> None
     axes = results["EdgeCheck"].plot().axes[0]
     drawn = np.concatenate([np.asarray(points.get_offsets()) for points in axes.collections])
     np.testing.assert_allclose(drawn, frame[["attribution", "exact"]].to_numpy(float))  # the top ones come first
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["top", "random"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["both the same", "top", "random"]
     for rows, message in ((frame.drop(columns="exact"), r"missing: \['exact'\]"), (frame[:0], "at least one edge")):
         with pytest.raises(PlotError, match=message):
             agreement_figure(rows)

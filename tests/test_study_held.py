@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from pydantic import ValidationError
 from tiny_study import Scene, rewrite, scene
 
 import ssm_interp as si
 from ssm_interp.features import FeatureError, feature_groups, spectrum
-from ssm_interp.features.groups import DECAY_NORM
 from ssm_interp.flow import Study, explain, run_study, sweep
-from ssm_interp.flow.study_held import ScaleFeatures, held_on, measured
+from ssm_interp.flow.study_held import held_on, measured
 from ssm_interp.jobs import JobError
 from ssm_interp.models import load
 from ssm_interp.prompts import load_prompts, pad, tokenize
@@ -71,23 +71,37 @@ def test_groups_of_a_users_own(tiny: Scene, tmp_path: Path) -> None:
     pd.testing.assert_series_equal(both["p_x"], both["p_y"], check_names=False, rtol=1e-9)
 
 
-def test_edits_that_are_held_on_take_both_kinds_of_groups(tiny: Scene) -> None:
+def test_edits_that_are_held_on_act_on_features_and_on_groups_of_them(tiny: Scene) -> None:
     model, tokenizer = load(tiny.options["model"])
     asked = [tokenize(prompt, tokenizer) for prompt in load_prompts(tiny.options["facts"])]
-    own = ScaleFeatures(kind="ScaleFeatures", factor=0.5, groups={"mine": {2: [1, 3]}}, features="mine")
-    ranked = ScaleFeatures(kind="ScaleFeatures", factor=0.0, features=BY_DATA, layers=[1])
+    own = si.ScaleFeatures(factor=0.5, features=[1, 3], layers=2)
+    ranked = si.ScaleFeatures(factor=0.0, features=BY_DATA, layers=[1])
+    study = tiny.study(held=[own.to_dict(), ranked, {"kind": "SetDelta", "value": 1, "features": "top half"}])
+    assert study.held[:2] == (own, ranked)
+    assert Study.model_validate_json(study.model_dump_json()) == study
     with si.attach(model) as ssm:
-        statistics = measured(ssm, asked, [BY_DATA, "mine", "top third"])
-        assert list(statistics) == ["half-life"] and DECAY_NORM not in statistics
+        statistics = measured(ssm, asked, [edit.features for edit in study.held])
+        assert list(statistics) == ["half-life"]
         assert measured(ssm, asked, ["all", "top third"]) == {}
         slow = feature_groups(ssm, [BY_DATA], statistics=statistics)[BY_DATA]
-        assert held_on([own, ranked], ssm, statistics) == [
-            si.ScaleFeatures(factor=0.5, features=[1, 3], layers=2),
+        top = feature_groups(ssm, ["top half"])["top half"]
+        assert held_on(study.held, ssm, statistics) == [
+            own,
             si.ScaleFeatures(factor=0.0, features=slow[1], layers=1),
+            *(si.SetDelta(value=1.0, features=top[layer], layers=layer) for layer in range(4)),
         ]
-        elsewhere = own.model_copy(update={"layers": [0]})
-        with pytest.raises(FeatureError, match="ScaleFeatures: the feature group 'mine' names no features for layer 0"):
-            held_on([elsewhere], ssm, {})
+
+
+def test_the_table_says_what_was_held_on(tiny: Scene, tmp_path: Path) -> None:
+    edit = si.Knockout(sources=-2, targets=-1, layers=[0])
+    study = tiny.study(held=[edit], sources=["subject"], windows=[2], features=["all"])
+    found = run_study(study, tmp_path)
+    assert set(found.frame["model"]) == {f"{tiny.options['model']}, under Knockout layers 0 sources -2 targets -1"}
+    model, tokenizer = load(tiny.options["model"], dtype=torch.float64)
+    with si.attach(model) as ssm, ssm.edit(edit):
+        prompts = load_prompts(tiny.options["facts"])
+        whole = sweep(ssm, tokenizer, prompts, sources=["subject"], windows=2, name=study.label).frame
+    pd.testing.assert_frame_equal(found.frame, whole, rtol=1e-5)  # the host computes in fp32 in places
 
 
 @pytest.mark.parametrize(
@@ -95,16 +109,23 @@ def test_edits_that_are_held_on_take_both_kinds_of_groups(tiny: Scene) -> None:
     [
         (
             {"features": ["top half by halflife"]},
-            "features.0: 'top half by halflife': there is no statistic 'half",
+            "features: 'top half by halflife': there is no statistic 'half",
         ),
-        ({"groups": {"mine": {0: [1]}}, "features": ["mien"]}, "features.0: there is no feature group 'mien'"),
+        ({"groups": {"mine": {0: [1]}}, "features": ["mien"]}, "features: there is no feature group 'mien'"),
         ({"groups": {"mine": {0: [1]}}, "features": ["mien"]}, ", or one of its own groups: mine"),
         ({"groups": {"top third": {0: [1]}}}, "groups: 'top third' is the name of a group by rank; give yours another"),
         ({"groups": {"all": {0: [1]}}}, "groups: 'all' is the name of a group by rank"),
-        ({"groups": {"mine": {}}, "features": ["mine"]}, "groups.mine: value should have at least 1 item"),
+        ({"groups": {"mine": {}}, "features": ["mine"]}, "groups.mine: it should have at least 1 item"),
         ({"groups": {"mine": {"a": [1]}}}, "groups.mine.a"),
         ({"groups": {"mine": {0: []}}}, "groups.mine.0"),
         ({"groups": {"mine": {0: [1, [2, 3]]}}}, "groups.mine.0"),
+        ({"held": [{"kind": "SetDleta"}]}, "held.kind: there is no \"SetDleta\" to hold on: did you mean 'SetDelta'?"),
+        ({"held": [{"factor": 1}]}, 'held: its kind is missing: it is "Knockout", "ScaleFeatures", "SetDelta" or'),
+        ({"held": [{"kind": "PatchState", "position": -1, "state": 0}]}, 'held.kind: there is no "PatchState" to hold'),
+        ({"held": [{"kind": "SetDelta", "value": -1}]}, "held.value: SetDelta.value must be a step >= 0, got -1"),
+        ({"held": [{"kind": "SetDelta", "value": 1, "features": "top thrd"}]}, "held.features: there is no feature"),
+        ({"held": [{"kind": "Knockout", "sources": 3}]}, "held.sources: 3 is not at one place in prompts of several"),
+        ({"held": ["SetDelta"]}, "held: it should be a table with a kind, such as ScaleFeatures, got "),
     ],
 )
 def test_what_is_no_group(options: dict[str, object], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import refused, run
 from support import edited, logits
 from test_softmax import transformer
 from tiny_flow import word_tokenizer
@@ -24,10 +25,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
-from typer.testing import CliRunner
 
 import ssm_interp as si
-from ssm_interp import cli
 from ssm_interp.hooks.check import check
 from ssm_interp.hooks.unknown import unknown_mixers
 
@@ -222,10 +221,8 @@ def test_check_finds_a_leak_that_no_rule_finds() -> None:
 def test_the_command_line_says_so_in_one_line(tmp_path: Path) -> None:
     hybrid("lfm2").save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    refused = CliRunner().invoke(cli.app, ["attention", "a text", "--model", str(tmp_path)])
-    assert refused.exit_code == 2
-    (line,) = refused.stderr.splitlines()
-    assert "layers 0, 2 (transformers.models.lfm2.modeling_lfm2.Lfm2ShortConv)" in line
-    failed = CliRunner().invoke(cli.app, ["check", str(tmp_path)])
+    message = "layers 0, 2 (transformers.models.lfm2.modeling_lfm2.Lfm2ShortConv)"
+    refused(run("attention", "a text", "--model", tmp_path), message)
+    failed = run("check", tmp_path)
     assert failed.exit_code == 1
     assert "nothing else mixes tokens" in failed.stdout

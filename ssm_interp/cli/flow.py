@@ -2,98 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import pandas as pd
 from rich.table import Table
 
-from ssm_interp.cli.options import (
-    DEFAULT,
-    Address,
-    Alignment,
-    BatchSize,
-    Columns,
-    Device,
-    Facts,
-    Features,
-    FullAnswer,
-    GpusPerWorker,
-    Ids,
-    Limit,
-    MaxMemory,
-    OfType,
-    Revision,
-    Seed,
-    SkipBad,
-    Spread,
-    Through,
-    Workers,
-    option,
-    studies,
-)
-from ssm_interp.cli.output import check_folder, console, progress_bar
-from ssm_interp.flow import FlowResult, FlowRun, Study, run_study, windows
-from ssm_interp.models import EMBEDDED
+from ssm_interp import plots
+from ssm_interp.cli.ask import check_once
+from ssm_interp.cli.output import console, folder, progress_bar, say
+from ssm_interp.experiments import Flow, Study
+from ssm_interp.experiments.values import Interval
+from ssm_interp.flow import FlowResult, FlowRun, dropped_prompts, run_study, windows
 
-Models = Annotated[list[str] | None, option("model", "--model", show_default="the embedded ones")]
-Sources = Annotated[list[str] | None, option("sources", "--source", show_default="subject relation first last")]
-Targets = Annotated[list[str] | None, option("targets", "--target", show_default="last")]
-Windows = Annotated[list[int] | None, option("windows", "--window", show_default="three in eight of the layers")]
-ShardSize = Annotated[int, option("shard_size", min=1)]
+LISTED = 3
+"""Dropped prompts that are named on the console."""
 
 
-def flow(
-    model: Models = None,
-    facts: Facts = DEFAULT["facts"],
-    column: Columns = None,
-    skip_bad: SkipBad = DEFAULT["skip_bad"],
-    limit: Limit = DEFAULT["limit"],
-    seed: Seed = DEFAULT["seed"],
-    id: Ids = None,
-    full_answer: FullAnswer = DEFAULT["full_answer"],
-    source: Sources = None,
-    target: Targets = None,
-    window: Windows = None,
-    align: Alignment = DEFAULT["align"],
-    features: Features = None,
-    through: Through = None,
-    revision: Revision = DEFAULT["revision"],
-    dtype: OfType = DEFAULT["dtype"],
-    device: Device = DEFAULT["device"],
-    device_map: Spread = DEFAULT["device_map"],
-    batch_size: BatchSize = DEFAULT["batch_size"],
-    shard_size: ShardSize = DEFAULT["shard_size"],
-    max_memory: MaxMemory = DEFAULT["max_memory"],
-    workers: Workers = DEFAULT["workers"],
-    gpus_per_worker: GpusPerWorker = DEFAULT["gpus_per_worker"],
-    address: Address = DEFAULT["address"],
-    out: Annotated[Path, typer.Option(help="Folder for figures, table, shards.")] = Path("flow"),
-) -> None:
-    """Draw an information-flow map: where in the layers each part of a prompt reaches the answer.
-
-    Asks each model for facts, keeps those it answers correctly, and knocks out source -> target in every layer window.
-    Prints the largest drop of the answer's probability per source; writes figures and a table of every number.
-    Interrupted, the same command goes on where it was; with --workers, processes share the prompts.
-
-    Options that name one thing can be repeated: --model --id --source --target --window --features --through --column.
-
-    Example:  [bold]ssm-interp flow --model tiny-mamba2 --source subject --source last --window 3 --out map[/bold]
-    """
-    run_studies(studies(model or EMBEDDED, locals()), out)
-
-
-def run_studies(asked: Sequence[Study], out: Path) -> None:
-    """Run studies one after another, then write and print what they found together.
-
-    Raises:
-        OSError: the folder cannot be written; else as `run_study`.
-    """
-    check_folder(out)
-    results = []
+def run(flow: Flow) -> None:
+    """Runs the studies one after another, then writes and prints what they found together."""
+    out = folder(flow.out, "figures, tables and what is stored")
+    check_once(flow.model.names)
+    studies, results = list(flow.studies()), []
     with progress_bar(shown=True) as progress:
-        for study in asked:
+        for study in studies:
             full = ", full answers: a forward per knockout" if study.full_answer else ""
             task = progress.add_task(f"{study.model}{full}", total=None)
 
@@ -104,20 +37,48 @@ def run_studies(asked: Sequence[Study], out: Path) -> None:
     result = FlowResult.join(results)
     picture, table = out / "flow.png", out / "flow.parquet"
     result.save(table)
-    figure = result.plot()
+    shown = flow.summary
+    summary = result.summary(interval=shown.interval, level=shown.level)
+    x_labels = {run.model: run.x_label for run in result.runs}
+    figure = plots.flow_figure(summary, x_labels=x_labels, statistic=shown.statistic)
     figure.savefig(picture, dpi=200)
     figure.savefig(picture.with_suffix(".svg"))
-    picture.with_suffix(".html").write_text(result.page(), encoding="utf-8")
-    print_flow(result)
-    typer.echo(f"\nwrote {picture} (.svg, .html) and {table} ({len(result.frame)} rows)")
+    page = plots.flow_page(summary, x_labels=x_labels, statistic=shown.statistic)
+    picture.with_suffix(".html").write_text(page, encoding="utf-8")
+    print_flow(result, shown.interval, shown.level)
+    if not flow.prompts.all_prompts:
+        tell_dropped(zip(studies, results, strict=True), out)
+    say(f"\nwrote {picture} (.svg, .html) and {table} ({len(result.frame)} rows)")
 
 
-def print_flow(result: FlowResult) -> None:
+def tell_dropped(found: Iterable[tuple[Study, FlowResult]], out: Path) -> Path | None:
+    """Lists the prompts that models answered otherwise: a few on the console, all of them in a file, if there are any.
+
+    Returns:
+        The file.
+    """
+    frames = [dropped_prompts(study, result) for study, result in found]
+    file = out / "dropped.csv"
+    frame = pd.concat(frames, ignore_index=True)
+    if frame.empty:
+        file.unlink(missing_ok=True)
+        return None
+    frame.to_csv(file, index=False)
+    for model, rows in frame.groupby("model", sort=False):
+        some = [
+            f"{row.prompt_id} ({row.answered} instead of {row.answer})" for row in rows[:LISTED].itertuples(index=False)
+        ]
+        more = ", ..." if len(rows) > LISTED else ""
+        say(f"{model} answers {len(rows)} otherwise, which are left out: {', '.join(some)}{more}; all are in {file}")
+    return file
+
+
+def print_flow(result: FlowResult, interval: Interval, level: float) -> None:
     """A table per model: the window with the largest drop for each source and target."""
-    drops = result.largest_drops()
+    drops = result.largest_drops(interval=interval, level=level)
     for run in result.runs:
         sizes = ", ".join(map(str, run.windows))
-        typer.echo(
+        say(
             f"\n{run.model}: {run.kept} of {run.asked} prompts answered correctly and kept{_asked_for(result, run)}; "
             f"windows of {sizes} of {len(run.layers)} layers"
         )
@@ -147,9 +108,10 @@ def _asked_for(result: FlowResult, run: FlowRun) -> str:
 def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
     places = windows(run.layers, row["window_size"], run.align)
     layers = next(place.layers for place in places if place.at == row["layer"])
+    between = f"{_signed(row['low'])} to {_signed(row['high'])}"
     cells = {
         "largest\ndrop %": _signed(row["mean"]),
-        "95 %\ninterval": f"{_signed(row['low'])} to {_signed(row['high'])}" if row["n"] > 1 else "(one prompt)",
+        f"{100 * row['level']:g} %\ninterval": between if row["n"] > 1 else "(one prompt)",
         "\nmedian %": _signed(row["median"]),
         "still\nright %": f"{100 * row['accuracy']:.0f}",
         "in\nlayers": f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0]),

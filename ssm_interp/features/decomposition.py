@@ -147,7 +147,8 @@ class Decompositions(ByLayer[Decomposition]):
         position = first.targets[0] if target is None else target
         options.setdefault("title", f"{plots.short(first.model)}\nwritten at position {position}{features}")
         options.setdefault("label", "Length of what is written")
-        return plots.attribution_figure(written, labels(first.tokens, row, written.shape[1]), list(self), **options)
+        named = labels(first.tokens, row, written.shape[1])
+        return plots.attribution_figure(written, named, list(self), **{"signed": False} | options)
 
 
 def decompose(

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from ssm_interp import plots
 from ssm_interp.errors import FlowError
+from ssm_interp.experiments.values import Align
 from ssm_interp.flow.summary import summarise
-from ssm_interp.flow.windows import Align
 from ssm_interp.results import Result
 
 COLUMNS = [
@@ -128,9 +128,13 @@ class FlowResult(Result):
         """
         return summarise(self.frame, **options)
 
-    def largest_drops(self) -> pd.DataFrame:
-        """The summary's row with the lowest mean change, for each model, source, target, feature group, window size."""
-        summary = self.summary()
+    def largest_drops(self, **options: Any) -> pd.DataFrame:
+        """The summary's row with the lowest mean change, for each model, source, target, feature group, window size.
+
+        Args:
+            options: of `summary`.
+        """
+        summary = self.summary(**options)
         groups = summary.groupby(["model", "source", "target", "feature_group", "window_size"], sort=False)
         return summary.loc[groups["mean"].idxmin()].reset_index(drop=True)
 

@@ -8,7 +8,7 @@ import random
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.errors import PromptError
-from ssm_interp.flow.study import Study
+from ssm_interp.experiments import Study
 from ssm_interp.flow.sweep import check_distinct
 from ssm_interp.prompts import Prompt, load_prompts, tokenize, with_ids
 

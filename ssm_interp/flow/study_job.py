@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssm_interp.errors import NothingAnswered, SsmInterpWarning, StudyError
+from ssm_interp.experiments import Study
 from ssm_interp.features import feature_groups
 from ssm_interp.flow.result import FlowResult
-from ssm_interp.flow.study import Study
 from ssm_interp.flow.study_held import check_held, held_on, measured
 from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, sweep
 from ssm_interp.flow.windows import windows
 from ssm_interp.hooks import Attachment, Intervention, answers, attach
-from ssm_interp.hooks.answers import device_of
+from ssm_interp.hooks.asked import device_of
 from ssm_interp.hooks.steps import default_memory
 from ssm_interp.jobs import Job, Prepared, Report, Shard, Worker
 from ssm_interp.jobs.files import digest
@@ -145,13 +145,13 @@ class StudyWorker(Worker):
                     align=study.align,
                     features=features,
                     through=study.through,
-                    answered_only=study.answered_only,
+                    answered_only=not study.all_prompts,
                     full_answer=study.full_answer,
                     allow_no_edges=True,
                     batch_size=study.batch_size,
                     max_memory=max_memory,
                     progress=progress,
-                    name=study.model,
+                    name=study.label,
                 )
         except NothingAnswered:
             return None

@@ -16,9 +16,9 @@ import torch
 
 from ssm_interp import jobs
 from ssm_interp.errors import NothingAnswered
+from ssm_interp.experiments import Study
 from ssm_interp.flow.named_edges import check_edges_exist
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.study import Study
 from ssm_interp.flow.study_facts import StudyFacts
 from ssm_interp.flow.study_job import StudyJob, check_fits
 from ssm_interp.flow.sweep import Progress

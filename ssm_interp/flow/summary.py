@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,13 +11,13 @@ from pandas.api.typing import SeriesGroupBy
 from scipy import special, stats
 
 from ssm_interp.errors import FlowError
+from ssm_interp.experiments.values import Interval
 
 KEYS = ["model", "source", "target", "feature_group", "layer", "window_start", "window_size"]
 MEASURED = ["unasked", "n_edges", "p_base", "p", "relative_change", "logprob_difference", "hit"]
 RESAMPLES = 2000
 RESAMPLED_AT_ONCE = 256
 
-Interval = Literal["t", "bootstrap"]
 Numbers = NDArray[np.float64]
 
 

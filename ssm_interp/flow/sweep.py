@@ -13,15 +13,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ssm_interp.errors import FeatureError, FlowError, NothingAnswered, PromptError
+from ssm_interp.experiments.values import Align
 from ssm_interp.features import feature_groups
 from ssm_interp.features.groups import ALL
 from ssm_interp.flow.metrics import changes
 from ssm_interp.flow.named_edges import check_edges_exist, edge_count
 from ssm_interp.flow.result import FlowResult, FlowRun
-from ssm_interp.flow.windows import Align, Window, default_size
+from ssm_interp.flow.windows import Window, default_size
 from ssm_interp.flow.windows import windows as windows_over
 from ssm_interp.hooks import Answers, Attachment, Knockout, Metric, answers, warn_hooked
-from ssm_interp.hooks.answers import By, device_of
+from ssm_interp.hooks.answers import By
+from ssm_interp.hooks.asked import device_of
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize, warn_shared
 
 Progress = Callable[[int, int], None]

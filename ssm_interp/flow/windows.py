@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ssm_interp.errors import FlowError, WindowError
-
-Align = Literal["left", "centre"]
+from ssm_interp.experiments.values import Align
 
 
 @dataclass(frozen=True)

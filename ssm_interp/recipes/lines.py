@@ -6,8 +6,7 @@ import tomllib
 from collections.abc import Iterator
 from typing import Any
 
-Key = tuple[str | int, ...]
-"""From the top of a document down: names of tables and keys, and indices of arrays."""
+from ssm_interp.experiments.declared import Key
 
 DEEPEST = 3
 """Arrays in arrays, over several lines, whose items are told apart."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -22,13 +23,16 @@ from ssm_interp.errors import (
     RecipeError,
     WindowError,
 )
-from ssm_interp.flow import FlowResult, Study, check_study, run_study, summarise
+from ssm_interp.experiments import Key, Study, dotted
+from ssm_interp.experiments.held import described
+from ssm_interp.flow import FlowResult, check_study, run_study, summarise
+from ssm_interp.flow.study_held import check_held
 from ssm_interp.flow.sweep import Progress
+from ssm_interp.hooks import attach
 from ssm_interp.jobs import job_folder
-from ssm_interp.models import load_tokenizer
+from ssm_interp.models import load_outline, load_tokenizer
 from ssm_interp.plots import TokenMap
 from ssm_interp.prompts import TokenizedPrompt, load_prompts, tokenize, with_ids
-from ssm_interp.recipes.lines import Key
 from ssm_interp.recipes.schema import HeatMap, Recipe
 from ssm_interp.reprs import short_repr
 
@@ -42,13 +46,15 @@ class Findings:
 
     Attributes:
         recipe: as it was run.
-        result: every model's rows, a run for each model and name of an operation.
+        result: every model's rows, a run for each model and name of a sweep.
         maps: of a heat map: what a model is called, and the map of a prompt, target, feature group and window size.
+        studies: each study, and what it found.
     """
 
     recipe: Recipe
     result: FlowResult
     maps: tuple[tuple[str, TokenMap], ...] = ()
+    studies: tuple[tuple[Study, FlowResult], ...] = ()
 
     __repr__ = short_repr
 
@@ -90,6 +96,11 @@ class Findings:
         written = [folder / "table.parquet"]
         self.result.save(written[0])
         figures = self._figures()
+        saving: dict[str, Any] = {"dpi": 200, "metadata": {"Title": self.recipe.title}}
+        if self.recipe.held:  # said in a line above, for which the picture grows
+            saving["bbox_inches"] = "tight"
+            for figure in figures.values():
+                figure.text(0.5, 1.02, fill(self._edited, 100), ha="center", va="bottom", fontsize="small")
         for suffix in plot.formats:
             if suffix == "html":
                 written.append(folder / f"{plot.kind}.html")
@@ -97,21 +108,26 @@ class Findings:
                 continue
             for name, figure in figures.items():
                 written.append(folder / f"{name}.{suffix}")
-                figure.savefig(written[-1], dpi=200, metadata={"Title": self.recipe.title})
+                figure.savefig(written[-1], **saving)
         return written
+
+    @property
+    def _edited(self) -> str:
+        """What is held on, if anything is."""
+        return f"edited: {'; '.join(map(described, self.recipe.held))}" if self.recipe.held else ""
 
     def _figures(self) -> dict[str, Figure]:
         """By file name."""
         plot, statistic = self.recipe.plot, self.recipe.metrics.statistic
         if plot.kind == "flow":
-            return {"flow": plots.flow_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)}
+            return {"flow": plots.flow_figure(self._drawn(), x_labels=self._x_labels(), statistic=statistic)}
         if plot.kind == "features":
-            figure = plots.features_figure(self.summary(), x_labels=self._x_labels(), statistic=statistic)
+            figure = plots.features_figure(self._drawn(), x_labels=self._x_labels(), statistic=statistic)
             return {"features": figure}
         if plot.kind == "streams":
-            return {"streams": plots.stream_figure(self._by_operation(), statistic=statistic)}
+            return {"streams": plots.stream_figure(self._by_sweep(), statistic=statistic)}
         if plot.kind == "depth":
-            return {"depth": plots.depth_figure(self.summary(), statistic=statistic)}
+            return {"depth": plots.depth_figure(self._drawn(), statistic=statistic)}
         labels = dict.fromkeys(label for label, _ in self.maps)
         return {
             f"heatmap-{job_folder('', label)}": plots.heatmap_figure(
@@ -122,36 +138,48 @@ class Findings:
 
     def _page(self) -> str:
         recipe = self.recipe
+        title = f"{recipe.title} ({self._edited})" if recipe.held else recipe.title
         if isinstance(recipe.plot, HeatMap):
             maps = (one for _, one in self.maps)
-            return plots.heatmap_page(*maps, limit=recipe.plot.colour_limit, title=recipe.title)
+            return plots.heatmap_page(*maps, limit=recipe.plot.colour_limit, title=title)
         statistic = recipe.metrics.statistic
-        return plots.flow_page(self.summary(), x_labels=self._x_labels(), statistic=statistic, title=recipe.title)
+        return plots.flow_page(self._drawn(), x_labels=self._x_labels(), statistic=statistic, title=title)
 
-    def _by_operation(self) -> pd.DataFrame:
-        """The summary, with the name of the operation as what was knocked out `through`."""
+    def _by_sweep(self) -> pd.DataFrame:
+        """The summary, with the name of the sweep as what was knocked out `through`."""
         recipe, summary = self.recipe, self.summary()
-        pairs = [(model, one) for one in recipe.knockouts.values() for model in recipe.model.names]
-        models = {recipe.label(model, one): model for model, one in pairs}
+        pairs = [(model, one) for one in recipe.sweep for model in recipe.model.names]
+        models = {recipe.label(model, one): recipe.panel(model) for model, one in pairs}
         names = {recipe.label(model, one): one.name for model, one in pairs}
         return summary.assign(model=summary["model"].map(models), through=summary["model"].map(names))
 
+    def _drawn(self) -> pd.DataFrame:
+        """The summary, with what pictures call the models."""
+        return self.summary().replace({"model": self._panels()})
+
+    def _panels(self) -> dict[str, str]:
+        """What tables call a model in a sweep -> what pictures call it, which is shorter."""
+        recipe = self.recipe
+        pairs = [(model, one) for one in recipe.sweep for model in recipe.model.names]
+        return {recipe.label(model, one): recipe.panel(model, one) for model, one in pairs}
+
     def _x_labels(self) -> dict[str, str]:
-        return {run.model: run.x_label for run in self.result.runs}
+        panels = self._panels()
+        return {panels[run.model]: run.x_label for run in self.result.runs}
 
 
-def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = None, **how: Any) -> Findings:
-    """Run the studies of a recipe, one per model and operation, or what is left of them.
+def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = None, **computed: Any) -> Findings:
+    """Run the studies of a recipe, one per model and sweep, or what is left of them.
 
-    Each is stored in `folder/operation-<number>/<model>` as soon as it is there, see `run_study`: interrupted, the same
-    call goes on where it was; `workers` share the prompts.
+    Each is stored in `folder/sweep-<number>/<model>` as soon as it is there, see `run_study`: interrupted, the same
+    call goes on where it was.
 
     Args:
         recipe: from `read_recipe`, or made in Python.
         folder: for the studies.
         started: called as a study begins, with what it is called.
-        how: options of a study that change how it is computed and not what is found: device, device_map, batch_size,
-            max_memory, workers, gpus_per_worker, address.
+        computed: options of a study that change how it is computed and not what is found: device, device_map,
+            batch_size, max_memory, workers, ...
 
     Raises:
         RecipeError: what the models or the facts do not allow: a model or a file that cannot be loaded, a window of
@@ -159,41 +187,57 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
             first, without their weights, see `check_study`.
         Else as `run_study`.
 
-    Cost: that of `run_study`, for each model and operation.
+    Cost: that of `run_study`, for each model and sweep.
 
     Example:
-        >>> run_recipe(read_recipe("hooks/tiny-flow.toml"), "out").write("out")        # doctest: +SKIP
+        >>> run_recipe(read_recipe("tiny-flow"), "out").write("out")        # doctest: +SKIP
     """
     results: dict[str, list[FlowResult]] = {}
     maps: list[tuple[str, TokenMap]] = []
-    for one in list(_checked(recipe, how)):
-        with _blaming(recipe, one.place, one.label):
+    studies: list[tuple[Study, FlowResult]] = []
+    for one in list(_checked(recipe, computed)):
+        with _blaming(recipe, one.number, one.label):
             progress = started(one.label) if started else None
-            found = run_study(one.study, Path(folder) / f"operation-{one.place + 1}", progress=progress)
+            found = run_study(one.study, Path(folder) / f"sweep-{one.number + 1}", progress=progress)
+        studies.append((one.study, found))
         results.setdefault(one.label, []).append(found)
-        maps += [(one.label, drawn) for prompt in one.prompts for drawn in _maps(found, prompt, one.label)]
+        maps += [(one.panel, drawn) for prompt in one.prompts for drawn in _maps(found, prompt, one.panel)]
     joined = FlowResult.join([_as_one(label, parts) for label, parts in results.items()])
-    return Findings(recipe, joined, tuple(maps))
+    return Findings(recipe, joined, tuple(maps), tuple(studies))
 
 
 class _Planned(NamedTuple):
-    place: int  # of the operation
+    number: int  # of the sweep
     label: str
+    panel: str
     study: Study
     prompts: list[TokenizedPrompt]  # of a heat map
 
 
-def _checked(recipe: Recipe, how: Mapping[str, Any]) -> Iterator[_Planned]:
-    """A study per operation and model, each of which its model's config and tokenizer, and the facts, allow."""
-    for place, knockout in recipe.knockouts.items():
+def _checked(recipe: Recipe, computed: Mapping[str, Any]) -> Iterator[_Planned]:
+    """A study per sweep and model, each of which its model's config and tokenizer, and the facts, allow."""
+    for number, sweep in enumerate(recipe.sweep):
         for model in recipe.model.names:
-            label = recipe.label(model, knockout)
-            with _blaming(recipe, place, label):
+            label = recipe.label(model, sweep)
+            _check_held(recipe, model)
+            with _blaming(recipe, number, label):
                 prompts = _prompts(recipe, model) if isinstance(recipe.plot, HeatMap) else []
                 longest = max((len(prompt) for prompt in prompts), default=0)
-                study = recipe.study(model, knockout, positions=longest, **how)
+                study = recipe.study(model, sweep, positions=longest, **computed)
                 check_study(study)
-            yield _Planned(place, label, study, prompts)
+            yield _Planned(number, label, recipe.panel(model, sweep), study, prompts)
+
+
+def _check_held(recipe: Recipe, model: str) -> None:
+    """Raise, of each edit that is held on, what the model's config does not allow."""
+    if not recipe.held:
+        return
+    with _blaming(recipe, 0, model), attach(load_outline(model, revision=recipe.model.revision)) as ssm:
+        for number, edit in enumerate(recipe.held):
+            try:
+                check_held([edit], ssm)
+            except (FeatureError, InterventionError) as error:
+                raise blamed(recipe, ("held", number), f"{model}: {error}") from error
 
 
 def _as_one(label: str, parts: list[FlowResult]) -> FlowResult:
@@ -206,9 +250,9 @@ def _as_one(label: str, parts: list[FlowResult]) -> FlowResult:
 
 def _prompts(recipe: Recipe, model: str) -> list[TokenizedPrompt]:
     """A heat map's prompts, in the model's tokens."""
-    plot, facts = recipe.plot, recipe.facts
+    plot, asked = recipe.plot, recipe.prompts
     tokenizer = load_tokenizer(model, revision=recipe.model.revision)
-    prompts = load_prompts(facts.source, columns=facts.columns, on_bad=_leave_out if facts.skip_bad else None)
+    prompts = load_prompts(asked.facts, columns=asked.columns, on_bad=_leave_out if asked.skip_bad else None)
     try:
         chosen = with_ids(prompts, plot.prompts if isinstance(plot, HeatMap) else ())
     except PromptError as error:
@@ -234,16 +278,15 @@ def _maps(found: FlowResult, prompt: TokenizedPrompt, label: str) -> Iterator[To
 
 
 @contextmanager
-def _blaming(recipe: Recipe, place: int, label: str) -> Iterator[None]:
+def _blaming(recipe: Recipe, number: int, label: str) -> Iterator[None]:
     """Errors that only the models or the facts bring to light become those of the key that they come from."""
-    held = len(recipe.operation) > len(recipe.knockouts)  # then it may be any operation
     keys: dict[type[Exception], Key] = {
         LoadError: ("model", "names"),
-        WindowError: ("sweep", "windows"),
-        FeatureError: ("operation",) if held else ("operation", place, "features"),
-        InterventionError: ("operation",) if held else ("operation", place, "through"),
-        PromptError: ("facts", "source"),
-        NoEdgesError: ("operation", place, "targets" if isinstance(recipe.plot, HeatMap) else "sources"),
+        WindowError: ("sweep", number, "windows"),
+        FeatureError: ("sweep", number, "features"),
+        InterventionError: ("held",) if recipe.held else ("sweep", number, "through"),
+        PromptError: ("prompts", "facts"),
+        NoEdgesError: ("sweep", number, "targets" if isinstance(recipe.plot, HeatMap) else "sources"),
         NothingAnswered: ("model", "names"),
     }
     try:
@@ -260,4 +303,4 @@ def blamed(recipe: Recipe, key: Key, message: str) -> RecipeError:
     """The error of a key of a recipe, with its file and line where it was read from one."""
     if recipe._blame:
         return recipe._blame(key, message)
-    return RecipeError(f"{'.'.join(part for part in key if isinstance(part, str))}: {message}")
+    return RecipeError(f"{dotted(key)}: {message}")

@@ -1,135 +1,73 @@
-"""A recipe: one experiment as data, and what each of its keys takes."""
+"""A recipe: one experiment as data, made of the parts that every experiment has."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from ssm_interp.errors import RecipeError, SsmInterpError
-from ssm_interp.flow import Align, Study
-from ssm_interp.flow.study import Columns, Dtype, NotOfConv, Source, Stream, Target
-from ssm_interp.flow.study_held import OWN_GROUPS, AllUsed, Group, ScaleFeatures, SetDelta, Sets
-from ssm_interp.flow.summary import Interval
-from ssm_interp.plots import MOST_GROUPS, StatisticName
-from ssm_interp.recipes.lines import Key
+from ssm_interp.errors import RecipeError
+from ssm_interp.experiments import Declared, Key, KeyedError, Several, Study, option, same
+from ssm_interp.experiments.commands import flat
+from ssm_interp.experiments.held import Held, under
+from ssm_interp.experiments.parts import Models, Prompts, Summary, Sweep
+from ssm_interp.experiments.values import Name
+from ssm_interp.plots import MOST_GROUPS
 
 Format = Literal["png", "svg", "html"]
-Name = Annotated[str, Field(min_length=1)]
+FORMATS: tuple[Format, ...] = ("png", "svg", "html")
 KINDS = "flow, depth, features, streams or heatmap."
-WINDOWS = "Layers per window, each size in turn; absent: three in eight of the model's layers."
 
 
-class ContradictionError(SsmInterpError, ValueError):
-    """Keys of a recipe that are fine alone and do not go together; `key` is the one to blame."""
-
-    def __init__(self, key: Key, message: str) -> None:
-        self.key = key
-        super().__init__(message)
-
-
-def _of_study(name: str) -> Any:
-    """A field that a study has too, with the default and the description that it has there."""
-    field = Study.model_fields[name]
-    return Field(field.default, description=field.description)
-
-
-class Section(BaseModel):
-    """A table of a recipe: nothing is converted, and nothing that is unknown passes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class Models(Section):
+class NamedModels(Models):
     """`[model]`: which models are asked."""
 
-    names: list[Name] = Field(min_length=1, description="Embedded names, local folders or hub ids.")
-    revision: Name = _of_study("revision")
-    dtype: Dtype = _of_study("dtype")
+    names: Several[Name] = same(Models, "names", ..., min_length=1)
 
 
-class Facts(Section):
-    """`[facts]`: what they are asked."""
+class NamedPrompts(Prompts):
+    """`[prompts]`: what they are asked."""
 
-    source: Name = Field(description="geo (embedded), counterfact, a JSONL, CSV or Parquet file, or a data set.")
-    columns: Columns = _of_study("columns")
-    skip_bad: bool = _of_study("skip_bad")
-    limit: int = Field(
-        default=Study.model_fields["limit"].default, ge=0, description=Study.model_fields["limit"].description
-    )
-    seed: int = _of_study("seed")
-    full_answer: bool = _of_study("full_answer")
+    facts: Name = same(Prompts, "facts", ...)
 
 
-class Knockout(Section):
-    """`[[operation]]` that is made in every layer window, one after the other."""
+class NamedSweep(Sweep):
+    """`[[sweep]]`: knockouts in every layer window, one after the other."""
 
-    kind: Literal["Knockout"] = Field(description="The intervention; edges target <- source are removed.")
-    name: str = Field(default="", description="Stands behind the model's name in tables and pictures.")
-    sources: list[Source] | None = Field(
-        default=None,
-        min_length=1,
-        description="Roles, or positions, no longer read. A heat map takes every token in turn.",
-    )
-    targets: list[Target] = Field(min_length=1, description="Roles that no longer read them.")
-    groups: Sets = Field(default={}, description=OWN_GROUPS)
-    features: Annotated[list[Group], AllUsed] = Field(
-        default=["all"], min_length=1, validate_default=True, description="Feature groups, a knockout each."
-    )
-    through: Annotated[list[Stream] | None, NotOfConv] = Field(
-        default=None,
-        min_length=1,
-        description="Streams in which edges are removed; absent: ssm where the model has it.",
-    )
+    name: str = option("", "Stands behind the model's name in tables and pictures.")
 
 
-class Sweep(Section):
-    """`[sweep]`: the layer windows."""
-
-    windows: list[PositiveInt] | None = Field(default=None, min_length=1, description=WINDOWS)
-    align: Align = _of_study("align")
-
-
-class Metrics(Section):
+class Metrics(Summary):
     """`[metrics]`: what is said over prompts, in the pictures."""
 
-    statistic: StatisticName = Field(
-        default="mean", description="mean or median of the relative change, accuracy, or logprob_difference."
-    )
-    interval: Interval = Field(default="bootstrap", description="Of means: bootstrap, or t.")
-    level: float = Field(default=0.95, gt=0, lt=1, description="Of the interval.")
-    prompts: Literal["own", "common"] = Field(
-        default="own", description="own: those that a model answers. common: those that all of the models answer."
+    prompts: Literal["own", "common"] = option(
+        "own", "own: those that a model answers. common: those that all of the models answer."
     )
 
 
-class Lines(Section):
-    """`[plot]` of lines: over the layers, one per source (flow), per feature group (features) or per operation
-    (streams); or over depth in %, one per model (depth)."""
+class Lines(Declared):
+    """`[plot]` of lines: over the layers, one per source (flow), per feature group (features) or per sweep (streams);
+    or over depth in %, one per model (depth)."""
 
-    kind: Literal["flow", "depth", "features", "streams"] = Field(description=KINDS)
-    formats: list[Format] = Field(default=["png", "svg", "html"], min_length=1, description="What is written.")
+    kind: Literal["flow", "depth", "features", "streams"] = option(..., KINDS)
+    formats: Several[Format] = option(FORMATS, "What is written.", min_length=1)
 
 
-class HeatMap(Section):
+class HeatMap(Declared):
     """`[plot]` of single prompts: a row per source token, a column per window."""
 
-    kind: Literal["heatmap"] = Field(description=KINDS)
-    prompts: list[Name] = Field(min_length=1, description="Ids of the prompts.")
-    colour_limit: float | None = Field(
-        default=None, gt=0, description="The change of probability at which colours end; absent: the largest there is."
+    kind: Literal["heatmap"] = option(..., KINDS)
+    prompts: Several[Name] = option(..., "Ids of the prompts.", min_length=1)
+    colour_limit: float | None = option(
+        None, "The change of probability at which colours end; absent: the largest there is.", gt=0
     )
-    formats: list[Format] = Field(default=["png", "svg", "html"], min_length=1, description="What is written.")
+    formats: Several[Format] = same(Lines, "formats", FORMATS, min_length=1)
 
 
-Operation = Annotated[Knockout | ScaleFeatures | SetDelta, Field(discriminator="kind")]
-Plot = Annotated[Lines | HeatMap, Field(discriminator="kind")]
-
-
-class Recipe(Section):
+class Recipe(Declared):
     """One experiment as data: what `ssm-interp run` reads from a TOML file, see `read_recipe`.
 
     Raises:
@@ -139,118 +77,101 @@ class Recipe(Section):
         >>> Recipe(
         ...     title="Subjects",
         ...     model={"names": ["tiny-mamba1"]},
-        ...     facts={"source": "geo"},
-        ...     operation=[{"kind": "Knockout", "sources": ["subject"], "targets": ["last"]}],
+        ...     prompts={"facts": "geo"},
+        ...     sweep=[{"sources": ["subject"], "targets": ["last"]}],
         ...     plot={"kind": "flow"},
-        ... ).operation[0].targets
-        ['last']
+        ... ).sweep[0].targets
+        ('last',)
     """
 
-    title: Name = Field(description="What the experiment is called.")
-    description: str = Field(default="", description="What it is about, for readers.")
-    model: Models
-    facts: Facts
-    operation: list[Operation] = Field(min_length=1, description="What is done to the model.")
-    sweep: Sweep = Sweep()
+    title: Name = option(..., "What the experiment is called.")
+    description: str = option("", "What it is about, for readers.")
+    model: NamedModels
+    prompts: NamedPrompts
+    sweep: Several[NamedSweep] = option(..., "Which edges are knocked out, in which windows.", min_length=1)
+    held: Several[Held] = same(Study, "held", ())
     metrics: Metrics = Metrics()
-    plot: Plot
+    plot: Annotated[Lines | HeatMap, Field(discriminator="kind")]
 
     _blame: Callable[[Key, str], RecipeError] | None = PrivateAttr(None)
-
-    @property
-    def knockouts(self) -> dict[int, Knockout]:
-        """The operations that are swept over the windows, by their place among all operations."""
-        return {place: one for place, one in enumerate(self.operation) if isinstance(one, Knockout)}
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
         if twice := [name for name, count in Counter(self.model.names).items() if count > 1]:
-            raise ContradictionError(("model", "names"), f"{twice[0]!r} occurs more than once; name each model once")
-        if not self.knockouts:
-            raise ContradictionError(("operation",), 'one must be of kind = "Knockout": it is swept over the windows')
-        _check_told_apart(self.knockouts)
+            raise KeyedError(("model", "names"), f"{twice[0]!r} occurs more than once; name each model once")
+        _check_told_apart(self.sweep)
         if isinstance(self.plot, HeatMap):
             self._check_heat_map(self.plot)
-        else:
-            groups = dict.fromkeys(group for knockout in self.knockouts.values() for group in knockout.features)
-            if self.plot.kind == "features" and len(groups) > MOST_GROUPS:
+        elif self.plot.kind == "features":
+            groups = dict.fromkeys(group for sweep in self.sweep for group in sweep.features)
+            if len(groups) > MOST_GROUPS:
                 message = f"lines of {len(groups)} feature groups cannot be told apart; draw at most {MOST_GROUPS}"
-                raise ContradictionError(("plot", "kind"), message)
-            for place, knockout in self.knockouts.items():
-                if knockout.sources is None:
-                    message = 'it needs sources: roles such as "subject", or positions, no longer read'
-                    raise ContradictionError(("operation", place), message)
-                if self.plot.kind == "streams" and not knockout.name:
+                raise KeyedError(("plot", "kind"), message)
+        elif self.plot.kind == "streams":
+            for number, sweep in enumerate(self.sweep):
+                if not sweep.name:
                     message = (
-                        'it needs a name, such as "ssm" or "conv": what its line is called in a picture of streams'
+                        "it needs a name, such as 'ssm' or 'conv': what its line is called in a picture of streams"
                     )
-                    raise ContradictionError(("operation", place), message)
+                    raise KeyedError(("sweep", number), message)
         return self
 
     def _check_heat_map(self, plot: HeatMap) -> None:
         unfit: dict[Key, str] = {
-            ("operation", place, "sources"): "a heat map takes each token of a prompt as the source; leave this key out"
-            for place, knockout in self.knockouts.items()
-            if knockout.sources is not None
+            ("sweep", number, "sources"): "a heat map takes each token of a prompt as the source; leave this key out"
+            for number, sweep in enumerate(self.sweep)
+            if "sources" in sweep.model_fields_set
         }
-        if "limit" in self.facts.model_fields_set:
-            unfit["facts", "limit"] = "a heat map asks the prompts that plot.prompts names; leave this key out"
+        for name in ("limit", "ids", "all_prompts"):
+            if name in self.prompts.model_fields_set:
+                unfit["prompts", name] = "a heat map asks the prompts that plot.prompts names; leave this key out"
         if "metrics" in self.model_fields_set:
             unfit["metrics",] = "a heat map shows p - p_base of single prompts and no statistic; leave this section out"
-        if self.sweep.align == "centre" and len(self.sweep.windows or ()) > 1:
-            unfit["sweep", "windows"] = 'of centred windows a heat map shows one size; give one, or align = "left"'
+        for number, sweep in enumerate(self.sweep):
+            if sweep.align == "centre" and len(sweep.windows or ()) > 1:
+                message = 'of centred windows a heat map shows one size; give one, or align = "left"'
+                unfit["sweep", number, "windows"] = message
         if len(set(plot.prompts)) < len(plot.prompts):
             unfit["plot", "prompts"] = "a prompt occurs more than once; name each once"
         for key, message in unfit.items():
-            raise ContradictionError(key, message)
+            raise KeyedError(key, message)
 
-    def label(self, model: str, knockout: Knockout) -> str:
-        """What tables and pictures call a model under a knockout."""
-        return f"{model}, {knockout.name}" if knockout.name else model
+    def label(self, model: str, sweep: NamedSweep) -> str:
+        """What tables and pictures call a model in a sweep."""
+        return ", ".join([model, *([sweep.name] if sweep.name else []), *under(self.held)])
 
-    def study(self, model: str, knockout: Knockout, *, positions: int = 0, **how: Any) -> Study:
-        """The study of one model under one of the knockouts.
+    def panel(self, model: str, sweep: NamedSweep | None = None) -> str:
+        """What pictures call it, which say elsewhere how it is edited."""
+        name = [sweep.name] if sweep and sweep.name else []
+        return ", ".join([model, *name, *(["edited"] if self.held else [])])
+
+    def study(self, model: str, sweep: NamedSweep, *, positions: int = 0, **computed: Any) -> Study:
+        """The study of one model in one of the sweeps.
 
         Args:
             model: one of `model.names`.
-            knockout: one of `knockouts`.
+            sweep: one of `sweep`.
             positions: for a heat map, how many of them are sources: the number of tokens of the longest prompt.
-            how: options that change how a table is computed and not what is in it: device, device_map, batch_size,
-                max_memory, workers, gpus_per_worker, address.
+            computed: options that change how a table is computed and not what is in it, such as batch_size.
         """
-        options = {
-            "model": model,
-            "revision": self.model.revision,
-            "dtype": self.model.dtype,
-            "facts": self.facts.source,
-            "columns": self.facts.columns,
-            "skip_bad": self.facts.skip_bad,
-            "limit": self.facts.limit,
-            "seed": self.facts.seed,
-            "full_answer": self.facts.full_answer,
-            "sources": knockout.sources,
-            "targets": knockout.targets,
-            "windows": self.sweep.windows,
-            "align": self.sweep.align,
-            "groups": knockout.groups,
-            "features": knockout.features,
-            "through": knockout.through,
-            "held": [one for one in self.operation if not isinstance(one, Knockout)],
-        }
+        options = flat(self.model, self.prompts, sweep) | {"model": model, "held": self.held}
         if isinstance(self.plot, HeatMap):
-            options |= {"sources": range(positions), "limit": 0, "ids": self.plot.prompts, "answered_only": False}
-        return Study.model_validate(options | how)
+            options |= {"sources": range(positions), "limit": 0, "ids": self.plot.prompts, "all_prompts": True}
+        del options["names"], options["name"]
+        return Study.model_validate(options | computed)
 
 
-def _check_told_apart(knockouts: Mapping[int, Knockout]) -> None:
-    """Knockouts of one name share a table, in which their rows must be told apart."""
-    streams: dict[str, list[Stream] | None] = {}
+def _check_told_apart(sweeps: Sequence[NamedSweep]) -> None:
+    """Sweeps of one name share a table, in which their rows must be told apart, and a panel with one axis."""
+    shared: dict[str, NamedSweep] = {}
     owners: dict[tuple[str, ...], int] = {}
-    for place, one in knockouts.items():
-        if one.through != streams.setdefault(one.name, one.through):
-            message = "it is through other streams than another operation of this name; give each a name of its own"
-            raise ContradictionError(("operation", place), message)
-        for source, target, group in product(one.sources or ["each token"], one.targets, one.features):
-            if owners.setdefault((one.name, str(source), target, group), place) != place:
-                message = f"it knocks out {source} -> {target} as another operation does; give each a name of its own"
-                raise ContradictionError(("operation", place), message)
+    for number, sweep in enumerate(sweeps):
+        first = shared.setdefault(sweep.name, sweep)
+        for field in ("through", "windows", "align"):
+            if getattr(sweep, field) != getattr(first, field):
+                message = f"its {field} is not that of another sweep of this name; give each a name of its own"
+                raise KeyedError(("sweep", number), message)
+        for source, target, group in product(sweep.sources, sweep.targets, sweep.features):
+            if owners.setdefault((sweep.name, str(source), target, group), number) != number:
+                message = f"it knocks out {source} -> {target} as another sweep does; give each a name of its own"
+                raise KeyedError(("sweep", number), message)
