@@ -15,7 +15,7 @@ from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor, nn
 
 import ssm_interp as si
-from ssm_interp.errors import SsmInterpError
+from ssm_interp.errors import MetricError
 from ssm_interp.features import FeatureError, feature_groups, logit_attribution
 from ssm_interp.features.stream import _beside, _put, last_norm, written_share
 from ssm_interp.hooks.blocks import blocks_of
@@ -158,7 +158,7 @@ def test_bad_input_is_refused() -> None:
             ((" Paris",), "target must be a token id, .* got ' Paris'"),
             ((5.0,), "target must be a token id, .* got 5.0"),
         ]:
-            with pytest.raises(SsmInterpError, match=message):
+            with pytest.raises((MetricError, FeatureError), match=message):
                 logit_attribution(ssm, prompt, *arguments)
         with pytest.raises(FeatureError, match="position 8 is padding in row 1"):
             logit_attribution(ssm, padded([9, 4], side="right"), 5)

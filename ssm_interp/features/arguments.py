@@ -119,12 +119,12 @@ def indices(values: Any, name: str) -> tuple[int, ...]:
         FeatureError: anything else.
     """
     try:
-        found = as_indices(values, name)
+        whole = as_indices(values, name)
     except HookError as error:
         raise FeatureError(str(error)) from None
-    if not found:
+    if not whole:
         raise FeatureError(f"{name} must be an integer or a sequence of at least one, got {values!r:.200}")
-    return found
+    return whole
 
 
 def whole_number(value: Any, name: str, least: int = 1) -> int:

@@ -76,11 +76,11 @@ class Decomposition(Result):
 
     def by_position(self) -> Float[Tensor, "b r f s ..."]:
         """All that has a position, at its position: what comes through the operator and past it together."""
-        found, skip = self.parts["ssm"].clone(), self.parts["skip"]
+        summed, skip = self.parts["ssm"].clone(), self.parts["skip"]
         for row, target in enumerate(self.targets):
             for lag in range(min(skip.shape[3], target + 1)):
-                found[:, row, :, target - lag] += skip[:, row, :, lag]
-        return found
+                summed[:, row, :, target - lag] += skip[:, row, :, lag]
+        return summed
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -196,12 +196,12 @@ def decompose(
     chosen = chosen_layers(ssm, layers)
     groups = None if features is None else check_groups(ssm, features, disjoint=True)
     given, mask = whole_texts(ssm, inputs)
-    found, named = columns(targets, mask), row_tokens(tokens, inputs, mask)
+    positions, named = columns(targets, mask), row_tokens(tokens, inputs, mask)
     _, records = run_recorded(ssm, given, chosen)
     with precisely(records[chosen[0]].terms.x.device):
         return Decompositions(
             {
-                layer: _decomposed(record, found, by, groups, project, ssm.name, named)
+                layer: _decomposed(record, positions, by, groups, project, ssm.name, named)
                 for layer, record in records.items()
             }
         )
@@ -209,7 +209,7 @@ def decompose(
 
 def _decomposed(
     record: MixerRecord,
-    found: list[int],
+    targets: list[int],
     by: By,
     features: Groups | None,
     project: bool,
@@ -226,13 +226,13 @@ def _decomposed(
     def as_they_are(piece: Tensor, heads: Tensor) -> Tensor:
         return torch.where(heads[:, None], piece, 0)
 
-    rows = [parts_at(record, target, by, groups, onto_stream if project else as_they_are) for target in found]
+    rows = [parts_at(record, target, by, groups, onto_stream if project else as_they_are) for target in targets]
     parts = {name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]}
     if project:
-        parts["out_bias"] = record.bias.expand(len(record.output), len(found), 1, 1, -1)
-    whole = (record.output if project else record.inner)[:, found]
+        parts["out_bias"] = record.bias.expand(len(record.output), len(targets), 1, 1, -1)
+    whole = (record.output if project else record.inner)[:, targets]
     names = tuple(group.name for group in groups)
-    return Decomposition(record.layer, by, tuple(found), names, parts, whole, model, tokens)
+    return Decomposition(record.layer, by, tuple(targets), names, parts, whole, model, tokens)
 
 
 class Group(NamedTuple):
@@ -285,13 +285,13 @@ def _group(name: str, dims: Tensor, record: MixerRecord) -> Group:
 def parts_at(record: MixerRecord, target: int, by: By, groups: Sequence[Group], put: Put) -> dict[str, Tensor]:
     """The parts at one target, name -> `[b f c *out]`, each put where it is wanted by `put`."""
     past = _past_operator(record, target, by)
-    found = {name: torch.stack([put(piece, group.heads) for group in groups], dim=1) for name, piece in past.items()}
+    beside = {name: torch.stack([put(piece, group.heads) for group in groups], dim=1) for name, piece in past.items()}
     shared = _through_operator(record, record.terms, target, by) if any(g.whole_heads for g in groups) else {}
     by_group = []
     for group in groups:
         own = shared if group.whole_heads else _through_operator(record, _reading(record.terms, group), target, by)
         by_group.append({name: put(piece, group.dims.any(1)) for name, piece in own.items()})
-    return {name: torch.stack([own[name] for own in by_group], dim=1) for name in by_group[0]} | found
+    return {name: torch.stack([own[name] for own in by_group], dim=1) for name in by_group[0]} | beside
 
 
 def _through_operator(record: MixerRecord, terms: Terms, target: int, by: By) -> dict[str, Tensor]:
@@ -348,7 +348,7 @@ def _rows(
     for row, by_target in enumerate(part.tolist()):
         for target, by_group in zip(targets, by_target, strict=True):
             for group, values in zip(names, by_group, strict=True):
-                for place, value in enumerate(values):
-                    source = {"ssm": place, "skip": target - place}.get(name)
+                for column, value in enumerate(values):
+                    source = {"ssm": column, "skip": target - column}.get(name)
                     if source is None or 0 <= source <= target:
                         yield row, layer, target, name, group, source, value

@@ -67,10 +67,10 @@ class LogitAttribution(Result):
 
     def by_position(self) -> Float[Tensor, "b l f s"]:
         """All that has a position, at its position: what comes through the operator and past it together."""
-        found, skip = self.parts["ssm"].clone(), self.parts["skip"]
+        summed, skip = self.parts["ssm"].clone(), self.parts["skip"]
         for lag in range(min(skip.shape[3], self.position + 1)):
-            found[..., self.position - lag] += skip[..., lag]
-        return found
+            summed[..., self.position - lag] += skip[..., lag]
+        return summed
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -80,8 +80,8 @@ class LogitAttribution(Result):
         tokens are known, source_token.
         """
         tables = [
-            tidy({name: part[:, [place]] for name, part in self.parts.items()}, layer, [self.position], self.groups)
-            for place, layer in enumerate(self.layers)
+            tidy({name: part[:, [index]] for name, part in self.parts.items()}, layer, [self.position], self.groups)
+            for index, layer in enumerate(self.layers)
         ]
         rest = pd.DataFrame({"row": range(len(self.rest)), "part": "rest", "value": self.rest.tolist()})
         table = pd.concat([*tables, rest.reindex(columns=tables[0].columns).astype({"source": "Int64"})])
@@ -144,9 +144,9 @@ def logit_attribution(
         The attributions; with `rest` they add up to the difference that the model gave.
 
     Raises:
-        FeatureError: token ids outside the vocabulary, or not one per row; a position outside the prompt or in padding;
-            tokens of another number than the columns; a model without output head, or whose last norm does more than
-            scale; and as `decompose`.
+        MetricError: what is no token ids, ids outside the vocabulary, or not one per row.
+        FeatureError: a position outside the prompt or in padding; tokens of another number than the columns; a model
+            without output head, or whose last norm does more than scale; and as `decompose`.
 
     Cost: a forward, the backward of the output head, a forward over one token (`stream.written_share`), and per layer
         O(L H N + L H P); nothing of the size of `L m` is made.
@@ -175,10 +175,10 @@ def logit_attribution(
         direction = frozen_scale(end, column) * slope  # b m: in the residual stream
     shares = written_share(ssm, given["input_ids"][:1, -1:])
     with precisely(direction.device):
-        found = [
+        by_layer = [
             _attributed(record, column, by, groups, direction * shares[record.layer]) for record in records.values()
         ]
-        parts = {name: torch.stack([layer[name] for layer in found], dim=1) for name in found[0]}
+        parts = {name: torch.stack([layer[name] for layer in by_layer], dim=1) for name in by_layer[0]}
     names = tuple(group.name for group in groups_of(records[chosen[0]], groups))
     return LogitAttribution(by, column, tuple(chosen), names, parts, difference.detach().to(direction), ssm.name, named)
 
@@ -198,13 +198,13 @@ def _attributed(
 
 
 def _slope(difference: Float[Tensor, " b"], leaving: Float[Tensor, "b t m"]) -> Float[Tensor, "b t m"]:
-    found = torch.autograd.grad(difference.sum(), leaving, allow_unused=True)[0] if difference.requires_grad else None
-    if found is None:
+    slope = torch.autograd.grad(difference.sum(), leaving, allow_unused=True)[0] if difference.requires_grad else None
+    if slope is None:
         raise FeatureError(
             "the output head gives no gradient (quantised layers have none), along which what a layer writes could be "
             "attributed; load the model without quantisation"
         )
-    return found
+    return slope
 
 
 def _others(other: Any) -> Int[Tensor, " r"] | str | None:
@@ -217,7 +217,7 @@ def _others(other: Any) -> Int[Tensor, " r"] | str | None:
 
 def _difference(logits: Float[Tensor, "b v"], ids: Tensor, others: Tensor | str | None) -> Float[Tensor, " b"]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    found = logits_of(logits, ids, "target")
+    wanted = logits_of(logits, ids, "target")
     if others is None:
-        return found
-    return found - (logits.mean(1) if isinstance(others, str) else logits_of(logits, others, "other"))
+        return wanted
+    return wanted - (logits.mean(1) if isinstance(others, str) else logits_of(logits, others, "other"))

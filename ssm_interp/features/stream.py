@@ -61,17 +61,17 @@ def last_norm(ssm: Attachment) -> nn.Module:
 @contextmanager
 def graph_from(norm: nn.Module) -> Iterator[list[StreamEnd]]:
     """Run a model inside: what follows the norm, and nothing before it, is tracked by autograd."""
-    found: list[StreamEnd] = []
+    ends: list[StreamEnd] = []
 
     def leaf(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
         torch.set_grad_enabled(True)  # until the block below, in which the model runs, gives it back
-        found.append(StreamEnd(args[0].detach(), output.detach().clone().requires_grad_()))
-        return found[-1].leaving
+        ends.append(StreamEnd(args[0].detach(), output.detach().clone().requires_grad_()))
+        return ends[-1].leaving
 
     with torch.inference_mode(False), torch.no_grad():
         handle = norm.register_forward_hook(in_this_thread(leaf))
         try:
-            yield found
+            yield ends
         finally:
             handle.remove()
 
@@ -157,9 +157,9 @@ def frozen_scale(end: StreamEnd, column: int) -> Float[Tensor, "b m"]:
 @torch.no_grad()
 def _check_scales(norm: Any) -> None:
     with align_module_device(norm):  # an offloaded one has its weights elsewhere
-        one = torch.zeros(1, 1, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
-        one[..., 0] = 1
-        elsewhere = norm(one)[..., 1:]
+        unit = torch.zeros(1, 1, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
+        unit[..., 0] = 1
+        elsewhere = norm(unit)[..., 1:]
     if (elsewhere != 0).any():
         raise FeatureError(
             f"the last norm, {type(norm).__name__}, does more than scale: it subtracts a mean or adds a bias, so that "

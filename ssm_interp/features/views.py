@@ -87,13 +87,13 @@ class AttentionView(Result):
         values = self.values if self.reduction is None else self.values[:, None]  # b c r s
         sources = np.arange(values.shape[-1])
         readable = np.broadcast_to(sources <= np.array(self.targets)[:, None], values.shape)
-        row, channel, place, source = readable.nonzero()
-        columns = {"row": row, "channel": channel, "target": np.array(self.targets)[place], "source": source}
-        table = pd.DataFrame(columns).assign(attention=values.cpu().numpy()[row, channel, place, source])
+        row, channel, index, source = readable.nonzero()
+        columns = {"row": row, "channel": channel, "target": np.array(self.targets)[index], "source": source}
+        table = pd.DataFrame(columns).assign(attention=values.cpu().numpy()[row, channel, index, source])
         if self.bias is not None:
             bias = (self.bias if self.reduction is None else self.bias[:, None]).cpu().numpy()  # b c r
-            row, channel, place = np.ones(bias.shape).nonzero()
-            columns = {"row": row, "channel": channel, "target": np.array(self.targets)[place]}
+            row, channel, index = np.ones(bias.shape).nonzero()
+            columns = {"row": row, "channel": channel, "target": np.array(self.targets)[index]}
             table = pd.concat([table, pd.DataFrame(columns).assign(attention=bias.ravel())], ignore_index=True)
         table = table.astype({"source": "Int64"})
         table.insert(1, "layer", self.layer)
@@ -254,28 +254,28 @@ def rollout(matrices: Sequence[Float[Tensor, "b t s"]], *, residual: float = 0.5
             "a rollout takes a list with the matrix of at least one layer, first layer first, got "
             f"{type(matrices).__name__}; of views: [view.values for view in views.values()]"
         )
-    for place, matrix in enumerate(matrices):
+    for index, matrix in enumerate(matrices):
         if not isinstance(matrix, Tensor) or matrix.ndim != 3 or not matrix.is_floating_point():
             got = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
             raise FeatureError(
-                f"matrix {place} must be numbers [b t s], such as the `values` of an AttentionView with a reduction, "
+                f"matrix {index} must be numbers [b t s], such as the `values` of an AttentionView with a reduction, "
                 f"got {got}"
             )
     shape = matrices[0].shape
     identity = torch.eye(shape[-1], dtype=matrices[0].dtype, device=matrices[0].device)
-    found = identity.expand(shape[0], -1, -1)
-    for place, matrix in enumerate(matrices):
+    mixed = identity.expand(shape[0], -1, -1)
+    for index, matrix in enumerate(matrices):
         if matrix.shape != shape or shape[1] != shape[2]:
             raise FeatureError(f"matrices must all be [b t s] with t = s, got {list(shape)} and {list(matrix.shape)}")
         if not (matrix.isfinite() & (matrix >= 0)).all():
             raise FeatureError(
-                f"matrix {place} has entries that are negative or not finite, which cannot be shares; reduce by "
+                f"matrix {index} has entries that are negative or not finite, which cannot be shares; reduce by "
                 "'mean_abs' or 'norm'"
             )
         total = matrix.sum(-1, keepdim=True)
         shares = torch.where(total > 0, matrix / torch.where(total > 0, total, 1), identity)
-        found = (residual * identity + (1 - residual) * shares) @ found
-    return found
+        mixed = (residual * identity + (1 - residual) * shares) @ mixed
+    return mixed
 
 
 def _heads(ssm: Attachment, layer: int, heads: Any) -> list[int]:
