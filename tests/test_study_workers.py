@@ -46,12 +46,13 @@ def test_killed_with_workers_and_gone_on_with_by_workers(tiny: Scene, tmp_path: 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     driver = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: len(shards(study, tmp_path)) >= 2, 120)  # so that one has its record
-    workers = psutil.Process(driver.pid).children(recursive=True)
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    workers = [process for process in processes if process.name().startswith("ray::JobWorker")]
     driver.kill()
     assert driver.communicate(timeout=60) == ("", "")
     assert 1 <= len(manifest(study, tmp_path)["shards"]) < 10
-    psutil.wait_procs(workers, 30)
-    assert not [worker for worker in workers if worker.is_running()]  # none outlives its driver
+    _, alive = psutil.wait_procs(workers, 30)
+    assert (len(workers), alive) == (2, [])  # none outlives its driver
     seen: list[tuple[int, int]] = []
     again = run_study(study, tmp_path, progress=lambda done, total: seen.append((done, total)))
     same(again, run_study(tiny.study(shard_size=1), tmp_path / "whole"))

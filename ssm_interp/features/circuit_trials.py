@@ -16,7 +16,7 @@ from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import whole_texts
 from ssm_interp.features.groups import ALL
 from ssm_interp.hooks import Attachment, Knockout, answers
-from ssm_interp.hooks.answers import device_of
+from ssm_interp.hooks.asked import device_of
 from ssm_interp.hooks.masks import Columns
 from ssm_interp.hooks.metrics import Metric
 from ssm_interp.prompts import Batch

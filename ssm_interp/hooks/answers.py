@@ -4,35 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Float
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssm_interp.arguments import as_index, as_list, as_streams
-from ssm_interp.errors import HookError, InterventionError, MetricError
+from ssm_interp.errors import HookError, InterventionError
+from ssm_interp.hooks.asked import Asked
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.forwards import FullForwards, logits_of_text
-from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import HasRoles, Intervention, Knockout
 from ssm_interp.hooks.masks import Columns, naming, no_edge, reading
-from ssm_interp.hooks.metrics import (
-    Measured,
-    Metric,
-    Positions,
-    as_measured,
-    check_name,
-    of_full_answer,
-    precise,
-)
-from ssm_interp.hooks.rows import run_each
-from ssm_interp.hooks.trial import obstacle
-from ssm_interp.hooks.virtual import refuse_virtual_tokens
+from ssm_interp.hooks.metrics import Metric, Positions
+from ssm_interp.hooks.scores import Interventions, Scores, in_words
 from ssm_interp.plots import answers_figure
 from ssm_interp.reprs import describe
 from ssm_interp.results import Result
@@ -144,84 +134,26 @@ def answers(
         raise HookError(f"by must be 'auto', 'rows' or 'forwards', got {describe(by)}")
     if (size := as_index(batch_size)) is None or size < 1:
         raise HookError(f"batch_size must be a whole number, at least 1, got {describe(batch_size)}")
-    several = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
+    single = isinstance(metric, str) or callable(metric)
+    metrics: list[str | Metric] = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
     asked = Asked.of(ssm, batch, full_answer=full_answer)
-    sets = list(_resolved(ssm, variants, asked.roles))
-    scores = _Scores(asked, several, positions, size)
-    slow = _why_forwards(asked, sets, scores, by)
-    values = torch.full((len(several), len(sets), len(asked.mask)), torch.nan, dtype=torch.float64)
-    fast = [number for number in range(len(sets)) if number not in slow]
+    resolved = list(_resolved(ssm, variants, asked.roles))
+    scores = Scores(asked, metrics, positions, size)
+    slow = _why_forwards(asked, resolved, scores, by)
     if not allow_no_edges:
-        _check_some_edge(asked, sets)
-    with torch.no_grad():
-        for numbers, rows, scored in scores.of(sets, fast, sorted(slow), max_memory):
-            values[:, torch.tensor(numbers)[:, None], torch.tensor(rows)] = scored.double().cpu()
-            if progress:
-                progress(len(numbers) * len(rows))
-    names = tuple(one if isinstance(one, str) else "metric" for one in several)
-    one = isinstance(metric, str) or callable(metric)
-    words = tuple(map(_in_words, variants))
-    return Answers(values[0] if one else values, names, _how(slow, len(sets)), words)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the answers are of.
-
-    Attributes:
-        ssm: the attached model.
-        inputs: what it is called with, on its device, `input_ids` among it.
-        mask: 0 at padding, `[b t]`, on the CPU.
-        roles: the batch that knows where roles are; None: nothing does.
-        targets: first tokens of the answers, `[b]`; None: the prompts have none.
-        full_answers: all tokens of each answer, where those are asked for.
-    """
-
-    ssm: Attachment
-    inputs: Mapping[str, Any]
-    mask: Int[Tensor, "b t"]
-    roles: HasRoles | None = None
-    targets: Int[Tensor, " b"] | None = None
-    full_answers: Sequence[Sequence[int]] | None = None
-
-    @staticmethod
-    def of(ssm: Attachment, batch: Any, *, full_answer: bool = False) -> Asked:
-        """A batch as `answers` takes it; raises as that."""
-        if not isinstance(ssm, Attachment):
-            raise HookError(f"the model must be attached, ssm = attach(model); got {type(ssm).__name__}")
-        with_roles = batch if isinstance(batch, HasRoles) else None
-        if full_answer:
-            if not hasattr(batch, "continued"):
-                raise HookError("full answers are those of a Batch of prompts, as pad(...) gives it")
-            with_roles = batch = batch.continued()
-        refuse_virtual_tokens(ssm.model, "a row must be one whole text, column by column")
-        device = device_of(ssm.model)
-        given = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in as_inputs(batch, ssm.model).items()
-        }
-        if "input_ids" not in given:
-            raise HookError(f"the inputs must have input_ids [b t]; these have {list(given)}")
-        ids = given["input_ids"]
-        mask = given.get("attention_mask", torch.ones_like(ids)).long().cpu()
-        targets = getattr(batch, "target_ids", None)
-        return Asked(ssm, given, mask, with_roles, targets, batch.answers if full_answer else None)
-
-    @cached_property
-    def clean(self) -> Float[Tensor, "b v"]:
-        """The logits of the clean run at each row's last token."""
+        _check_some_edge(asked, resolved)
+    values = torch.full((len(metrics), len(resolved), len(asked.mask)), torch.nan, dtype=torch.float64)
+    fast = [number for number in range(len(resolved)) if number not in slow]
+    by_rows = partial(scores.by_rows, max_memory=max_memory)
+    for numbers, way in ((fast, by_rows), (sorted(slow), scores.by_forwards)):
         with torch.no_grad():
-            return logits_of_text(self.ssm, self.inputs, self.mask)
-
-    @cached_property
-    def obstacle(self) -> str | None:
-        """Why rows of one step cannot be exact, whatever the variants; None: they are."""
-        return obstacle(self.ssm)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its tokens: with its first weight that is not offloaded."""
-    return next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
+            for some, rows, scored in way([resolved[number] for number in numbers]) if numbers else ():
+                chosen = rearrange(torch.tensor(numbers)[some], "m -> m 1")
+                values[:, chosen, torch.tensor(rows)] = scored.cpu()
+                if progress:
+                    progress(len(some) * len(rows))
+    names = tuple(name if isinstance(name, str) else "metric" for name in metrics)
+    return Answers(values[0] if single else values, names, _how(slow, len(resolved)), tuple(map(in_words, variants)))
 
 
 def _resolved(
@@ -231,18 +163,20 @@ def _resolved(
     known: dict[Any, dict[str, Any]] = {}
     checked: set[Any] = set()
     for variant in variants:
-        several = tuple(variant) if isinstance(variant, list | tuple) else (variant,)
-        for one in several:
-            if not isinstance(one, Intervention) or one.kind_of_place not in checked:
-                ssm.check(one, whole=True)
-                checked.add(one.kind_of_place)
-        yield tuple(one if not one.roles else _with_positions(ssm, one, roles, known) for one in several)
+        interventions = tuple(variant) if isinstance(variant, list | tuple) else (variant,)
+        for intervention in interventions:
+            if not isinstance(intervention, Intervention) or intervention.kind_of_place not in checked:
+                ssm.check(intervention, whole=True)
+                checked.add(intervention.kind_of_place)
+        yield tuple(_with_positions(ssm, intervention, roles, known) for intervention in interventions)
 
 
 def _with_positions(
     ssm: Attachment, intervention: Intervention, roles: HasRoles | None, known: dict[Any, dict[str, Any]]
 ) -> Intervention:
     """An intervention with the positions of its roles, which others may name too."""
+    if not intervention.roles:
+        return intervention
     named = intervention.places, tuple(getattr(intervention, name) for name in intervention.places)
     if named not in known:
         resolved = ssm.resolved(intervention, roles)
@@ -250,12 +184,13 @@ def _with_positions(
     return intervention.replace(**known[named])
 
 
-def _why_forwards(asked: Asked, sets: Sequence[Sequence[Intervention]], scores: _Scores, by: By) -> dict[int, str]:
+def _why_forwards(asked: Asked, variants: Sequence[Interventions], scores: Scores, by: By) -> dict[int, str]:
     """The variants that take full forwards, and why."""
     if by == "forwards":
-        return dict.fromkeys(range(len(sets)), "as asked")
+        return dict.fromkeys(range(len(variants)), "as asked")
     reason = scores.needs_forwards or _unfit(asked) or asked.obstacle
-    slow = {number: why for number, several in enumerate(sets) if (why := reason or _no_rectangles(asked.ssm, several))}
+    reasons = [reason or _no_rectangles(asked.ssm, interventions) for interventions in variants]
+    slow = {number: why for number, why in enumerate(reasons) if why}
     if slow and by == "rows":
         number, why = next(iter(slow.items()))
         raise HookError(f"rows of one step cannot be exact: {why} (variant {number}); leave out by='rows'")
@@ -271,118 +206,37 @@ def _unfit(asked: Asked) -> str | None:
     return None if bool((spans == ends).all()) else "a row's tokens are not one run of columns"
 
 
-def _no_rectangles(ssm: Attachment, several: Sequence[Intervention]) -> str | None:
+def _no_rectangles(ssm: Attachment, interventions: Interventions) -> str | None:
     """Why some interventions are not one knockout of sources x targets at each place."""
     taken: set[tuple[str, int]] = set()
-    for one in several:
-        if not isinstance(one, Knockout):
-            return f"{one.kind} is no Knockout"
-        if one.edges is not None:
+    for knockout in interventions:
+        if not isinstance(knockout, Knockout):
+            return f"{knockout.kind} is no Knockout"
+        if knockout.edges is not None:
             return "a Knockout of single edges"
-        for stream in as_streams(one.through) or (ssm.default_stream,):
-            layers = ssm.streams[stream] if one.layers is None else as_list(one.layers)
+        for stream in as_streams(knockout.through) or (ssm.default_stream,):
+            layers = ssm.streams[stream] if knockout.layers is None else as_list(knockout.layers)
             if taken & (places := {(stream, layer) for layer in layers}):
                 return "several knockouts at one place"
             taken |= places
     return None
 
 
-def _check_some_edge(asked: Asked, sets: Sequence[Sequence[Intervention]]) -> None:
-    """Refuse knockouts of which no prompt has an edge in any variant, though it has their sources and targets."""
+def _check_some_edge(asked: Asked, variants: Sequence[Interventions]) -> None:
+    """Refuse variants that are knockouts, and of which not one has an edge in any prompt."""
+    every = [intervention for interventions in variants for intervention in interventions]
+    if not every or not all(isinstance(intervention, Knockout) for intervention in every):
+        return
     columns = Columns(len(asked.mask), asked.mask.shape[1], asked.mask)
-    knockouts = dict.fromkeys(one for several in sets for one in several if isinstance(one, Knockout))
-    known: dict[Any, bool] = {}
-    for one in knockouts:
-        if (key := (one.sources, one.targets, one.edges)) not in known:
-            known[key] = any(reading(*product).any() for product in columns.edges(one, refuse=False))
-        if known[key]:
-            return
-    if knockouts and len({type(one) for several in sets for one in several}) == 1:
-        raise InterventionError(no_edge(naming(next(iter(knockouts))), asked.mask.shape[1]))
-
-
-class _Scores:
-    """Metrics of the logits as they come in."""
-
-    def __init__(self, asked: Asked, metrics: Sequence[str | Metric], positions: Positions, batch_size: int) -> None:
-        self.asked, self.batch_size = asked, batch_size
-        self.full = asked.full_answers is not None
-        if self.full:
-            for one in metrics:
-                if not isinstance(one, str):
-                    raise MetricError("of full answers there are metrics by name alone, such as 'log_probability'")
-                check_name(one)
-            self.metrics = [Measured(str(one), _nothing, "all") for one in metrics]
-        else:
-            self.metrics = [
-                as_measured(one, targets=asked.targets, clean=lambda: precise(asked.clean), positions=positions)
-                for one in metrics
-            ]
-        self.positions: Positions = "all" if any(one.positions == "all" for one in self.metrics) else "last"
-
-    @property
-    def needs_forwards(self) -> str | None:
-        """Why the logits at the last tokens will not do."""
-        if self.full:
-            return "every token of the answer is scored"
-        return "the metric takes all positions" if self.positions == "all" else None
-
-    def of(
-        self, sets: Sequence[Sequence[Intervention]], fast: Sequence[int], slow: Sequence[int], max_memory: int | None
-    ) -> Iterator[tuple[list[int], list[int], Float[Tensor, "metric m r"]]]:
-        """Variants, rows, and what the metrics say of them."""
-        asked, everyone = self.asked, list(range(len(self.asked.mask)))
-        if fast:
-            knockouts = [sets[number] for number in fast]
-            ids, mask = asked.inputs["input_ids"], asked.mask.to(asked.inputs["input_ids"].device)
-            for part in run_each(asked.ssm, ids, knockouts, attention_mask=mask, max_memory=max_memory, refuse=False):
-                named = [(fast[number], logits) for number, logits in zip(part.variants, part.logits, strict=True)]
-                scored = torch.stack([self._of_rows(sets, *one, part.rows) for one in named], dim=1)
-                yield [fast[number] for number in part.variants], part.rows, scored
-        if slow:
-            keep = max(map(len, asked.full_answers)) if asked.full_answers is not None else 0
-            alone = asked.obstacle is not None
-            forwards = FullForwards(asked.ssm, asked.inputs, asked.mask, self.batch_size, alone, self.positions, keep)
-            for number, logits in forwards.logits([sets[number] for number in slow]):
-                yield [slow[number]], everyone, self._of_rows(sets, slow[number], logits, everyone)[:, None]
-
-    def _of_all(self, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, "metric b"]:
-        """What the metrics say of the logits of all prompts."""
-        if self.asked.full_answers is not None:
-            return torch.stack([of_full_answer(one.name, logits, self.asked.full_answers) for one in self.metrics])
-        last = logits if self.positions == "last" else logits[torch.arange(len(logits)), self._ends()]
-        found = []
-        for one in self.metrics:
-            given = logits if one.positions == self.positions else last
-            found.append(one.of(precise(given) if one.name != "metric" else given.double()).double())
-        return torch.stack(found)
-
-    def _ends(self) -> Int[Tensor, " b"]:
-        mask = self.asked.mask
-        return mask.shape[1] - 1 - mask.flip(1).argmax(1)
-
-    def _of_rows(
-        self, sets: Sequence[Sequence[Intervention]], number: int, logits: Float[Tensor, "r *t v"], rows: list[int]
-    ) -> Float[Tensor, "metric r"]:
-        """What the metrics say of the logits of some prompts under a variant: the others stand there with their clean
-        ones."""
-        try:
-            if rows == list(range(len(self.asked.mask))):
-                return self._of_all(logits)
-            whole = self.asked.clean.to(logits).clone()
-            whole[rows] = logits
-            return self._of_all(whole)[:, rows]
-        except MetricError as error:
-            raise MetricError(f"variant {number} ({_in_words(sets[number])}): {error}") from error
-
-
-def _in_words(variant: Variant) -> str:
-    several = [variant] if isinstance(variant, Intervention) else variant
-    return ", ".join(map(repr, several)) or "the clean run"
-
-
-def _nothing(logits: Tensor) -> Tensor:
-    raise AssertionError(f"a full answer is scored by its tokens, not by {list(logits.shape)}")
+    by_edges = {(one.sources, one.targets, one.edges): one for one in every if isinstance(one, Knockout)}
+    named = None
+    for knockout in by_edges.values():
+        for targets, sources in columns.edges(knockout, refuse=False):
+            if reading(targets, sources).any():
+                return
+            named = knockout if (targets.any(1) & sources.any(1)).any() else named
+    if named is not None:
+        raise InterventionError(no_edge(naming(named), columns.length))
 
 
 def _how(slow: Mapping[int, str], count: int) -> str:

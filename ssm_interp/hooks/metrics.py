@@ -121,11 +121,23 @@ class Measured:
         name: of a named one; "metric" of a function.
         metric: of the logits of all of them.
         positions: "last" or "all", the logits that it gets.
+        of_rows: gives the metric of some of the prompts; None: a function knows them all together alone.
     """
 
     name: str
     metric: Metric
     positions: Positions = "last"
+    of_rows: Callable[[Sequence[int]], Metric] | None = None
+
+    @staticmethod
+    def named(name: str, of_rows: Callable[[Sequence[int]], Metric], rows: int) -> Measured:
+        """One whose value for a prompt depends on that prompt alone."""
+
+        def checked(some: Sequence[int]) -> Metric:
+            metric = of_rows(some)
+            return lambda logits: measure(metric, logits)
+
+        return Measured(name, of_rows(range(rows)), "last", checked)
 
     def of(self, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, " b"]:
         """What it says of logits, checked; raises as `measure`."""
@@ -159,19 +171,26 @@ def as_measured(
         return Measured("metric", metric, positions)
     check_name(metric)
     if metric == "kl":
-        return Measured(metric, kl_divergence(clean()))
+        logits = clean()
+        return Measured.named(metric, lambda rows: kl_divergence(logits[list(rows)]), len(logits))
     if targets is None:
         raise MetricError(
             f"the metric {metric!r} needs the prompts' answers, which a Batch of prompts has; for plain input_ids "
             "give a function from logits at the last token [b v] to a number per row [b]"
         )
-    ids = targets.tolist()
+    ids: list[int] = targets.tolist()
+    of_target = {"log_probability": log_probability, "probability": _probability, "rank": rank, "accuracy": accuracy}
     if metric == "logit_difference":
-        return Measured(metric, logit_difference(ids, _rivals(clean(), ids)))
-    if metric == "probability":
-        logprob = log_probability(ids)
-        return Measured(metric, lambda logits: logprob(logits).exp())
-    return Measured(metric, {"log_probability": log_probability, "rank": rank, "accuracy": accuracy}[metric](ids))
+        rivals = _rivals(clean(), ids)
+        return Measured.named(
+            metric, lambda rows: logit_difference([ids[row] for row in rows], [rivals[row] for row in rows]), len(ids)
+        )
+    return Measured.named(metric, lambda rows: of_target[metric]([ids[row] for row in rows]), len(ids))
+
+
+def _probability(target: Any) -> Metric:
+    logprob = log_probability(target)
+    return lambda logits: logprob(logits).exp()
 
 
 def check_name(metric: str) -> None:
