@@ -87,6 +87,7 @@ def results(batch: Batch) -> dict[str, Result]:
             sweep(ssm, tiny.tokenizer, tiny.prompts, windows=2),
             leak(ssm, tiny.tokenizer, tiny.prompts, windows=4, sources=["subject"]),
             token_map(ssm, tiny.tokenizer, tiny.prompts[0], window=2),
+            si.answers(ssm, batch, [(), si.Knockout(sources="subject")], ["probability", "rank"]),
         ]
     return {type(one).__name__: one for one in every}
 
