@@ -62,7 +62,7 @@ if TYPE_CHECKING:
         log_probability,
         logit_difference,
     )
-    from ssm_interp.hooks.answers import answers
+    from ssm_interp.hooks.rows.answers import answers
     from ssm_interp.models import load
     from ssm_interp.plots import TokenMap
     from ssm_interp.prompts import Batch, Fact, Prompt, load_prompts, pad, tokenize

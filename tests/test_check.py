@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import ssm_interp as si
-from ssm_interp.hooks import serve
+from ssm_interp.hooks.edits import site as serve
 from ssm_interp.hooks.check import check
 
 

@@ -29,7 +29,7 @@ from ssm_interp.features import (
 )
 from ssm_interp.flow import sweep
 from ssm_interp.hooks import Attachment, logit_difference
-from ssm_interp.hooks.blocks import blocks_of
+from ssm_interp.hooks.seam.blocks import blocks_of
 
 Place = Callable[[Any], Any]
 

@@ -35,7 +35,7 @@ from ssm_interp.features import (
 )
 from ssm_interp.hooks import log_probability, logit_difference
 from ssm_interp.hooks.check import check
-from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.rows.engine import run_each
 from ssm_interp.prompts import pad, tokenize
 
 METRIC = logit_difference(3, 5)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import ssm_interp as si
 from ssm_interp.features import attention_views, decompose, edge_attribution, find_circuit, logit_attribution, spectrum
 from ssm_interp.hooks import logit_difference
-from ssm_interp.hooks.blocks import running_block
-from ssm_interp.hooks.trial import obstacle
+from ssm_interp.hooks.seam.blocks import running_block
+from ssm_interp.hooks.rows.trial import obstacle
 
 Given = dict[str, Any]
 

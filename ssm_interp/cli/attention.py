@@ -11,7 +11,7 @@ from ssm_interp.experiments import Attention
 from ssm_interp.experiments.parts import Picked
 from ssm_interp.features import attention_views
 from ssm_interp.hooks import attach
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.prompts import encode, load_prompts
 
 LABELS = {"mean": "mean attention", "mean_abs": "mean |attention|", "norm": "norm of the attention"}

@@ -11,7 +11,7 @@ from ssm_interp.experiments import Circuit
 from ssm_interp.experiments.parts import Picked
 from ssm_interp.features import fact_roles, find_circuit
 from ssm_interp.hooks import attach
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.models import INDUCTION
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, induction_prompts, induction_roles, pad, with_ids
 

@@ -23,7 +23,7 @@ from ssm_interp.features import (
     edge_attribution,
 )
 from ssm_interp.hooks import Attachment, Metric, attach, log_probability, logit_difference
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.plots import token_label
 from ssm_interp.prompts import Prompt, TokenizedPrompt, tokenize
 
