@@ -14,10 +14,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ssm_interp import plots
-from ssm_interp.errors import FeatureError
-from ssm_interp.features.arguments import whole_number
 from ssm_interp.attribution.differentiate import Question
 from ssm_interp.attribution.edges import EdgeAttribution
+from ssm_interp.errors import FeatureError
+from ssm_interp.features.arguments import whole_number
 from ssm_interp.hooks import Attachment, Knockout, answers, warn_hooked
 from ssm_interp.hooks.rows.answers import Variant
 from ssm_interp.hooks.rows.metrics import Metric, Positions, measure

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp import plots
+from ssm_interp.attribution.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, columns, row_of, row_tokens, whole_texts
 from ssm_interp.features.groups import ALL, Groups, check_groups
-from ssm_interp.attribution.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.hooks import Attachment
 from ssm_interp.reprs import short_repr
 from ssm_interp.results import ByLayer, Result, Tokens, labels, with_tokens

@@ -16,11 +16,11 @@ from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import same_columns, whole_texts
 from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetDelta
 from ssm_interp.hooks.active import active_edits
-from ssm_interp.hooks.rows.forwards import logits_of_text
 from ssm_interp.hooks.edits.masks import Columns, as_matrix
-from ssm_interp.hooks.rows.metrics import Metric, Positions, as_measured, measure, precise
 from ssm_interp.hooks.own import Watch, own_operators, watching
 from ssm_interp.hooks.points import ON_REQUEST
+from ssm_interp.hooks.rows.forwards import logits_of_text
+from ssm_interp.hooks.rows.metrics import Metric, Positions, as_measured, measure, precise
 from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ssm_interp import plots
 from ssm_interp.arguments import as_index
+from ssm_interp.attribution.differentiate import Question
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, row_of, row_tokens, whole_number
-from ssm_interp.attribution.differentiate import Question
 from ssm_interp.features.groups import ALL, Groups, PlainGroups, check_groups
 from ssm_interp.hooks import Attachment, HookPoints, warn_hooked
 from ssm_interp.hooks.edits.masks import feature_mask

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp import plots
-from ssm_interp.errors import FeatureError
-from ssm_interp.features.arguments import chosen_layers, columns, row_of, row_tokens, whole_texts
 from ssm_interp.attribution.decomposition import By, check_by, groups_of, parts_at, tidy
-from ssm_interp.features.groups import Groups, check_groups
 from ssm_interp.attribution.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.attribution.stream import frozen_scale, graph_from, last_norm, written_share
+from ssm_interp.errors import FeatureError
+from ssm_interp.features.arguments import chosen_layers, columns, row_of, row_tokens, whole_texts
+from ssm_interp.features.groups import Groups, check_groups
 from ssm_interp.hooks import Attachment
 from ssm_interp.hooks.rows.metrics import logits_of, token_ids
 from ssm_interp.results import Result, Tokens, labels, with_tokens

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ssm_interp.errors import FeatureError
 from ssm_interp.hooks import Attachment
-from ssm_interp.hooks.seam.blocks import blocks_of
 from ssm_interp.hooks.own import in_this_thread
+from ssm_interp.hooks.seam.blocks import blocks_of
 from ssm_interp.reprs import short_repr
 
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp import plots
+from ssm_interp.attribution.mixers import MixerRecord, precisely, run_recorded, run_terms
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, columns, indices, row_of, row_tokens, whole_texts
-from ssm_interp.attribution.mixers import MixerRecord, precisely, run_recorded, run_terms
 from ssm_interp.hooks import Attachment
 from ssm_interp.results import ByLayer, Result, Tokens, labels, with_tokens
 from ssm_interp.scan import Terms, attention, attention_rows, reduced_attention

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp.arguments import as_indices, as_number
+from ssm_interp.circuits.trials import Roles, Trials, describe_edge, edge_group, edge_of, layer_of
 from ssm_interp.errors import FeatureError, InterventionError
 from ssm_interp.features.arguments import whole_number
-from ssm_interp.circuits.trials import Roles, Trials, describe_edge, edge_group, edge_of, layer_of
 from ssm_interp.features.groups import ALL, check_attached, check_groups, feature_groups
 from ssm_interp.hooks import Attachment, Knockout, Metric, warn_hooked
 from ssm_interp.hooks.rows.metrics import NAMES

@@ -10,8 +10,8 @@ from torch import nn
 
 from ssm_interp.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.seam.blocks import attention_layers, repeated_blocks
 from ssm_interp.hooks.newest import Newest, check_version
+from ssm_interp.hooks.seam.blocks import attention_layers, repeated_blocks
 from ssm_interp.hooks.seam.routing import HookedMixer, hook_mixer, operators_of
 from ssm_interp.hooks.seam.unknown import names_of, unknown_mixers
 from ssm_interp.reprs import describe

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ssm_interp.arguments import STREAMS, as_index, as_indices, as_list, as_streams
 from ssm_interp.errors import HookError, InterventionError, MissingError
 from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
-from ssm_interp.hooks.seam.blocks import attention_layers, blocks_of, entering, has_no_weights
 from ssm_interp.hooks.bylayer import ByLayer
-from ssm_interp.hooks.seam.callers import keeping_mask
-from ssm_interp.hooks.seam.inputs import as_inputs
 from ssm_interp.hooks.interventions import KINDS, HasRoles, Intervention, Knockout
 from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HookPoint
+from ssm_interp.hooks.seam.blocks import attention_layers, blocks_of, entering, has_no_weights
+from ssm_interp.hooks.seam.callers import keeping_mask
+from ssm_interp.hooks.seam.inputs import as_inputs
 from ssm_interp.hooks.seam.routing import HookedMixer, class_without_hooks, restore_mixer
 from ssm_interp.hooks.seam.softmax import knockable
 from ssm_interp.hooks.seam.unknown import Unknown, names_of, unknown_mixers

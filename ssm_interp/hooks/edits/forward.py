@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.active import active_edits
+from ssm_interp.hooks.edits.masks import Columns, right_padded
+from ssm_interp.hooks.interventions import Intervention, Knockout
+from ssm_interp.hooks.points import HookPoint, HookPoints
 from ssm_interp.hooks.seam.callers import chunks_of_prompt
 from ssm_interp.hooks.seam.checkpointing import as_first_run
-from ssm_interp.hooks.interventions import Intervention, Knockout
-from ssm_interp.hooks.edits.masks import Columns, right_padded
 from ssm_interp.hooks.seam.operators import Joined, Operator
-from ssm_interp.hooks.points import HookPoint, HookPoints
 from ssm_interp.hooks.seam.record import record_of
 from ssm_interp.hooks.seam.virtual import check_columns
 

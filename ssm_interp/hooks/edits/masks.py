@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from ssm_interp.arguments import FlatPositions, Positions, RowPositions, as_positions, is_per_row
 from ssm_interp.errors import InterventionError
-from ssm_interp.hooks.seam.callers import check_guidance
 from ssm_interp.hooks.interventions import Knockout
+from ssm_interp.hooks.seam.callers import check_guidance
 from ssm_interp.scan.knockout import products
 
 Product = tuple[Tensor, Tensor]

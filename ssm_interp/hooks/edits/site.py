@@ -15,12 +15,12 @@ from einops import rearrange
 from torch import Tensor
 
 from ssm_interp.errors import HookError
-from ssm_interp.hooks.seam.convolution import Convolution, convolve
-from ssm_interp.hooks.edits.layer import Injected, LayerEdits
 from ssm_interp.hooks.edits.forward import Forward
+from ssm_interp.hooks.edits.layer import Injected, LayerEdits
 from ssm_interp.hooks.edits.masks import right_padded
-from ssm_interp.hooks.seam.operators import Operands, Operator
 from ssm_interp.hooks.points import ON_REQUEST, HookPoints
+from ssm_interp.hooks.seam.convolution import Convolution, convolve
+from ssm_interp.hooks.seam.operators import Operands, Operator
 from ssm_interp.hooks.seam.through import shift_at, through_point
 from ssm_interp.scan import attention, read, scan, write
 from ssm_interp.scan.terms import Terms

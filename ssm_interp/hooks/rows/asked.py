@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ssm_interp.errors import HookError
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.rows.forwards import logits_of_text
-from ssm_interp.hooks.seam.inputs import as_inputs
 from ssm_interp.hooks.interventions import HasRoles
+from ssm_interp.hooks.rows.forwards import logits_of_text
 from ssm_interp.hooks.rows.trial import obstacle
+from ssm_interp.hooks.seam.inputs import as_inputs
 from ssm_interp.hooks.seam.virtual import refuse_virtual_tokens
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.seam.inputs import check_ids
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.rows.plan import resolve
 from ssm_interp.hooks.rows.steps import RowLogits, default_memory, each_length
 from ssm_interp.hooks.rows.trial import obstacle
+from ssm_interp.hooks.seam.inputs import check_ids
 from ssm_interp.reprs import describe
 
 

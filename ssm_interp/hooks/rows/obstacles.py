@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from ssm_interp.errors import HookError
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.seam.blocks import blocks_of, has_no_weights
 from ssm_interp.hooks.own import OWN
+from ssm_interp.hooks.seam.blocks import blocks_of, has_no_weights
 
 CAPTURE = "transformers.utils.output_capturing"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ssm_interp.arguments import as_list
 from ssm_interp.errors import InterventionError
-from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.edits.masks import Columns, naming, no_edge, reading
+from ssm_interp.hooks.interventions import Knockout
 
 
 @dataclass(frozen=True)

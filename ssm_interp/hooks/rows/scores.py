@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssm_interp.errors import MetricError
-from ssm_interp.hooks.rows.asked import Asked
-from ssm_interp.hooks.rows.forwards import FullForwards
 from ssm_interp.hooks.interventions import Intervention
-from ssm_interp.hooks.rows.metrics import Measured, Metric, Positions, as_measured, check_name, of_full_answer, precise
+from ssm_interp.hooks.rows.asked import Asked
 from ssm_interp.hooks.rows.engine import run_each
+from ssm_interp.hooks.rows.forwards import FullForwards
+from ssm_interp.hooks.rows.metrics import Measured, Metric, Positions, as_measured, check_name, of_full_answer, precise
 
 Interventions = Sequence[Intervention]
 """What one variant does."""

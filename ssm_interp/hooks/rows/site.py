@@ -12,12 +12,12 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ssm_interp.errors import HookError
-from ssm_interp.hooks.seam.convolution import Convolution
 from ssm_interp.hooks.edits.masks import as_matrix, as_taps, attention_heads, feature_mask
-from ssm_interp.hooks.seam.operators import Operands, Operator
 from ssm_interp.hooks.own import Asked, asking
-from ssm_interp.hooks.rows.plan import Cell, Plan
 from ssm_interp.hooks.points import HookPoints
+from ssm_interp.hooks.rows.plan import Cell, Plan
+from ssm_interp.hooks.seam.convolution import Convolution
+from ssm_interp.hooks.seam.operators import Operands, Operator
 from ssm_interp.hooks.seam.serving import serving
 from ssm_interp.scan import Terms, leave, one_step, read_initial, removed, scan
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ssm_interp.errors import HookError
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.seam.blocks import blocks_of, entering
-from ssm_interp.hooks.seam.cache import CACHES, cache_in, cache_parameter
 from ssm_interp.hooks.rows.memory import free_memory
 from ssm_interp.hooks.rows.plan import Plan
 from ssm_interp.hooks.rows.site import Rows
+from ssm_interp.hooks.seam.blocks import blocks_of, entering
+from ssm_interp.hooks.seam.cache import CACHES, cache_in, cache_parameter
 from ssm_interp.hooks.seam.serving import server_here
 from ssm_interp.hooks.seam.softmax import knockable
 

@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 from transformers.activations import ACT2FN
 
 from ssm_interp.hooks.edits.forward import Forward
-from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.edits.masks import as_taps
+from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.seam.through import through_point
 
 OVER_POSITIONS = "causal_conv1d_fn"

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ssm_interp.errors import UnsupportedModelError
+from ssm_interp.hooks.edits.forward import edits_at
+from ssm_interp.hooks.edits.site import EditSite
+from ssm_interp.hooks.points import HookPoints
 from ssm_interp.hooks.seam.cache import CACHES, cache_parameter
 from ssm_interp.hooks.seam.classes import on_base, own_class
 from ssm_interp.hooks.seam.convolution import OVER_POSITIONS, UPDATE, bind
-from ssm_interp.hooks.edits.forward import edits_at
 from ssm_interp.hooks.seam.operators import FUSED_SHORTCUTS, GATED_FAMILY, OPERATORS, Operator
-from ssm_interp.hooks.points import HookPoints
 from ssm_interp.hooks.seam.record import has_record
-from ssm_interp.hooks.edits.site import EditSite
 from ssm_interp.hooks.seam.serving import Site, server_here
 
 _site: ContextVar[Site] = ContextVar("ssm_interp_site")

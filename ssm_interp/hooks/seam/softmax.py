@@ -22,11 +22,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.active import ActiveEdit, active_edits, edits_here
+from ssm_interp.hooks.edits.masks import Columns, as_matrix, attention_heads
+from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.seam.blocks import blocks_of, running_block
 from ssm_interp.hooks.seam.callers import chunks_of_prompt, prompt_mask
 from ssm_interp.hooks.seam.checkpointing import is_checkpointed
-from ssm_interp.hooks.interventions import Knockout
-from ssm_interp.hooks.edits.masks import Columns, as_matrix, attention_heads
 from ssm_interp.hooks.seam.routing import host_forward
 from ssm_interp.hooks.seam.serving import server_here
 from ssm_interp.hooks.seam.virtual import check_columns

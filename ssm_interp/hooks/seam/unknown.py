@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from ssm_interp.hooks.seam.blocks import asks_registry, attention_layers, blocks_of, is_causal, is_replaced, other_inputs
+from ssm_interp.hooks.seam.blocks import (
+    asks_registry,
+    attention_layers,
+    blocks_of,
+    is_causal,
+    is_replaced,
+    other_inputs,
+)
 from ssm_interp.hooks.seam.routing import HookedMixer, host_forward, operators_of
 
 Unknown = dict[int | str, tuple[nn.Module, ...]]
