@@ -147,6 +147,7 @@ class StudyWorker(Worker):
                     through=study.through,
                     answered_only=not study.all_prompts,
                     full_answer=study.full_answer,
+                    metric=study.metric,
                     allow_no_edges=True,
                     batch_size=study.batch_size,
                     max_memory=max_memory,
