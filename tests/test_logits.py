@@ -15,10 +15,11 @@ from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor, nn
 
 import ssm_interp as si
+from ssm_interp.attribution import logit_attribution
+from ssm_interp.attribution.stream import _beside, _put, last_norm, written_share
 from ssm_interp.errors import MetricError
-from ssm_interp.features import FeatureError, feature_groups, logit_attribution
-from ssm_interp.features.stream import _beside, _put, last_norm, written_share
-from ssm_interp.hooks.blocks import blocks_of
+from ssm_interp.features import FeatureError, feature_groups
+from ssm_interp.hooks.seam.blocks import blocks_of
 from ssm_interp.plots import attribution_figure
 
 SHARES = {"granitemoehybrid": 0.8, "falcon_h1": 0.9}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import ssm_interp as si
 from ssm_interp import features
-from ssm_interp.hooks.trial import obstacle
+from ssm_interp.hooks.rows.trial import obstacle
 
 PUTS = "puts 4 virtual tokens in front of every prompt"
 EDITS = [

@@ -13,9 +13,9 @@ from ssm_interp.arguments import as_index, as_indices, as_list
 from ssm_interp.errors import FeatureError, HookError
 from ssm_interp.features.groups import check_attached
 from ssm_interp.hooks import Attachment
-from ssm_interp.hooks.cache import CACHES
-from ssm_interp.hooks.inputs import as_inputs
-from ssm_interp.hooks.virtual import refuse_virtual_tokens
+from ssm_interp.hooks.seam.cache import CACHES
+from ssm_interp.hooks.seam.inputs import as_inputs
+from ssm_interp.hooks.seam.virtual import refuse_virtual_tokens
 from ssm_interp.prompts import Batch
 from ssm_interp.results import Tokens
 
