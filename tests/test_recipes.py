@@ -196,14 +196,15 @@ def test_a_heat_map_shows_each_token_of_a_prompt(tmp_path: Path) -> None:
 
 def test_a_heat_map_shows_prompts_that_are_answered_wrongly_too(models: dict[str, Path], tmp_path: Path) -> None:
     prompts = load_prompts(models["mamba"].parent / "facts.jsonl")
-    wrong = si.Prompt(prompts[0].text, prompts[0].subject, "dun", id="wrong")
+    word = next(word for word in ("ban", "bas") if word != prompts[0].target)
+    wrong = si.Prompt(prompts[0].text, prompts[0].subject, word, id="wrong")
     save_prompts([prompts[0], wrong], tmp_path / "facts.jsonl")
     options = ["--model", models["mamba"], "--facts", tmp_path / "facts.jsonl"]
     done = run(ROOT / "hooks" / "heatmaps.toml", *options, "--prompt", "wrong", "--prompt", "18566", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     frame = FlowResult.load(tmp_path / "table.parquet").frame
     assert set(frame["prompt_id"]) == {"18566", "wrong"}
-    assert "dun" in done.stdout
+    assert f" {word} " in done.stdout
 
 
 @pytest.mark.parametrize(
