@@ -18,7 +18,7 @@ from transformers import (
 
 import ssm_interp as si
 from ssm_interp.hooks.check import check
-from ssm_interp.hooks.edits import site as serve
+from ssm_interp.hooks.edits import site
 
 
 def test_every_family_passes(host: PreTrainedModel) -> None:
@@ -43,21 +43,21 @@ def test_a_transformer_passes_what_it_has() -> None:
 
 
 def test_a_wrong_matrix_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = serve.attention
-    monkeypatch.setattr(serve, "attention", lambda terms: right(terms) * 1.001)
+    right = site.attention
+    monkeypatch.setattr(site, "attention", lambda terms: right(terms) * 1.001)
     failed = [row.name for row in check(build("mamba2")) if not row.passed]
     assert failed == ["M x == the operator's y"]
 
 
 def test_a_knockout_without_effect_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve.LayerEdits, "knocked_out", lambda _self, terms, _extra: terms.x.new_zeros(()))
+    monkeypatch.setattr(site.LayerEdits, "knocked_out", lambda _self, terms, _extra: terms.x.new_zeros(()))
     failed = [row.name for row in check(build("mamba")) if not row.passed]
     assert failed == ["a knockout in the SSM changes its target", "nothing else mixes tokens"]
 
 
 def test_an_exception_leaves_the_model_detached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("mamba")
-    monkeypatch.setattr(serve, "attention", lambda terms: None)
+    monkeypatch.setattr(site, "attention", lambda terms: None)
     with pytest.raises(AttributeError):
         check(model)
     monkeypatch.undo()
