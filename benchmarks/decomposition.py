@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import ssm_interp as si
 from benchmarks.__main__ import build, ratio
-from ssm_interp.features import MixerRecord, decompose, logit_attribution, record_mixers
+from ssm_interp.attribution import MixerRecord, decompose, logit_attribution, record_mixers
 from ssm_interp.scan import attention_rows, unified_rows
 
 

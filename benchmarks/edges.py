@@ -24,7 +24,8 @@ from transformers.utils import logging
 import ssm_interp as si
 from benchmarks.__main__ import build
 from benchmarks.memory import peak_megabytes
-from ssm_interp.features import edge_attribution, feature_groups
+from ssm_interp.attribution import edge_attribution
+from ssm_interp.features import feature_groups
 from ssm_interp.hooks import logit_difference
 
 MODELS = ("mamba1-130m", "mamba2-130m")

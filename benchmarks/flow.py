@@ -31,7 +31,7 @@ from benchmarks.__main__ import build
 from benchmarks.memory import peak_megabytes
 from ssm_interp.features import feature_groups
 from ssm_interp.flow import sweep
-from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.rows.engine import run_each
 from ssm_interp.prompts import Prompt
 
 LENGTH, WINDOW, LAYERS = 12, 9, 24

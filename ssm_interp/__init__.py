@@ -4,6 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssm_interp.attribution import (
+        AttentionView,
+        AttentionViews,
+        Decomposition,
+        Decompositions,
+        EdgeAttribution,
+        EdgeCheck,
+        LogitAttribution,
+        attention_views,
+        check_edges,
+        decompose,
+        edge_attribution,
+        logit_attribution,
+        rollout,
+    )
+    from ssm_interp.circuits import Circuit, find_circuit
     from ssm_interp.errors import (
         FeatureError,
         FlowError,
@@ -22,25 +38,7 @@ if TYPE_CHECKING:
         StudyError,
         UnsupportedModelError,
     )
-    from ssm_interp.features import (
-        AttentionView,
-        AttentionViews,
-        Circuit,
-        Decomposition,
-        Decompositions,
-        EdgeAttribution,
-        EdgeCheck,
-        LogitAttribution,
-        Spectrum,
-        attention_views,
-        check_edges,
-        decompose,
-        edge_attribution,
-        feature_groups,
-        find_circuit,
-        logit_attribution,
-        rollout,
-    )
+    from ssm_interp.features import Spectrum, feature_groups
     from ssm_interp.features.spectrum import spectrum  # by its module, whose name is its own: mypy takes it for that
     from ssm_interp.flow import FlowResult, LeakReport, token_map
     from ssm_interp.flow.leak import leak
@@ -62,7 +60,7 @@ if TYPE_CHECKING:
         log_probability,
         logit_difference,
     )
-    from ssm_interp.hooks.answers import answers
+    from ssm_interp.hooks.rows.answers import answers
     from ssm_interp.models import load
     from ssm_interp.plots import TokenMap
     from ssm_interp.prompts import Batch, Fact, Prompt, load_prompts, pad, tokenize
@@ -142,11 +140,12 @@ _HOMES = {
         "FeatureError FlowError HookError InterventionError JobError LoadError MetricError MissingError PlotError "
         "PromptError RecipeError ResultError SsmInterpError SsmInterpWarning StudyError UnsupportedModelError"
     ),
-    "features": (
-        "AttentionView AttentionViews Circuit Decomposition Decompositions EdgeAttribution EdgeCheck "
-        "LogitAttribution Spectrum attention_views check_edges decompose edge_attribution feature_groups "
-        "find_circuit logit_attribution rollout spectrum"
+    "attribution": (
+        "AttentionView AttentionViews Decomposition Decompositions EdgeAttribution EdgeCheck LogitAttribution "
+        "attention_views check_edges decompose edge_attribution logit_attribution rollout"
     ),
+    "circuits": "Circuit find_circuit",
+    "features": "Spectrum feature_groups spectrum",
     "flow": "FlowResult LeakReport leak sweep token_map",
     "hooks": (
         "Answers Attachment EditAttention HookPoint HookPoints Intervention Knockout PatchState Run ScaleFeatures "

@@ -10,7 +10,7 @@ from commands import run
 from tiny_flow import WORDS, World, world
 
 import ssm_interp as si
-from ssm_interp.features import find_circuit
+from ssm_interp.circuits import find_circuit
 from ssm_interp.flow import (
     FlowResult,
     FlowRun,

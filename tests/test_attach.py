@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from random_terms import as_users_run_it
 from support import checkpointing, decode, edited, logits, relative_error
 from test_softmax import transformer
 from tiny_hosts import build, inputs, padded

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import ssm_interp as si
-from ssm_interp.hooks import serve
 from ssm_interp.hooks.check import check
+from ssm_interp.hooks.edits import site as serve
 
 
 def test_every_family_passes(host: PreTrainedModel) -> None:

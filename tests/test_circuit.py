@@ -12,9 +12,9 @@ from tiny_hosts import CONFIGS, build, inputs, padded
 from torch import Tensor
 
 import ssm_interp as si
+from ssm_interp.circuits import Circuit, fact_roles, find_circuit
+from ssm_interp.circuits.trials import describe_edge, edge_of, layer_of
 from ssm_interp.errors import FeatureError, SsmInterpError
-from ssm_interp.features import Circuit, fact_roles, find_circuit
-from ssm_interp.features.circuit_trials import describe_edge, edge_of, layer_of
 from ssm_interp.hooks import Attachment
 from ssm_interp.models import INDUCTION
 from ssm_interp.prompts import Batch, induction_prompts, induction_roles, pad, tokenize

@@ -14,7 +14,8 @@ from random_terms import as_users_run_it
 from tiny_hosts import build, inputs, padded
 
 import ssm_interp as si
-from ssm_interp.features import AttentionView, FeatureError, attention_views
+from ssm_interp.attribution import AttentionView, attention_views
+from ssm_interp.features import FeatureError
 from ssm_interp.hosts.circuitsvis import attention_maps, coloured_tokens
 
 pytestmark = pytest.mark.hosts
@@ -59,7 +60,7 @@ def test_blocks_of_heads_and_one_reduced_map(views: dict[Any, AttentionView]) ->
 
 def test_tokens_are_coloured_by_numbers_of_either_sign() -> None:
     with si.attach(build("mamba2")) as ssm:
-        by_token = si.features.logit_attribution(ssm, inputs(), 5).by_position()[0].sum(1)  # layer, source
+        by_token = si.attribution.logit_attribution(ssm, inputs(), 5).by_position()[0].sum(1)  # layer, source
     view, given = shown(coloured_tokens(by_token.sum(0), TOKENS))
     assert view == "ColoredTokens" and given["tokens"] == TOKENS
     torch.testing.assert_close(torch.tensor(given["values"]), by_token.sum(0))

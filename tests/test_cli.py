@@ -50,7 +50,8 @@ def test_flow_writes_pictures_every_number_and_what_was_dropped(
     scene: World, model: str, prompts: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "map"
-    result = run("flow", "--model", model, "--prompts", prompts, "--window", 2, "--interval", "t", "--out", out)
+    options = ["--window", 2, "--interval", "t", "--metric", "rank"]
+    result = run("flow", "--model", model, "--prompts", prompts, *options, "--out", out)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""  # quiet when it is no terminal
     assert "6 of 8 prompts answered correctly and kept; windows of 2 of 4 layers" in result.stdout
@@ -60,6 +61,9 @@ def test_flow_writes_pictures_every_number_and_what_was_dropped(
     found = FlowResult.load(out / "flow.parquet")
     assert len(found.frame) == 6 * 4 * 3
     assert found.runs[0].model == model
+    assert set(found.frame["metric"]) == {"rank"}
+    assert (found.frame["value_base"] == 0).all() and (found.frame["value"] >= 0).all()
+    assert found.plot(statistic="metric").axes[0].get_title()
     drop = found.largest_drops(interval="t").iloc[0]
     (line,) = [line for line in result.stdout.splitlines() if "subject →" in line]
     assert f"{drop['mean']:+.1f}" in line
@@ -264,6 +268,7 @@ BAD_FLOW = {
     "--limit: it should be a valid integer, got ": ["--limit", "x"],
     "--align: there is no \"center\": did you mean 'centre'? it is": ["--align", "center"],
     "--interval: there is no \"bootstap\": did you mean 'bootstrap'?": ["--interval", "bootstap"],
+    "--statistic: it draws a metric, and none is named: give --metric too": ["--statistic", "metric"],
     "Unknown option: --windw. Did you mean --window?": ["--windw", 3],
     "there is nothing here that takes 'x'": ["--limit", 3, "x"],
     "it is a folder here, for figures, tables and what is stored; name one without .png": ["--out", "x.png"],

@@ -7,7 +7,7 @@ import pytest
 from commands import Done, refused, run
 
 import ssm_interp as si
-from ssm_interp.features import fact_roles, find_circuit
+from ssm_interp.circuits import fact_roles, find_circuit
 from ssm_interp.prompts import induction_prompts, induction_roles, pad, tokenize
 
 

@@ -8,7 +8,7 @@ import pytest
 from commands import refused, run
 
 import ssm_interp as si
-from ssm_interp.features import check_edges, edge_attribution
+from ssm_interp.attribution import check_edges, edge_attribution
 from ssm_interp.hooks import logit_difference
 from ssm_interp.prompts import pad, tokenize
 

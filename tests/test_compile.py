@@ -10,7 +10,7 @@ from support import cache_of, cached, edited, logits, relative_error
 from tiny_hosts import build, inputs
 
 import ssm_interp as si
-from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.rows.engine import run_each
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning"),  # of transformers' own functions

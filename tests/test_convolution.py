@@ -9,7 +9,7 @@ import torch
 from test_rows import error
 from tiny_hosts import NAMES
 
-from ssm_interp.hooks.convolution import UPDATE, bind
+from ssm_interp.hooks.seam.convolution import UPDATE, bind
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

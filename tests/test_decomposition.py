@@ -15,15 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.features import (
-    Decomposition,
-    FeatureError,
-    decompose,
-    edge_attribution,
-    feature_groups,
-    logit_attribution,
-    record_mixers,
-)
+from ssm_interp.attribution import Decomposition, decompose, edge_attribution, logit_attribution, record_mixers
+from ssm_interp.features import FeatureError, feature_groups
 from ssm_interp.hooks import HookedWarning, log_probability
 from ssm_interp.scan import attention
 

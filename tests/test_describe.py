@@ -18,7 +18,7 @@ from transformers import BatchEncoding
 
 import ssm_interp as si
 from ssm_interp.hooks import MissingError
-from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.rows.engine import run_each
 from ssm_interp.prompts import pad, tokenize
 from ssm_interp.reprs import describe
 

@@ -17,19 +17,12 @@ from tiny_hosts import inputs, padded
 from transformers import PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.features import (
-    attention_views,
-    check_edges,
-    decompose,
-    edge_attribution,
-    feature_groups,
-    find_circuit,
-    logit_attribution,
-    spectrum,
-)
+from ssm_interp.attribution import attention_views, check_edges, decompose, edge_attribution, logit_attribution
+from ssm_interp.circuits import find_circuit
+from ssm_interp.features import feature_groups, spectrum
 from ssm_interp.flow import sweep
 from ssm_interp.hooks import Attachment, logit_difference
-from ssm_interp.hooks.blocks import blocks_of
+from ssm_interp.hooks.seam.blocks import blocks_of
 
 Place = Callable[[Any], Any]
 

@@ -87,3 +87,19 @@ def row() -> dict[str, object]:
     numbers = {"layer": 0, "window_start": 0, "window_size": 1, "n_edges": 1, "unasked": 0}
     shares = {"p_base": 0.5, "p": 0.5, "relative_change": 0.0, "logprob_difference": 0.0}
     return dict.fromkeys(COLUMNS, "x") | numbers | shares | {"hit": True}
+
+
+def test_every_name_that_the_text_gives_exists() -> None:
+    name = re.compile(
+        r"`(?:ssm_interp\.)?(si|features|flow|hooks|jobs|models|plots|prompts|recipes|results|scan)\.([a-zA-Z]\w*)"
+    )
+    missing = []
+    for page in PAGES:
+        for floor, member in name.findall(page.read_text(encoding="utf-8")):
+            module = importlib.import_module("ssm_interp" if floor == "si" else f"ssm_interp.{floor}")
+            if not hasattr(module, member) and member not in FILES:
+                missing.append(f"{page.name}: {floor}.{member}")
+    assert missing == []
+
+
+FILES = {"md", "png", "svg", "html", "parquet", "jsonl", "csv", "toml"}

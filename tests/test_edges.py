@@ -12,8 +12,9 @@ from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor
 
 import ssm_interp as si
+from ssm_interp.attribution import EdgeAttribution, check_edges, edge_attribution
 from ssm_interp.errors import MetricError, SsmInterpError
-from ssm_interp.features import EdgeAttribution, FeatureError, check_edges, edge_attribution, feature_groups
+from ssm_interp.features import FeatureError, feature_groups
 from ssm_interp.hooks import HookedWarning, log_probability, logit_difference
 from ssm_interp.prompts import pad, tokenize
 

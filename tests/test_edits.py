@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssm_interp as si
-from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.rows.engine import run_each
 
 EXACT = 1e-10
 LENGTH = 8

@@ -16,26 +16,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.features import (
-    FeatureError,
-    FeatureGroup,
+from ssm_interp.attribution import (
     attention_views,
     check_edges,
-    check_groups,
-    decay_norms,
     decompose,
     edge_attribution,
-    fact_roles,
-    feature_groups,
-    find_circuit,
     logit_attribution,
     record_mixers,
     rollout,
-    spectrum,
 )
+from ssm_interp.circuits import fact_roles, find_circuit
+from ssm_interp.features import FeatureError, FeatureGroup, check_groups, decay_norms, feature_groups, spectrum
 from ssm_interp.hooks import log_probability, logit_difference
 from ssm_interp.hooks.check import check
-from ssm_interp.hooks.rows import run_each
+from ssm_interp.hooks.rows.engine import run_each
 from ssm_interp.prompts import pad, tokenize
 
 METRIC = logit_difference(3, 5)

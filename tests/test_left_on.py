@@ -11,15 +11,9 @@ from tiny_flow import World, world
 from tiny_hosts import build, inputs
 
 import ssm_interp as si
-from ssm_interp.features import (
-    attention_views,
-    check_edges,
-    decompose,
-    edge_attribution,
-    find_circuit,
-    logit_attribution,
-    spectrum,
-)
+from ssm_interp.attribution import attention_views, check_edges, decompose, edge_attribution, logit_attribution
+from ssm_interp.circuits import find_circuit
+from ssm_interp.features import spectrum
 from ssm_interp.flow import leak, sweep, token_map
 from ssm_interp.hooks import HookedWarning, log_probability, warn_hooked
 from ssm_interp.prompts import pad, tokenize

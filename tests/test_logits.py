@@ -15,9 +15,11 @@ from tiny_hosts import NAMES, build, inputs, padded
 from torch import Tensor, nn
 
 import ssm_interp as si
-from ssm_interp.features import FeatureError, feature_groups, logit_attribution
-from ssm_interp.features.stream import _beside, _put, last_norm, written_share
-from ssm_interp.hooks.blocks import blocks_of
+from ssm_interp.attribution import logit_attribution
+from ssm_interp.attribution.stream import _beside, _put, last_norm, written_share
+from ssm_interp.errors import MetricError
+from ssm_interp.features import FeatureError, feature_groups
+from ssm_interp.hooks.seam.blocks import blocks_of
 from ssm_interp.plots import attribution_figure
 
 SHARES = {"granitemoehybrid": 0.8, "falcon_h1": 0.9}
@@ -157,7 +159,7 @@ def test_bad_input_is_refused() -> None:
             ((" Paris",), "target must be a token id, .* got ' Paris'"),
             ((5.0,), "target must be a token id, .* got 5.0"),
         ]:
-            with pytest.raises(FeatureError, match=message):
+            with pytest.raises((MetricError, FeatureError), match=message):
                 logit_attribution(ssm, prompt, *arguments)
         with pytest.raises(FeatureError, match="position 8 is padding in row 1"):
             logit_attribution(ssm, padded([9, 4], side="right"), 5)

@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 
-from ssm_interp.hooks import memory
-from ssm_interp.hooks.memory import free_memory, left_in_groups
+from ssm_interp.hooks.rows import memory
+from ssm_interp.hooks.rows.memory import free_memory, left_in_groups
 
 V2 = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 500\ninactive_file 150\n"}
 V1 = {

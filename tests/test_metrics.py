@@ -9,7 +9,7 @@ import torch
 from ssm_interp.errors import SsmInterpError
 from ssm_interp.flow import changes
 from ssm_interp.hooks import accuracy, kl_divergence, log_probability, logit_difference, rank
-from ssm_interp.hooks.metrics import as_measured, of_full_answer
+from ssm_interp.hooks.rows.metrics import as_measured, of_full_answer
 
 ROWS, VOCABULARY = 63, 17
 

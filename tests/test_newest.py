@@ -18,8 +18,9 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 import ssm_interp as si
-from ssm_interp.hooks import newest, rowsite
-from ssm_interp.hooks.cache import CACHES
+from ssm_interp.hooks import newest
+from ssm_interp.hooks.rows import site as rowsite
+from ssm_interp.hooks.seam.cache import CACHES
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 import ssm_interp as si
-from ssm_interp.hooks.operators import ChunkScan, HeadUpdate, Operator, SelectiveScan, SelectiveUpdate
-from ssm_interp.hooks.serve import EditSite
+from ssm_interp.hooks.edits.site import EditSite
+from ssm_interp.hooks.seam.operators import ChunkScan, HeadUpdate, Operator, SelectiveScan, SelectiveUpdate
 from ssm_interp.scan.naive import naive_scan
 
 b, t, h, p, g, n = 2, 5, 6, 3, 2, 4

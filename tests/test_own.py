@@ -16,10 +16,12 @@ from tiny_hosts import build, inputs
 from torch import Tensor, nn
 
 import ssm_interp as si
-from ssm_interp.features import attention_views, decompose, edge_attribution, find_circuit, logit_attribution, spectrum
+from ssm_interp.attribution import attention_views, decompose, edge_attribution, logit_attribution
+from ssm_interp.circuits import find_circuit
+from ssm_interp.features import spectrum
 from ssm_interp.hooks import logit_difference
-from ssm_interp.hooks.blocks import running_block
-from ssm_interp.hooks.trial import obstacle
+from ssm_interp.hooks.rows.trial import obstacle
+from ssm_interp.hooks.seam.blocks import running_block
 
 Given = dict[str, Any]
 

@@ -111,6 +111,14 @@ def test_a_map_of_rounding_is_drawn_as_nothing_and_says_so() -> None:
     assert [text.get_text() for text in zeros.axes[0].texts] == ["all entries are 0"]
 
 
+def test_sizes_have_no_sign_and_say_nothing_of_support() -> None:
+    figure = attribution_figure(torch.tensor([[1.0, 2.0]]), ["a", "b"], [0], signed=False, label="Length")
+    (image,) = figure.axes[0].get_images()
+    assert (image.get_clim(), image.get_cmap().name, figure.axes[1].get_ylabel()) == ((0.0, 2.0), SIZES, "Length")
+    with pytest.raises(ValueError, match="sizes are not negative"):
+        attribution_figure(torch.tensor([[-1.0]]), ["a"], [0], signed=False)
+
+
 def edges(layers: int, length: int) -> torch.Tensor:
     return torch.randn(layers, length, length, generator=torch.Generator().manual_seed(0)).tril()
 

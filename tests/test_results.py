@@ -22,21 +22,19 @@ from tiny_flow import world
 from torch import Tensor
 
 import ssm_interp as si
-from ssm_interp.errors import FeatureError, MissingError, PlotError, ResultError
-from ssm_interp.features import (
+from ssm_interp.attribution import (
     AttentionView,
     EdgeAttribution,
     LogitAttribution,
-    Spectrum,
     attention_views,
     check_edges,
     decompose,
     edge_attribution,
-    feature_groups,
-    find_circuit,
     logit_attribution,
-    spectrum,
 )
+from ssm_interp.circuits import find_circuit
+from ssm_interp.errors import FeatureError, MissingError, PlotError, ResultError
+from ssm_interp.features import Spectrum, feature_groups, spectrum
 from ssm_interp.flow import FlowResult, leak, sweep, token_map
 from ssm_interp.hooks import log_probability
 from ssm_interp.plots import TokenMap, agreement_figure, edges_page
@@ -87,6 +85,7 @@ def results(batch: Batch) -> dict[str, Result]:
             sweep(ssm, tiny.tokenizer, tiny.prompts, windows=2),
             leak(ssm, tiny.tokenizer, tiny.prompts, windows=4, sources=["subject"]),
             token_map(ssm, tiny.tokenizer, tiny.prompts[0], window=2),
+            si.answers(ssm, batch, [(), si.Knockout(sources="subject")], ["probability", "rank"]),
         ]
     return {type(one).__name__: one for one in every}
 
@@ -166,7 +165,7 @@ def test_a_check_of_edges_is_drawn_as_points(results: dict[str, Result]) -> None
     axes = results["EdgeCheck"].plot().axes[0]
     drawn = np.concatenate([np.asarray(points.get_offsets()) for points in axes.collections])
     np.testing.assert_allclose(drawn, frame[["attribution", "exact"]].to_numpy(float))  # the top ones come first
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["top", "random"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["both the same", "top", "random"]
     for rows, message in ((frame.drop(columns="exact"), r"missing: \['exact'\]"), (frame[:0], "at least one edge")):
         with pytest.raises(PlotError, match=message):
             agreement_figure(rows)

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.hooks import rowsite
-from ssm_interp.hooks import steps as rows_module
-from ssm_interp.hooks.blocks import blocks_of, entering
-from ssm_interp.hooks.operators import OPERATORS, Operator
-from ssm_interp.hooks.rows import run_each
-from ssm_interp.hooks.trial import obstacle
+from ssm_interp.hooks.rows import site as rowsite
+from ssm_interp.hooks.rows import steps as rows_module
+from ssm_interp.hooks.rows.engine import run_each
+from ssm_interp.hooks.rows.trial import obstacle
+from ssm_interp.hooks.seam.blocks import blocks_of, entering
+from ssm_interp.hooks.seam.operators import OPERATORS, Operator
 
 LENGTH = 9
 ROLES = {

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp.hooks.rows import run_each
-from ssm_interp.hooks.trial import obstacle
+from ssm_interp.hooks.rows.engine import run_each
+from ssm_interp.hooks.rows.trial import obstacle
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},

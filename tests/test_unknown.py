@@ -28,7 +28,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 import ssm_interp as si
 from ssm_interp.hooks.check import check
-from ssm_interp.hooks.unknown import unknown_mixers
+from ssm_interp.hooks.seam.unknown import unknown_mixers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ssm_interp as si
-from ssm_interp.features import FeatureError, attention_views, record_mixers, rollout
-from ssm_interp.features import views as views_module
-from ssm_interp.features.views import FORMS
+from ssm_interp.attribution import attention_views, record_mixers, rollout
+from ssm_interp.attribution import views as views_module
+from ssm_interp.attribution.views import FORMS
+from ssm_interp.features import FeatureError
 from ssm_interp.scan import blocks, edges
 
 MEASURES = {

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import ssm_interp as si
 from ssm_interp import features
-from ssm_interp.hooks.trial import obstacle
+from ssm_interp.hooks.rows.trial import obstacle
 
 PUTS = "puts 4 virtual tokens in front of every prompt"
 EDITS = [
@@ -132,7 +132,7 @@ def test_what_is_read_and_taken_apart_is_refused() -> None:
             with pytest.raises(features.FeatureError, match=PUTS):
                 verb(ssm, ids())
         roles = {"first": [0], "rest": list(range(1, 9))}
-        metric = features.logit_difference(1, 2)
+        metric = si.logit_difference(1, 2)
         with pytest.raises(features.FeatureError, match=PUTS):
             features.find_circuit(ssm, ids(), metric=metric, roles=roles, tolerance=0.1)
         assert "is no model of transformers" in str(obstacle(ssm))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from ssm_interp.attribution import attention_views
 from ssm_interp.cli.ask import loaded, picked_alone
 from ssm_interp.cli.output import draw, picture, say, wrote
 from ssm_interp.errors import HookError
 from ssm_interp.experiments import Attention
 from ssm_interp.experiments.parts import Picked
-from ssm_interp.features import attention_views
 from ssm_interp.hooks import attach
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.prompts import encode, load_prompts
 
 LABELS = {"mean": "mean attention", "mean_abs": "mean |attention|", "norm": "norm of the attention"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ssm_interp.circuits import fact_roles, find_circuit
 from ssm_interp.cli.ask import loaded, picked, tokenized
 from ssm_interp.cli.output import draw, picture_and_table, progress_bar, say, write_table, wrote
 from ssm_interp.errors import FeatureError
 from ssm_interp.experiments import Circuit
 from ssm_interp.experiments.parts import Picked
-from ssm_interp.features import fact_roles, find_circuit
 from ssm_interp.hooks import attach
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.models import INDUCTION
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, induction_prompts, induction_roles, pad, with_ids
 

@@ -12,18 +12,13 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ssm_interp.attribution import EdgeAttribution, EdgeCheck, check_edges, edge_attribution
 from ssm_interp.cli.ask import loaded, picked_alone
 from ssm_interp.cli.output import console, draw, picture_and_table, say, write_table, wrote
 from ssm_interp.errors import FeatureError
 from ssm_interp.experiments import Edges
-from ssm_interp.features import (
-    EdgeAttribution,
-    EdgeCheck,
-    check_edges,
-    edge_attribution,
-)
 from ssm_interp.hooks import Attachment, Metric, attach, log_probability, logit_difference
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.plots import token_label
 from ssm_interp.prompts import Prompt, TokenizedPrompt, tokenize
 

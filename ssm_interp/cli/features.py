@@ -15,7 +15,7 @@ from ssm_interp.cli.output import console, folder, progress_bar, say, wrote
 from ssm_interp.experiments import Features
 from ssm_interp.features import Spectrum, spectrum
 from ssm_interp.hooks import attach
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.prompts import Prompt, encode
 
 

@@ -24,6 +24,7 @@ from ssm_interp.experiments.parts import (
     Facts,
     InBatches,
     InShards,
+    Measured,
     Models,
     OnDevice,
     OneModel,
@@ -77,13 +78,20 @@ class Flow(Experiment):
     model: Models = Models()
     prompts: Prompts = Prompts()
     sweep: Sweep = Sweep()
+    measured: Measured = Measured()
     summary: Summary = Summary()
     computed: InShards = InShards()
     out: Path = option(Path("flow"), "Folder for figures, tables and what is stored.")
 
+    @model_validator(mode="after")
+    def _draws_what_is_measured(self) -> Flow:
+        if self.summary.statistic == "metric" and self.measured.metric is None:
+            raise KeyedError(("statistic",), "it draws a metric, and none is named: give --metric too")
+        return self
+
     def studies(self) -> Iterator[Study]:
         """A study per model, with the same options else."""
-        shared = flat(self.prompts, self.sweep, self.computed, self.model)
+        shared = flat(self.prompts, self.sweep, self.measured, self.computed, self.model)
         for name in shared.pop("names"):
             yield Study(model=name, **shared)
 

@@ -22,6 +22,7 @@ from ssm_interp.experiments.values import (
     Dtype,
     Group,
     Interval,
+    MetricName,
     Name,
     NotOfConv,
     OwnGroups,
@@ -147,11 +148,20 @@ class Sweep(Declared):
 
 
 @Parameter(name="*", group=SHOWN)
+class Measured(Declared):
+    """What is measured of each answer."""
+
+    metric: Annotated[MetricName | None, flag(show_default="none")] = option(
+        None, "Measured besides the answer's probability, in columns of its own; drawn as the statistic metric."
+    )
+
+
+@Parameter(name="*", group=SHOWN)
 class Summary(Declared):
     """What is said over prompts."""
 
-    statistic: Literal["mean", "median", "accuracy", "logprob_difference"] = option(
-        "mean", "What is drawn: mean or median of the relative change, accuracy, or logprob_difference."
+    statistic: Literal["mean", "median", "accuracy", "logprob_difference", "metric"] = option(
+        "mean", "What is drawn: mean or median of the relative change, accuracy, logprob_difference, or the metric."
     )
     interval: Interval = option("bootstrap", "Of means: bootstrap, or t.")
     level: float = option(0.95, "Of the interval.", gt=0, lt=1)

@@ -6,14 +6,14 @@ from typing import Any
 
 from ssm_interp.experiments.declared import Several, option
 from ssm_interp.experiments.held import Held, under
-from ssm_interp.experiments.parts import AsJob, InShards, Prompts, Sweep, Weights
+from ssm_interp.experiments.parts import AsJob, InShards, Measured, Prompts, Sweep, Weights
 from ssm_interp.experiments.values import Name
 
 WITHOUT_EFFECT = frozenset(AsJob.model_fields)
 """Options that change how a table is computed and not what is in it, beyond rounding."""
 
 
-class Study(InShards, Sweep, Prompts, Weights):
+class Study(InShards, Measured, Sweep, Prompts, Weights):
     """One model asked for facts, under knockouts in every layer window; `run_study` runs it.
 
     Raises:

@@ -13,9 +13,9 @@ from ssm_interp.arguments import as_index, as_indices, as_list
 from ssm_interp.errors import FeatureError, HookError
 from ssm_interp.features.groups import check_attached
 from ssm_interp.hooks import Attachment
-from ssm_interp.hooks.cache import CACHES
-from ssm_interp.hooks.inputs import as_inputs
-from ssm_interp.hooks.virtual import refuse_virtual_tokens
+from ssm_interp.hooks.seam.cache import CACHES
+from ssm_interp.hooks.seam.inputs import as_inputs
+from ssm_interp.hooks.seam.virtual import refuse_virtual_tokens
 from ssm_interp.prompts import Batch
 from ssm_interp.results import Tokens
 
@@ -119,12 +119,12 @@ def indices(values: Any, name: str) -> tuple[int, ...]:
         FeatureError: anything else.
     """
     try:
-        found = as_indices(values, name)
+        whole = as_indices(values, name)
     except HookError as error:
         raise FeatureError(str(error)) from None
-    if not found:
+    if not whole:
         raise FeatureError(f"{name} must be an integer or a sequence of at least one, got {values!r:.200}")
-    return found
+    return whole
 
 
 def whole_number(value: Any, name: str, least: int = 1) -> int:

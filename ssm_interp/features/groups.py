@@ -139,10 +139,10 @@ class FeatureGroup:
         order = values.argsort(stable=True).tolist()
         end = len(order) - count
         chosen = {"top": order[end:], "bottom": order[:count], "middle": order[count:end]}[self.side]
-        found = sorted(set(order) - set(chosen)) if self.complement else sorted(chosen)
-        if not found:
+        members = sorted(set(order) - set(chosen)) if self.complement else sorted(chosen)
+        if not members:
             raise FeatureError(f"layer {layer} has {len(values)} features, of which the group {self.name!r} has none")
-        return tuple(found)
+        return tuple(members)
 
 
 def decay_norms(ssm: Attachment) -> dict[int, Float[Tensor, " h"]]:
@@ -173,12 +173,12 @@ def decay_rates(ssm: Attachment) -> dict[int, Float[Tensor, "h n"]]:
 def _log_rates(ssm: Attachment) -> dict[int, Float[Tensor, "h n"]]:
     """A_log on the CPU, [h n]."""
     check_attached(ssm)
-    found = {}
+    rates = {}
     for layer, mixer in ssm.mixers.items():
         module: Any = mixer
         with align_module_device(module):  # an offloaded layer has its weights elsewhere
-            found[layer] = module.A_log.detach().cpu().reshape(ssm.layers[layer].heads, -1)
-    return found
+            rates[layer] = module.A_log.detach().cpu().reshape(ssm.layers[layer].heads, -1)
+    return rates
 
 
 def feature_groups(
@@ -227,9 +227,9 @@ def feature_groups(
         )
     wanted = {group.statistic for group in ranked.values()}
     numbers = {name: _statistic(ssm, name, known[name]) for name in wanted}
-    found: PlainGroups = {name: dict(group.of(numbers[group.statistic])) for name, group in ranked.items()}
-    found |= check_groups(ssm, {name: sets.get(name) for name in names if name not in ranked})
-    return {name: found[name] for name in names}
+    members: PlainGroups = {name: dict(group.of(numbers[group.statistic])) for name, group in ranked.items()}
+    members |= check_groups(ssm, {name: sets.get(name) for name in names if name not in ranked})
+    return {name: members[name] for name in names}
 
 
 def check_groups(ssm: Attachment, groups: Groups, *, disjoint: bool = False) -> PlainGroups:
@@ -255,7 +255,7 @@ def check_groups(ssm: Attachment, groups: Groups, *, disjoint: bool = False) -> 
         raise FeatureError(
             f"feature groups are name -> layer -> features, as feature_groups gives them, got {type(groups).__name__}"
         )
-    found: PlainGroups = {}
+    tuples: PlainGroups = {}
     for name, group in groups.items():
         if not isinstance(group, Mapping | None):
             raise FeatureError(
@@ -265,10 +265,10 @@ def check_groups(ssm: Attachment, groups: Groups, *, disjoint: bool = False) -> 
         if group is not None and not group:
             raise FeatureError(f"the feature group {name!r} names no layer; give layer -> features, or None for all")
         checked = [(layer, _of_layer(ssm, name, layer, features)) for layer, features in (group or {}).items()]
-        found[name] = None if group is None else dict(sorted(checked))
+        tuples[name] = None if group is None else dict(sorted(checked))
     if disjoint:
-        _check_disjoint(ssm, found)
-    return found
+        _check_disjoint(ssm, tuples)
+    return tuples
 
 
 def _of_layer(ssm: Attachment, name: str, layer: Any, features: Any) -> tuple[int, ...] | tuple[tuple[int, int], ...]:
@@ -276,28 +276,28 @@ def _of_layer(ssm: Attachment, name: str, layer: Any, features: Any) -> tuple[in
     if layer not in ssm.layers:
         raise FeatureError(f"{where} names layer {layer!r}; the SSM layers of this model are {list(ssm.layers)}")
     try:
-        found = as_features(features, where)
+        members = as_features(features, where)
     except InterventionError:
-        found = None
-    if found is None:
+        members = None
+    if members is None:
         raise FeatureError(
             f"{where} must name heads or (head, state dimension) pairs, at least one, in layer {layer}, or leave the "
             f"layer out; got {features!r:.200}"
         )
     points = ssm.layers[layer]
-    for feature in found:
+    for feature in members:
         head, dimension = feature if isinstance(feature, tuple) else (feature, 0)
         if not (0 <= head < points.heads and 0 <= dimension < points.state_size):
             raise FeatureError(
                 f"{where}: layer {layer} has no feature {feature!r}; it has heads 0 to {points.heads - 1} and state "
                 f"dimensions 0 to {points.state_size - 1}"
             )
-    if len(twice := np.argwhere(_times(points, found) > 1)):
+    if len(twice := np.argwhere(_times(points, members) > 1)):
         raise FeatureError(
             f"{where} names head {twice[0][0]} of layer {layer}, with state dimension {twice[0][1]}, twice; name each "
             "feature once"
         )
-    return found
+    return members
 
 
 def _check_disjoint(ssm: Attachment, groups: Groups) -> None:
@@ -335,7 +335,7 @@ def _statistic(ssm: Attachment, name: str, given: Mapping[int, Any] | None) -> d
         )
     if not given:
         raise FeatureError(f"the statistic {name!r} has no layers; give layer -> a number per feature")
-    found = {}
+    checked = {}
     for layer, numbers in given.items():
         if layer not in ssm.layers:
             raise FeatureError(
@@ -348,8 +348,8 @@ def _statistic(ssm: Attachment, name: str, given: Mapping[int, Any] | None) -> d
                 f"the statistic {name!r} of layer {layer} must be a number per feature, [{heads}], got "
                 f"{numbers if values is None else list(values.shape)}"
             )
-        found[layer] = values
-    return found
+        checked[layer] = values
+    return checked
 
 
 def _numbers(given: Any) -> Tensor | None:

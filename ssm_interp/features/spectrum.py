@@ -156,19 +156,19 @@ def spectrum(
         return Spectrum(name, 0, norms, {})
     sums = {layer: _Sums(A, wanted) for layer, A in decay_rates(ssm).items()}
     watches = [
-        Watch(points.point(one), partial(sums[layer].take, one))
+        Watch(points.point(operand), partial(sums[layer].take, operand))
         for layer, points in ssm.layers.items()
-        for one in ("dt", "B", "C")
+        for operand in ("dt", "B", "C")
     ]
     with torch.no_grad(), watching(watches):
         for texts in list(_texts(ssm, inputs, batch_size)):
-            before = {layer: one.tokens for layer, one in sums.items()}
+            before = {layer: of_layer.tokens for layer, of_layer in sums.items()}
             ssm.run(texts)
             rows, length = texts["input_ids"].shape
-            for layer, one in sums.items():
-                same_columns(layer, (one.tokens - before[layer]) // rows, length)
-    by_state = {layer: one.by_state() for layer, one in sums.items()}
-    values = {layer: one.statistics(by_state[layer]) for layer, one in sums.items()}
+            for layer, of_layer in sums.items():
+                same_columns(layer, (of_layer.tokens - before[layer]) // rows, length)
+    by_state = {layer: of_layer.by_state() for layer, of_layer in sums.items()}
+    values = {layer: of_layer.statistics(by_state[layer]) for layer, of_layer in sums.items()}
     return Spectrum(
         name,
         next(iter(sums.values())).tokens,
@@ -246,19 +246,19 @@ def _wanted(ssm: Attachment, inputs: Any, statistics: Sequence[str] | None) -> t
         raise FeatureError("this attachment was detached; call attach(model) again")
     if not ssm.layers:
         raise FeatureError(f"{type(ssm.model).__name__} has no SSM layers, whose features a spectrum is of")
-    if any(active_edits(place) for place in ssm.places()):
+    if any(active_edits(module) for module in ssm.places()):
         raise FeatureError("a spectrum is of the model as it is: leave the block of `with ssm.edit(...)` first")
     wanted = (STATISTICS if inputs is not None else STATISTICS[:1]) if statistics is None else as_list(statistics)
-    if wrong := [one for one in wanted if not isinstance(one, str)]:
+    if wrong := [name for name in wanted if not isinstance(name, str)]:
         raise FeatureError(f"statistics are asked for by name, {', '.join(STATISTICS)}; got {wrong[0]!r:.200}")
     if not wanted:
         raise FeatureError(f"no statistic was asked for; there are {', '.join(STATISTICS)}")
-    for one in wanted:
-        if one not in STATISTICS:
-            raise FeatureError(unknown_statistic(one, STATISTICS))
-        if inputs is None and one != DECAY_NORM:
-            raise FeatureError(f"the {one} depends on what the model reads; give spectrum(ssm, inputs)")
-    return tuple(one for one in STATISTICS if one in wanted)
+    for name in wanted:
+        if name not in STATISTICS:
+            raise FeatureError(unknown_statistic(name, STATISTICS))
+        if inputs is None and name != DECAY_NORM:
+            raise FeatureError(f"the {name} depends on what the model reads; give spectrum(ssm, inputs)")
+    return tuple(name for name in STATISTICS if name in wanted)
 
 
 def _texts(ssm: Attachment, inputs: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from ssm_interp.flow.study_facts import StudyFacts
 from ssm_interp.flow.study_held import held_on, measured
 from ssm_interp.flow.study_job import load_for
 from ssm_interp.hooks import Attachment, attach
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.models import load_tokenizer
 from ssm_interp.plots import token_label
 from ssm_interp.prompts import TokenizedPrompt, pad, tokenize

@@ -11,7 +11,7 @@ from ssm_interp.experiments.values import is_share
 from ssm_interp.features import STATISTICS, FeatureGroup, feature_groups, spectrum
 from ssm_interp.features.groups import DECAY_NORM
 from ssm_interp.hooks import Attachment, Intervention
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.prompts import TokenizedPrompt, pad
 
 Statistics = Mapping[str, Mapping[int, Any]]

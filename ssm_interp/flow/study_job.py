@@ -21,8 +21,8 @@ from ssm_interp.flow.study_held import check_held, held_on, measured
 from ssm_interp.flow.sweep import FeatureGroups, Progress, check_complete, sweep
 from ssm_interp.flow.windows import windows
 from ssm_interp.hooks import Attachment, Intervention, answers, attach
-from ssm_interp.hooks.asked import device_of
-from ssm_interp.hooks.steps import default_memory
+from ssm_interp.hooks.rows.asked import device_of
+from ssm_interp.hooks.rows.steps import default_memory
 from ssm_interp.jobs import Job, Prepared, Report, Shard, Worker
 from ssm_interp.jobs.files import digest
 from ssm_interp.models import load, weights_hash
@@ -147,6 +147,7 @@ class StudyWorker(Worker):
                     through=study.through,
                     answered_only=not study.all_prompts,
                     full_answer=study.full_answer,
+                    metric=study.metric,
                     allow_no_edges=True,
                     batch_size=study.batch_size,
                     max_memory=max_memory,

@@ -22,8 +22,8 @@ from ssm_interp.flow.result import FlowResult, FlowRun
 from ssm_interp.flow.windows import Window, default_size
 from ssm_interp.flow.windows import windows as windows_over
 from ssm_interp.hooks import Answers, Attachment, Knockout, Metric, answers, warn_hooked
-from ssm_interp.hooks.answers import By
-from ssm_interp.hooks.asked import device_of
+from ssm_interp.hooks.rows.answers import By
+from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize, warn_shared
 
 Progress = Callable[[int, int], None]

@@ -8,7 +8,6 @@ from ssm_interp.errors import (
     SsmInterpWarning,
     UnsupportedModelError,
 )
-from ssm_interp.hooks.answers import Answers, answers
 from ssm_interp.hooks.attach import attach, attached
 from ssm_interp.hooks.attachment import Attachment, Exposure, Run
 from ssm_interp.hooks.interventions import (
@@ -20,8 +19,9 @@ from ssm_interp.hooks.interventions import (
     SetDelta,
 )
 from ssm_interp.hooks.left_on import warn_hooked
-from ssm_interp.hooks.metrics import Metric, accuracy, kl_divergence, log_probability, logit_difference, rank
 from ssm_interp.hooks.points import HookPoint, HookPoints
+from ssm_interp.hooks.rows.answers import Answers, answers
+from ssm_interp.hooks.rows.metrics import Metric, accuracy, kl_divergence, log_probability, logit_difference, rank
 
 __all__ = [
     "Answers",

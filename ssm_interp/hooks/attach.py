@@ -10,10 +10,10 @@ from torch import nn
 
 from ssm_interp.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.blocks import attention_layers, repeated_blocks
 from ssm_interp.hooks.newest import Newest, check_version
-from ssm_interp.hooks.routing import HookedMixer, hook_mixer, operators_of
-from ssm_interp.hooks.unknown import names_of, unknown_mixers
+from ssm_interp.hooks.seam.blocks import attention_layers, repeated_blocks
+from ssm_interp.hooks.seam.routing import HookedMixer, hook_mixer, operators_of
+from ssm_interp.hooks.seam.unknown import names_of, unknown_mixers
 from ssm_interp.reprs import describe
 from ssm_interp.scan.terms import FLOATS
 

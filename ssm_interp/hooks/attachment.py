@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from ssm_interp.arguments import STREAMS, as_index, as_indices, as_list, as_streams
 from ssm_interp.errors import HookError, InterventionError, MissingError
 from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
-from ssm_interp.hooks.blocks import attention_layers, blocks_of, entering, has_no_weights
 from ssm_interp.hooks.bylayer import ByLayer
-from ssm_interp.hooks.callers import keeping_mask
-from ssm_interp.hooks.inputs import as_inputs
 from ssm_interp.hooks.interventions import KINDS, HasRoles, Intervention, Knockout
 from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HookPoint
-from ssm_interp.hooks.routing import HookedMixer, class_without_hooks, restore_mixer
-from ssm_interp.hooks.softmax import knockable
-from ssm_interp.hooks.unknown import Unknown, names_of, unknown_mixers
-from ssm_interp.hooks.virtual import refuse_virtual_tokens
+from ssm_interp.hooks.seam.blocks import attention_layers, blocks_of, entering, has_no_weights
+from ssm_interp.hooks.seam.callers import keeping_mask
+from ssm_interp.hooks.seam.inputs import as_inputs
+from ssm_interp.hooks.seam.routing import HookedMixer, class_without_hooks, restore_mixer
+from ssm_interp.hooks.seam.softmax import knockable
+from ssm_interp.hooks.seam.unknown import Unknown, names_of, unknown_mixers
+from ssm_interp.hooks.seam.virtual import refuse_virtual_tokens
 from ssm_interp.reprs import describe
 
 _exposing = Lock()

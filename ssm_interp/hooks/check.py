@@ -13,9 +13,9 @@ from ssm_interp.arguments import as_index
 from ssm_interp.errors import HookError
 from ssm_interp.hooks.attach import attach
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.blocks import has_no_weights
 from ssm_interp.hooks.interventions import Knockout
-from ssm_interp.hooks.unknown import names_of
+from ssm_interp.hooks.seam.blocks import has_no_weights
+from ssm_interp.hooks.seam.unknown import names_of
 from ssm_interp.reprs import describe
 
 LENGTH = 7

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from ssm_interp.errors import HookError, UnsupportedModelError
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.blocks import has_no_weights
-from ssm_interp.hooks.cache import cache_in, cache_parameter
 from ssm_interp.hooks.interventions import Knockout
-from ssm_interp.hooks.obstacles import obstacles
 from ssm_interp.hooks.own import Watch, in_this_thread, own_operators, watching
-from ssm_interp.hooks.trial import depends_on_batch, obstacle, precision
+from ssm_interp.hooks.rows.obstacles import obstacles
+from ssm_interp.hooks.rows.trial import depends_on_batch, obstacle, precision
+from ssm_interp.hooks.seam.blocks import has_no_weights
+from ssm_interp.hooks.seam.cache import cache_in, cache_parameter
 
 KNOWN = ("5.15", "5.24")  # the oldest and the newest version of transformers that the tests run on
 

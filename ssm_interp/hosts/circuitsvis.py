@@ -11,8 +11,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from ssm_interp.attribution import AttentionView
 from ssm_interp.errors import FeatureError
-from ssm_interp.features import AttentionView
 from ssm_interp.features.arguments import row_of
 from ssm_interp.results import labels
 

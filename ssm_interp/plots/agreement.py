@@ -34,7 +34,7 @@ def agreement_figure(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
     if frame.empty:
         raise PlotError("this picture needs at least one edge; there are none")
     axes = picture(4.4, 4.0).subplots() if ax is None else ax
-    axes.axline((0, 0), slope=1, color="0.6", linestyle=":", linewidth=1, zorder=0)
+    axes.axline((0, 0), slope=1, color="0.6", linestyle=":", linewidth=1, zorder=0, label="both the same")
     for chosen, style in group_styles(frame["chosen"].unique()).items():
         rows = frame[frame["chosen"] == chosen]
         axes.scatter(rows["attribution"], rows["exact"], s=16, color=style.colour, marker=style.marker, label=chosen)

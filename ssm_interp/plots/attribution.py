@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp.errors import PlotError
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing
-from ssm_interp.plots.style import WRITTEN, headline, picture
+from ssm_interp.plots.style import SIZES, WRITTEN, headline, picture
 
 MEANING = "(blue: supports the target, red: opposes it)"
 
@@ -22,6 +24,7 @@ def attribution_figure(
     layers: Sequence[int],
     *,
     subject: Collection[int] = (),
+    signed: bool = True,
     scale: float | None = None,
     title: str = "",
     label: str = "Written to the logit difference (logits)",
@@ -36,13 +39,14 @@ def attribution_figure(
         tokens: a readable token per position.
         layers: the layer of each column.
         subject: positions whose tokens are set in bold.
+        signed: whether values speak for and against; False: they are sizes, from white at 0 to dark blue.
         scale: the logit difference itself; values below a millionth of it are drawn as nothing, and the map says so.
         title: over the picture; a reader wants the model, the target and the other token.
         label: of the colour bar.
         ax: draw into these axes.
 
     Raises:
-        PlotError: values of another shape, or that are not finite; a subject outside the prompt.
+        PlotError: values of another shape, or that are not finite; negative sizes; a subject outside the prompt.
 
     Example:
         >>> attribution_figure(found.by_position()[0].sum(1), tokens, found.layers).savefig("x.png")    # doctest: +SKIP
@@ -53,6 +57,8 @@ def attribution_figure(
             f"attributions must be [layer source] = {wanted} for {wanted[0]} layers and {wanted[1]} tokens, got "
             f"{list(values.shape)}"
         )
+    if not signed and (values < 0).any():
+        raise PlotError("sizes are not negative, and some of these are; leave out signed=False")
     if not values.isfinite().all():
         raise PlotError("the attributions have entries that are not finite numbers")
     if outside := [place for place in subject if not 0 <= place < len(tokens)]:
@@ -62,9 +68,12 @@ def attribution_figure(
     axes = picture(width + 3.4, height + 1.2).subplots() if ax is None else ax
     largest = float(abs(shown).max())
     note = nothing(largest, scale and abs(scale), "the logit difference")
-    norm = centred(abs(scale or 1.0) if note else largest)
-    image = layer_cells(axes, shown, tokens, layers, subject=subject, cmap=WRITTEN, norm=norm)
-    colour_bar(image, axes, label, meaning=MEANING)
+    end = abs(scale or 1.0) if note else largest
+    colours: dict[str, Any] = {"cmap": WRITTEN, "norm": centred(end)}
+    if not signed:
+        colours = {"cmap": SIZES, "norm": Normalize(0.0, end)}
+    image = layer_cells(axes, shown, tokens, layers, subject=subject, **colours)
+    colour_bar(image, axes, label, meaning=MEANING if signed else "")
     if note:
         say_nothing(axes, note)
     headline(axes, title)

@@ -25,6 +25,7 @@ from ssm_interp.plots.panels import LAYER
 from ssm_interp.plots.style import ARROW, CHANGED, FAINT, INK, SIZES, WRITTEN, readable, sign_colour
 
 BENDS = 25  # points of an arrow
+ABOVE, BELOW = 30, 150  # pixels between a map and its controls: a title, and token labels that stand upright
 CELL = 22  # pixels of a token's row
 EDGE_COLUMNS = ("layer", "source", "target", "attribution")
 DASHES = ("solid", "longdash", "dot", "dashdot")
@@ -233,7 +234,8 @@ def _menu(names: Sequence[str], chosen: int) -> dict[str, Any]:
         {"label": f"into {name}", "method": "restyle", "args": [{"visible": [t == place for t in traces]}, traces]}
         for place, name in enumerate(names)
     ]
-    return {"buttons": buttons, "active": chosen, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+    where = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": ABOVE}}
+    return {"buttons": buttons, "active": chosen, **where}
 
 
 def _slider(numbers: Sequence[str], before: int) -> dict[str, Any]:
@@ -244,8 +246,11 @@ def _slider(numbers: Sequence[str], before: int) -> dict[str, Any]:
         {"label": name, "method": "restyle", "args": [{"visible": [t == trace for t in traces]}, traces]}
         for name, trace in zip(names, traces, strict=True)
     ]
-    return {"steps": steps, "currentvalue": {"prefix": "layer: "}, "x": 0.55, "len": 0.45, "y": -0.12, "yanchor": "top"}
+    where = {"x": 0.57, "len": 0.43, "y": 0, "yanchor": "top", "pad": {"t": BELOW}}
+    return {"steps": steps, "currentvalue": {"prefix": "layer: "}, **where}
 
 
 def _monospace(figure: Any) -> Any:
-    return figure.update_yaxes(tickfont={"family": "monospace"}, showgrid=False).update_xaxes(showgrid=False)
+    """Axes that name tokens, with as much room as their labels take."""
+    options = {"showgrid": False, "automargin": True}
+    return figure.update_yaxes(tickfont={"family": "monospace"}, **options).update_xaxes(**options)

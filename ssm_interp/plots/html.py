@@ -64,7 +64,7 @@ def flow_page(
         HTML of about 5 MB, since it carries the drawing library with it and fetches nothing.
 
     Raises:
-        ValueError: no rows, missing columns, an unknown statistic.
+        PlotError: no rows, missing columns, an unknown statistic.
 
     Example:
         >>> Path("flow.html").write_text(flow_page(result.summary()), encoding="utf-8")     # doctest: +SKIP
@@ -190,7 +190,7 @@ def heatmap_page(*maps: TokenMap, limit: float | None = None, title: str = "Sour
         HTML of about 5 MB, since it carries the drawing library with it and fetches nothing.
 
     Raises:
-        ValueError: no maps; a limit that is not positive.
+        PlotError: no maps; a limit that is not positive.
 
     Example:
         >>> Path("tokens.html").write_text(heatmap_page(token_map), encoding="utf-8")       # doctest: +SKIP

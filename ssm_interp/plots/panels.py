@@ -14,7 +14,7 @@ from ssm_interp.errors import PlotError
 from ssm_interp.plots.style import ARROW, readable, short
 from ssm_interp.reprs import short_repr
 
-StatisticName = Literal["mean", "median", "accuracy", "logprob_difference"]
+StatisticName = Literal["mean", "median", "accuracy", "logprob_difference", "metric"]
 LAYER = "Layer"
 APART = ["model", "source", "target", "feature_group"]
 MOST_ACROSS = 4
@@ -66,6 +66,16 @@ STATISTICS: Mapping[str, Statistic] = {
         1,
         0,
         0.05,
+    ),
+    "metric": Statistic(
+        "value_difference",
+        "value_difference_low",
+        "value_difference_high",
+        "Change of the metric, in its own units",
+        "mean over prompts",
+        1,
+        0,
+        0,
     ),
 }
 

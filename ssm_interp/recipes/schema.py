@@ -13,7 +13,7 @@ from ssm_interp.errors import RecipeError
 from ssm_interp.experiments import Declared, Key, KeyedError, Several, Study, option, same
 from ssm_interp.experiments.commands import flat
 from ssm_interp.experiments.held import Held, under
-from ssm_interp.experiments.parts import Models, Prompts, Summary, Sweep
+from ssm_interp.experiments.parts import Measured, Models, Prompts, Summary, Sweep
 from ssm_interp.experiments.values import Name
 from ssm_interp.plots import MOST_GROUPS
 
@@ -40,7 +40,7 @@ class NamedSweep(Sweep):
     name: str = option("", "Stands behind the model's name in tables and pictures.")
 
 
-class Metrics(Summary):
+class Metrics(Measured, Summary):
     """`[metrics]`: what is said over prompts, in the pictures."""
 
     prompts: Literal["own", "common"] = option(
@@ -100,6 +100,8 @@ class Recipe(Declared):
         if twice := [name for name, count in Counter(self.model.names).items() if count > 1]:
             raise KeyedError(("model", "names"), f"{twice[0]!r} occurs more than once; name each model once")
         _check_told_apart(self.sweep)
+        if self.metrics.statistic == "metric" and self.metrics.metric is None:
+            raise KeyedError(("metrics", "statistic"), "it draws a metric, and none is named: give metric too")
         if isinstance(self.plot, HeatMap):
             self._check_heat_map(self.plot)
         elif self.plot.kind == "features":
@@ -154,7 +156,8 @@ class Recipe(Declared):
             positions: for a heat map, how many of them are sources: the number of tokens of the longest prompt.
             computed: options that change how a table is computed and not what is in it, such as batch_size.
         """
-        options = flat(self.model, self.prompts, sweep) | {"model": model, "held": self.held}
+        shared = {"model": model, "held": self.held, "metric": self.metrics.metric}
+        options = flat(self.model, self.prompts, sweep) | shared
         if isinstance(self.plot, HeatMap):
             options |= {"sources": range(positions), "limit": 0, "ids": self.plot.prompts, "all_prompts": True}
         del options["names"], options["name"]

@@ -1,0 +1,1 @@
+"""Many variants as rows of one step, or by full forwards: `answers` is the only door."""
