@@ -77,7 +77,7 @@ def test_every_word_of_tables_and_figures_is_in_the_glossary() -> None:
     assert [word for word in words if word.lower() not in said.lower()] == []
     assert DEPTH.startswith("Layer depth in %") and f"**{LAYER}**" in said
     statistics = {"mean": "relative change", "median": "median", "accuracy": "still answered correctly"}
-    statistics |= {"logprob_difference": "log-probability difference"}
+    statistics |= {"logprob_difference": "log-probability difference", "metric": "metric"}
     assert statistics.keys() == STATISTICS.keys()
     assert [name for name, word in statistics.items() if word not in said.lower()] == []
 

@@ -16,7 +16,7 @@ from ssm_interp.experiments.commands import (
     Run,
 )
 from ssm_interp.experiments.declared import Declared, Key, KeyedError, Several, option, same
-from ssm_interp.experiments.explain import Problem, did_you_mean, dotted, explain, problems
+from ssm_interp.experiments.mistakes import Problem, did_you_mean, dotted, explain, problems
 from ssm_interp.experiments.study import WITHOUT_EFFECT, Study
 
 __all__ = [

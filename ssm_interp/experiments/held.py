@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import PlainSerializer, PlainValidator
 
 from ssm_interp.experiments.declared import KeyedError
-from ssm_interp.experiments.explain import did_you_mean, either, written
+from ssm_interp.experiments.mistakes import did_you_mean, either, written
 from ssm_interp.experiments.values import check_share
 
 if TYPE_CHECKING:
