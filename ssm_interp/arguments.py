@@ -9,9 +9,8 @@ from typing import Any, SupportsFloat, TypeAlias, TypeGuard
 
 from ssm_interp.errors import InterventionError
 from ssm_interp.reprs import describe
+from ssm_interp.words import STREAMS, Role
 
-Role: TypeAlias = str
-"""Tokens of a prompt by the part that they play, such as "subject_last"; a batch of prompts says which they are."""
 Indices: TypeAlias = int | Iterable[int]
 Positions: TypeAlias = int | Role | Iterable[int | Role] | Iterable[Iterable[int]]
 """Positions of every row (integers, roles), or one sequence of integers per row."""
@@ -22,8 +21,6 @@ Streams: TypeAlias = str | Iterable[str]
 
 FlatPositions: TypeAlias = tuple[int | Role, ...]
 RowPositions: TypeAlias = tuple[tuple[int, ...], ...]
-
-STREAMS = ("ssm", "conv", "attention")
 
 
 def as_index(value: Any) -> int | None:

@@ -11,8 +11,9 @@ from commands import run
 import ssm_interp as si
 from ssm_interp import models, plots, prompts
 from ssm_interp.cli import check, main
-from ssm_interp.experiments import COMMANDS, Experiment, parts, values
+from ssm_interp.experiments import COMMANDS, Experiment, parts
 from ssm_interp.hooks.rows.metrics import NAMES
+from ssm_interp.words import MetricName
 
 LOADED = """
 import sys
@@ -90,8 +91,7 @@ def test_help_and_version() -> None:
 
 
 def test_what_is_known_without_loading_it_is_what_is_loaded() -> None:
-    assert values.ROLES == prompts.ROLES
-    assert get_args(values.MetricName) == tuple(NAMES)
+    assert get_args(MetricName) == tuple(NAMES)
     assert parts.EMBEDDED == models.EMBEDDED
     assert parts.FACTS == prompts.facts_file.EMBEDDED
     assert get_args(parts.Summary.model_fields["statistic"].annotation) == get_args(plots.StatisticName)

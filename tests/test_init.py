@@ -22,7 +22,7 @@ assert "torch" not in sys.modules
 si.load_prompts
 assert "torch" in sys.modules
 """
-INNER = {"__main__", "arguments", "cli", "reprs"}
+INNER = {"__main__", "arguments", "cli", "reprs", "words"}
 """Modules that nobody asks the package for."""
 
 

@@ -16,12 +16,13 @@ from ssm_interp import plots
 from ssm_interp.attribution.mixers import MixerRecord, precisely, run_recorded
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, columns, row_of, row_tokens, whole_texts
-from ssm_interp.features.groups import ALL, Groups, check_groups
+from ssm_interp.features.groups import Groups, check_groups
 from ssm_interp.hooks import Attachment
 from ssm_interp.reprs import short_repr
 from ssm_interp.results import ByLayer, Result, Tokens, labels, with_tokens
 from ssm_interp.scan import Terms, attention_rows
 from ssm_interp.scan.unified import unified_rows
+from ssm_interp.words import ALL
 
 By = Literal["source", "input"]
 Put = Callable[[Tensor, Tensor], Tensor]  # [b c h p] and which heads, [h] -> [b c *out]

@@ -19,12 +19,13 @@ from ssm_interp.arguments import as_index
 from ssm_interp.attribution.differentiate import Question
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import chosen_layers, row_of, row_tokens, whole_number
-from ssm_interp.features.groups import ALL, Groups, PlainGroups, check_groups
+from ssm_interp.features.groups import Groups, PlainGroups, check_groups
 from ssm_interp.hooks import Attachment, HookPoints, warn_hooked
 from ssm_interp.hooks.edits.masks import feature_mask
 from ssm_interp.hooks.rows.metrics import Metric, Positions
 from ssm_interp.results import Result, Tokens, labels, with_tokens
 from ssm_interp.scan import edge_products
+from ssm_interp.words import ALL
 
 
 @dataclass(frozen=True, eq=False)

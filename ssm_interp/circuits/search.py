@@ -15,12 +15,13 @@ from ssm_interp.arguments import as_indices, as_number
 from ssm_interp.circuits.trials import Roles, Trials, describe_edge, edge_group, edge_of, layer_of
 from ssm_interp.errors import FeatureError, InterventionError
 from ssm_interp.features.arguments import whole_number
-from ssm_interp.features.groups import ALL, check_attached, check_groups, feature_groups
+from ssm_interp.features.groups import check_attached, check_groups, feature_groups
 from ssm_interp.hooks import Attachment, Knockout, Metric, warn_hooked
 from ssm_interp.hooks.rows.metrics import NAMES
 from ssm_interp.plots import circuit_figure, circuit_page, short
 from ssm_interp.prompts import Batch, warn_shared
 from ssm_interp.results import Result
+from ssm_interp.words import ALL
 
 
 @dataclass(frozen=True, repr=False)

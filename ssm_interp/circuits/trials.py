@@ -14,13 +14,13 @@ from torch import Tensor
 from ssm_interp.arguments import as_list
 from ssm_interp.errors import FeatureError
 from ssm_interp.features.arguments import whole_texts
-from ssm_interp.features.groups import ALL
 from ssm_interp.hooks import Attachment, Knockout, answers
 from ssm_interp.hooks.edits.masks import Columns
 from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.hooks.rows.metrics import Metric
 from ssm_interp.prompts import Batch
 from ssm_interp.reprs import short_repr
+from ssm_interp.words import ALL
 
 
 def fact_roles(batch: Batch) -> dict[str, list[list[int]]]:

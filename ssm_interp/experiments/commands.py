@@ -36,17 +36,8 @@ from ssm_interp.experiments.parts import (
     flag,
 )
 from ssm_interp.experiments.study import Study
-from ssm_interp.experiments.values import (
-    Align,
-    Columns,
-    MetricName,
-    Name,
-    Role,
-    Share,
-    Source,
-    Statistic,
-    Stream,
-)
+from ssm_interp.experiments.values import Align, Columns, Name, Role, Share, Source, Statistic
+from ssm_interp.words import MetricName, Stream
 
 PICTURE = "Picture (.png, .svg, .pdf), or page (.html)."
 BESIDE = "Picture (.png, .svg, .pdf), page (.html), or table (.parquet, .csv); picture and table go side by side."

@@ -13,7 +13,6 @@ from pydantic import ByteSize, Field, PositiveInt
 
 from ssm_interp.experiments.declared import Declared, Several, option
 from ssm_interp.experiments.values import (
-    ALL,
     Align,
     AllUsed,
     Columns,
@@ -22,14 +21,13 @@ from ssm_interp.experiments.values import (
     Dtype,
     Group,
     Interval,
-    MetricName,
     Name,
     NotOfConv,
     OwnGroups,
     Role,
     Source,
-    Stream,
 )
+from ssm_interp.words import ALL, MetricName, Stream
 
 FACTS = "geo"
 EMBEDDED = ("tiny-mamba1", "tiny-mamba2", "tiny-llama")

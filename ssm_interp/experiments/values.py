@@ -8,26 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from ssm_interp.words import ALL, ROLES
+
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
-Stream = Literal["ssm", "conv", "attention"]
 Align = Literal["left", "centre"]
 Interval = Literal["bootstrap", "t"]
-MetricName = Literal["log_probability", "probability", "logit_difference", "rank", "accuracy", "kl"]
-ALL = "all"
-"""The feature group of all features."""
-ROLES = (
-    "first",
-    "last",
-    "subject",
-    "relation",
-    "context",
-    "all",
-    "relation_minus_last",
-    "subject_first",
-    "subject_last",
-)
-"""Those of `ssm_interp.prompts`, which need not be loaded to know them."""
 
 
 def _role(value: Any) -> Any:

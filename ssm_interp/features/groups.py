@@ -20,8 +20,8 @@ from torch import Tensor
 from ssm_interp.arguments import as_features, as_list
 from ssm_interp.errors import FeatureError, InterventionError
 from ssm_interp.hooks import Attachment, HookPoints
+from ssm_interp.words import ALL
 
-ALL = "all"
 SIDES = ("top", "bottom", "middle")
 PARTS = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4), "tenth": Fraction(1, 10)}
 DECAY_NORM = "decay norm"

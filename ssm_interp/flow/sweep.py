@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from ssm_interp.errors import FeatureError, FlowError, NothingAnswered, PromptError
 from ssm_interp.experiments.values import Align
 from ssm_interp.features import feature_groups
-from ssm_interp.features.groups import ALL
 from ssm_interp.flow.metrics import changes
 from ssm_interp.flow.named_edges import check_edges_exist, edge_count
 from ssm_interp.flow.result import FlowResult, FlowRun
@@ -25,6 +24,7 @@ from ssm_interp.hooks import Answers, Attachment, Knockout, Metric, answers, war
 from ssm_interp.hooks.rows.answers import By
 from ssm_interp.hooks.rows.asked import device_of
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize, warn_shared
+from ssm_interp.words import ALL
 
 Progress = Callable[[int, int], None]
 FeatureGroups = Mapping[str, Mapping[int, Sequence[int] | Sequence[tuple[int, int]]] | None]

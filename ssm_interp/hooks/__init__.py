@@ -9,19 +9,14 @@ from ssm_interp.errors import (
     UnsupportedModelError,
 )
 from ssm_interp.hooks.attach import attach, attached
-from ssm_interp.hooks.attachment import Attachment, Exposure, Run
-from ssm_interp.hooks.interventions import (
-    EditAttention,
-    Intervention,
-    Knockout,
-    PatchState,
-    ScaleFeatures,
-    SetDelta,
-)
+from ssm_interp.hooks.attachment import Attachment
+from ssm_interp.hooks.intervention import Intervention
+from ssm_interp.hooks.interventions import EditAttention, Knockout, PatchState, ScaleFeatures, SetDelta
 from ssm_interp.hooks.left_on import warn_hooked
 from ssm_interp.hooks.points import HookPoint, HookPoints
 from ssm_interp.hooks.rows.answers import Answers, answers
 from ssm_interp.hooks.rows.metrics import Metric, accuracy, kl_divergence, log_probability, logit_difference, rank
+from ssm_interp.hooks.run import Exposure, Run
 
 __all__ = [
     "Answers",

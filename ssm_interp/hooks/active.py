@@ -10,7 +10,7 @@ from threading import Lock, Thread, current_thread
 
 from torch import nn
 
-from ssm_interp.hooks.interventions import Intervention
+from ssm_interp.hooks.intervention import Intervention
 from ssm_interp.hooks.own import Key, spreading
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from threading import Lock
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ssm_interp.arguments import STREAMS, as_index, as_indices, as_list, as_streams
-from ssm_interp.errors import HookError, InterventionError, MissingError
+from ssm_interp.arguments import as_indices, as_list, as_streams
+from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.active import ActiveEdit, active_edits, editing, key_of
 from ssm_interp.hooks.bylayer import ByLayer
-from ssm_interp.hooks.interventions import KINDS, HasRoles, Intervention, Knockout
+from ssm_interp.hooks.intervention import HasRoles, Intervention
+from ssm_interp.hooks.interventions import KINDS, Knockout
 from ssm_interp.hooks.own import Watch, asking, watching
 from ssm_interp.hooks.points import HookPoint
+from ssm_interp.hooks.run import Exposure, Run, layers_in_words
 from ssm_interp.hooks.seam.blocks import attention_layers, blocks_of, entering, has_no_weights
 from ssm_interp.hooks.seam.callers import keeping_mask
 from ssm_interp.hooks.seam.inputs import as_inputs
@@ -26,68 +26,7 @@ from ssm_interp.hooks.seam.softmax import knockable
 from ssm_interp.hooks.seam.unknown import Unknown, names_of, unknown_mixers
 from ssm_interp.hooks.seam.virtual import refuse_virtual_tokens
 from ssm_interp.reprs import describe
-
-_exposing = Lock()
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `Attachment.run` gives.
-
-    Attributes:
-        output: the model's own output.
-        reads: the tensors that were read, by (name, layer).
-
-    Example:
-        >>> run["attn", 3]           # [b h t s]
-        >>> run["attn"]              # {layer: tensor}
-    """
-
-    output: Any
-    reads: dict[tuple[str, int], Tensor]
-
-    def __repr__(self) -> str:
-        read: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        for (name, layer), tensor in self.reads.items():
-            read.setdefault((name, tuple(tensor.shape)), []).append(layer)
-        shapes = ", ".join(f"{name} of {_layers(at)}: {list(shape)}" for (name, shape), at in read.items())
-        logits = getattr(self.output, "logits", None)
-        gave = f"logits {list(logits.shape)}" if isinstance(logits, Tensor) else type(self.output).__name__
-        return f"Run({gave}; read {shapes or 'nothing'})"
-
-    @property
-    def logits(self) -> Tensor:
-        """The model's logits, `[b t v]`.
-
-        Raises:
-            HookError: the model gave none.
-        """
-        logits = getattr(self.output, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise HookError(
-                f"the model returned a {type(self.output).__name__} without logits; they need a language-model head, "
-                "and a call without return_dict=False"
-            )
-        return logits
-
-    def __getitem__(self, key: Any) -> Any:
-        match key:
-            case str():
-                found = {at: tensor for (name, at), tensor in self.reads.items() if name == key.removeprefix("hook_")}
-                if found:
-                    return found
-            case (str() as name, layer) if (short := (name.removeprefix("hook_"), as_index(layer))) in self.reads:
-                return self.reads[short]
-        names = list(dict.fromkeys(name for name, _ in self.reads))
-        layers = sorted({layer for _, layer in self.reads})
-        raise MissingError(
-            f"{describe(key)} was not read; read were {', '.join(names) or 'nothing'} of layers {layers}. Name it in "
-            "run(..., read=[...], layers=[...])"
-        )
-
-
-def _layers(layers: Sequence[int]) -> str:
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {list(layers)}"
+from ssm_interp.words import STREAMS
 
 
 class Attachment:
@@ -141,7 +80,8 @@ class Attachment:
             found.setdefault(name, []).append(layer)
         every = {name: len(self.layers) > 1 and len(layers) == len(self.layers) for name, layers in found.items()}
         return ", ".join(
-            f"hook_{name} of {'all layers' if every[name] else _layers(layers)}" for name, layers in found.items()
+            f"hook_{name} of {'all layers' if every[name] else layers_in_words(layers)}"
+            for name, layers in found.items()
         )
 
     @property
@@ -435,32 +375,3 @@ def _check_columns_of(reads: dict[tuple[str, int], Tensor], ids: Any) -> None:
                 f"layer {layer} read {length} positions of {ids.shape[1]} input_ids, so that {name} has other columns: "
                 "the model puts tokens of its own in between; run the part of it that is called with all of them"
             )
-
-
-class Exposure:
-    """Hook points that fire until `close`, or to the end of a `with` block."""
-
-    def __init__(self, points: list[HookPoint]) -> None:
-        self._points = points
-        self._count(1)
-
-    def __repr__(self) -> str:
-        names = dict.fromkeys(f"hook_{point.name}" for point in self._points)
-        return f"Exposure({', '.join(names) or 'closed'})"
-
-    def close(self) -> None:
-        """Stop asking for these points; those that another exposure asks for go on firing."""
-        self._count(-1)
-        self._points = []
-
-    def _count(self, step: int) -> None:
-        with _exposing:
-            for point in self._points:
-                point.exposures += step
-                point.asked.now = True
-
-    def __enter__(self) -> Exposure:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -6,7 +6,8 @@ from ssm_interp.prompts.counterfact import hub_row, original_idx
 from ssm_interp.prompts.facts_file import load_prompts, save_prompts
 from ssm_interp.prompts.induction import INDUCTION_SYMBOLS, induction_prompts, induction_roles
 from ssm_interp.prompts.prompt import Fact, Prompt, with_ids
-from ssm_interp.prompts.roles import ROLES, Batch, Encoding, TokenizedPrompt, check_role, encode, pad, tokenize
+from ssm_interp.prompts.roles import Batch, Encoding, TokenizedPrompt, check_role, encode, pad, tokenize
+from ssm_interp.words import ROLES
 
 __all__ = [
     "INDUCTION_SYMBOLS",

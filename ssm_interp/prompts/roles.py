@@ -30,18 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from ssm_interp.errors import PromptError
 from ssm_interp.prompts.prompt import Prompt
 from ssm_interp.reprs import short_repr
-
-ROLES = (
-    "first",
-    "last",
-    "subject",
-    "relation",
-    "context",
-    "all",
-    "relation_minus_last",
-    "subject_first",
-    "subject_last",
-)
+from ssm_interp.words import ROLES
 
 
 def check_role(role: str) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.active import active_edits
 from ssm_interp.hooks.edits.masks import Columns, right_padded
-from ssm_interp.hooks.interventions import Intervention, Knockout
+from ssm_interp.hooks.intervention import Intervention
+from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.points import HookPoint, HookPoints
 from ssm_interp.hooks.seam.callers import chunks_of_prompt
 from ssm_interp.hooks.seam.checkpointing import as_first_run

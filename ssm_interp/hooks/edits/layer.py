@@ -15,14 +15,8 @@ from ssm_interp.errors import InterventionError
 from ssm_interp.hooks.edits.forward import Forward
 from ssm_interp.hooks.edits.masks import feature_mask
 from ssm_interp.hooks.edits.pieces import Piece, disjoint
-from ssm_interp.hooks.interventions import (
-    EditAttention,
-    Intervention,
-    Knockout,
-    PatchState,
-    ScaleFeatures,
-    SetDelta,
-)
+from ssm_interp.hooks.intervention import Intervention
+from ssm_interp.hooks.interventions import EditAttention, Knockout, PatchState, ScaleFeatures, SetDelta
 from ssm_interp.hooks.seam.operators import Operands
 from ssm_interp.hooks.seam.record import remember, remembered
 from ssm_interp.scan import Terms, attention_rows, read, removed, scan, write

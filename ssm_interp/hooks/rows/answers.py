@@ -19,7 +19,8 @@ from ssm_interp.arguments import as_index, as_list, as_streams
 from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.edits.masks import Columns, naming, no_edge, reading
-from ssm_interp.hooks.interventions import HasRoles, Intervention, Knockout
+from ssm_interp.hooks.intervention import HasRoles, Intervention
+from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.rows.asked import Asked
 from ssm_interp.hooks.rows.metrics import Metric, Positions
 from ssm_interp.hooks.rows.scores import Interventions, Scores, in_words

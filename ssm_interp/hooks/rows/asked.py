@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssm_interp.errors import HookError
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.interventions import HasRoles
+from ssm_interp.hooks.intervention import HasRoles
 from ssm_interp.hooks.rows.forwards import logits_of_text
 from ssm_interp.hooks.rows.trial import obstacle
 from ssm_interp.hooks.seam.inputs import as_inputs

@@ -15,7 +15,8 @@ from torch import Tensor
 from ssm_interp.arguments import RowPositions, as_list
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.edits.masks import Columns, Product, reading
-from ssm_interp.hooks.interventions import Intervention, Knockout
+from ssm_interp.hooks.intervention import Intervention
+from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.rows.metrics import Positions
 
 MOST_LOGITS = 2**26  # numbers that the logits of one forward may be, where they are kept at every position

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssm_interp.errors import MetricError
-from ssm_interp.hooks.interventions import Intervention
+from ssm_interp.hooks.intervention import Intervention
 from ssm_interp.hooks.rows.asked import Asked
 from ssm_interp.hooks.rows.engine import run_each
 from ssm_interp.hooks.rows.forwards import FullForwards
