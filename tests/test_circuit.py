@@ -197,7 +197,7 @@ def test_what_a_circuit_says_and_shows() -> None:
     figure = circuit.plot()
     (axes,) = figure.axes
     assert figure.get_suptitle() == f"tiny-induction-mamba2, 8 prompts\n{lines[0].removeprefix('circuit: ')}"
-    assert "change of the answer's ln p (nats)" in axes.get_xlabel()
+    assert "change of ln p of the answer (nats)" in axes.get_xlabel()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["before", "trigger", "answer", "between", "query"]
 
 

@@ -243,7 +243,7 @@ def test_integers_in_every_form(one: Any) -> None:
         view = attention_views(ssm, IDS, layers=one, heads=one, targets=one, reduction=None)[1]
         assert view.targets == (1,) and view.values.shape == (2, 1, 1, 6)
         assert feature_groups(ssm, "mine", sets={"mine": {1: one}}) == {"mine": {1: (1,)}}
-        assert {group.layer for group in find_circuit(ssm, IDS, **circuit).removed} == {1}
+        assert {group.layers for group in find_circuit(ssm, IDS, **circuit).removed} == {(1,)}
         found = logit_attribution(ssm, IDS, one if np.ndim(one) == 0 else [1, 1], position=one, layers=one)
         assert found.position == 1 and found.layers == (1,)
         edges = edge_attribution(ssm, IDS, METRIC, features={"mine": {1: one}})
@@ -251,7 +251,7 @@ def test_integers_in_every_form(one: Any) -> None:
         if np.ndim(one) == 0:
             assert edge_attribution(ssm, IDS, METRIC, steps=one).steps == 1
             assert len(edges.top(one)) == 1
-            assert spectrum(ssm, IDS, batch_size=one).tokens == 12
+            assert spectrum(ssm, IDS, batch_size=one).n_tokens == 12
             assert find_circuit(ssm, IDS, **ROLES, batch_size=one).trials
     assert si.Knockout(sources=one).sources == (1,)
     assert torch.equal(log_probability(one)(torch.eye(4)[:1]), log_probability(1)(torch.eye(4)[:1]))
@@ -278,7 +278,7 @@ def test_what_is_no_integer_is_not_rounded(value: Any) -> None:
             lambda: edge_attribution(ssm, IDS, METRIC, steps=value),
             lambda: logit_attribution(ssm, IDS, value),
         ):
-            with pytest.raises(FeatureError, match="steps must be a whole number|target must be a token id"):
+            with pytest.raises(si.SsmInterpError, match="steps must be a whole number|target must be a token id"):
                 call()
 
 
@@ -289,7 +289,10 @@ BAD_CALLS: list[tuple[Any, str]] = [
     (lambda ssm: decay_norms(ssm.model), "must be attached"),
     (lambda ssm: feature_groups(ssm.model, ["all"]), "must be attached"),
     (lambda ssm: run_each(ssm.model, IDS, [()]), "must be attached"),
-    (lambda ssm: find_circuit(ssm, IDS, **ROLES | {"metric": None}), "no metric None; there are logprob"),
+    (
+        lambda ssm: find_circuit(ssm, IDS, **ROLES | {"metric": None}),
+        "the metric must be a name .* or a function of logits, .*, got None",
+    ),
     (
         lambda ssm: find_circuit(ssm, IDS, **ROLES | {"tolerance": torch.tensor([True, False])}),
         "tolerance must be a finite",
@@ -309,12 +312,11 @@ BAD_CALLS: list[tuple[Any, str]] = [
     (lambda ssm: fact_roles(IDS), "those of a Batch of prompts, got Tensor"),
     (lambda ssm: check_edges(ssm, IDS, METRIC, IDS), "what edge_attribution found, got Tensor"),
     (lambda ssm: check_edges(ssm, IDS, METRIC, edge_attribution(ssm, IDS, METRIC), seed="x"), "seed must be a whole"),
-    (lambda ssm: edge_attribution(ssm, IDS, METRIC).frame("tokens"), "tokens must be one text per position"),
-    (lambda ssm: edge_attribution(ssm, IDS, METRIC).frame(3), "tokens must be one text per position"),
-    (lambda ssm: edge_attribution(ssm, IDS, METRIC).plot("abcdef"), "tokens must be one text per position"),
-    (lambda ssm: edge_attribution(ssm, IDS, METRIC).plot(list("abcdef"), row=1.5), "row must be a whole number"),
-    (lambda ssm: edge_attribution(ssm, IDS, METRIC).plot(list("abcdef"), group="a"), "so there is no group 'a'"),
-    (lambda ssm: edge_attribution(ssm, IDS, METRIC).plot(list("abcdef"), target="f"), "target is one position .* 'f'"),
+    (lambda ssm: edge_attribution(ssm, IDS, METRIC, tokens="tokens"), "tokens must be one text per position"),
+    (lambda ssm: edge_attribution(ssm, IDS, METRIC, tokens=3), "tokens must be one text per position"),
+    (lambda ssm: edge_attribution(ssm, IDS, METRIC).plot(row=1.5), "row must be a whole number"),
+    (lambda ssm: edge_attribution(ssm, IDS, METRIC).plot(group="a"), "so there is no group 'a'"),
+    (lambda ssm: edge_attribution(ssm, IDS, METRIC).plot(target="f"), "target is one position .* 'f'"),
     (lambda ssm: ssm.run(IDS, read=3), "hook points are named by text .*, got 3"),
     (lambda ssm: ssm.run(IDS, read=torch.tensor(1.5)), "hook points are named by text"),
     (lambda ssm: ssm.layers_with(torch.tensor(1.5)), "through must name streams"),
@@ -337,7 +339,7 @@ def test_calls_that_are_none(call: Any, message: str) -> None:
     with (
         si.attach(build("mamba2")) as ssm,
         as_users_run_it(),
-        pytest.raises((FeatureError, si.HookError), match=message),
+        pytest.raises(si.SsmInterpError, match=message),
     ):
         call(ssm)
 

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 
-from ssm_interp import features, flow, plots, prompts, recipes
+from ssm_interp import attribution, circuits, features, flow, jobs, plots, prompts, recipes
 
 LARGE = re.compile(r"Tensor|Float\[|Int\[|Bool\[|ndarray|DataFrame|Attachment|Terms|NDArray|Numbers")
 
 
 def classes() -> Iterator[type]:
     """The dataclasses and named tuples of the floors."""
-    for floor in (features, flow, plots, prompts, recipes):
+    for floor in (attribution, circuits, features, flow, jobs, plots, prompts, recipes):
         for module in pkgutil.iter_modules(floor.__path__, f"{floor.__name__}."):
             for _, found in inspect.getmembers(import_module(module.name), inspect.isclass):
                 if found.__module__ != module.name or found.__name__.startswith("_"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp import features
+from ssm_interp import attribution, features
 from ssm_interp.hooks.rows.trial import obstacle
 
 PUTS = "puts 4 virtual tokens in front of every prompt"
@@ -128,7 +128,7 @@ def test_what_is_read_and_taken_apart_is_refused() -> None:
     with si.attach(tuned) as ssm:
         with pytest.raises(si.HookError, match=f"what is read has a column per position, but Tuned {PUTS}"):
             ssm.run(ids(), read="attn")
-        for verb in (features.decompose, features.record_mixers):
+        for verb in (attribution.decompose, attribution.record_mixers):
             with pytest.raises(features.FeatureError, match=PUTS):
                 verb(ssm, ids())
         roles = {"first": [0], "rest": list(range(1, 9))}
