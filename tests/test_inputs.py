@@ -268,7 +268,7 @@ def test_pairs_in_every_form(pairs: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [torch.tensor(1.5), np.array(1.5), np.bool_(True), torch.tensor(True), torch.tensor([True]), "1"]
+    "value", [torch.tensor(1.5), np.array(1.5), np.bool_(True), torch.tensor(True), torch.tensor([True]), b"1"]
 )
 def test_what_is_no_integer_is_not_rounded(value: Any) -> None:
     with as_users_run_it(), pytest.raises(si.InterventionError, match="must be an integer"):

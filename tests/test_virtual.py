@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import ssm_interp as si
-from ssm_interp import attribution, features
+from ssm_interp import attribution, circuits, features
 from ssm_interp.hooks.rows.trial import obstacle
 
 PUTS = "puts 4 virtual tokens in front of every prompt"
@@ -134,11 +134,11 @@ def test_what_is_read_and_taken_apart_is_refused() -> None:
         roles = {"first": [0], "rest": list(range(1, 9))}
         metric = si.logit_difference(1, 2)
         with pytest.raises(features.FeatureError, match=PUTS):
-            features.find_circuit(ssm, ids(), metric=metric, roles=roles, tolerance=0.1)
+            circuits.find_circuit(ssm, ids(), metric=metric, roles=roles, tolerance=0.1)
         assert "is no model of transformers" in str(obstacle(ssm))
     with si.attach(Soft(build("mamba2")).eval()) as ssm:
         with refused("Soft makes 13 positions of 9"):
-            features.find_circuit(ssm, ids(), metric=metric, roles=roles, tolerance=0.1)
+            circuits.find_circuit(ssm, ids(), metric=metric, roles=roles, tolerance=0.1)
         for found in (lambda: features.edge_attribution(ssm, ids(), metric), lambda: features.spectrum(ssm, ids())):
             with pytest.raises(features.FeatureError, match="layer 0 read 13 positions of 9 input_ids"):
                 found()

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssm_interp.arguments import as_index, as_list, as_streams
-from ssm_interp.errors import HookError, InterventionError
+from ssm_interp.errors import HookError, InterventionError, MetricError
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.edits.masks import Columns, naming, no_edge, reading
 from ssm_interp.hooks.intervention import HasRoles, Intervention
@@ -135,8 +135,10 @@ def answers(
         raise HookError(f"by must be 'auto', 'rows' or 'forwards', got {describe(by)}")
     if (size := as_index(batch_size)) is None or size < 1:
         raise HookError(f"batch_size must be a whole number, at least 1, got {describe(batch_size)}")
-    single = isinstance(metric, str) or callable(metric)
-    metrics: list[str | Metric] = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
+    single = not isinstance(metric, list | tuple)
+    metrics: list[Any] = list(metric) if isinstance(metric, list | tuple) else [metric]
+    if not metrics:
+        raise MetricError("answers needs at least one metric, got an empty sequence")
     asked = Asked.of(ssm, batch, full_answer=full_answer)
     resolved = list(_resolved(ssm, variants, asked.roles))
     scores = Scores(asked, metrics, positions, size)
