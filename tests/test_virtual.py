@@ -139,7 +139,7 @@ def test_what_is_read_and_taken_apart_is_refused() -> None:
     with si.attach(Soft(build("mamba2")).eval()) as ssm:
         with refused("Soft makes 13 positions of 9"):
             circuits.find_circuit(ssm, ids(), metric=metric, roles=roles, tolerance=0.1)
-        for found in (lambda: features.edge_attribution(ssm, ids(), metric), lambda: features.spectrum(ssm, ids())):
+        for found in (lambda: attribution.edge_attribution(ssm, ids(), metric), lambda: features.spectrum(ssm, ids())):
             with pytest.raises(features.FeatureError, match="layer 0 read 13 positions of 9 input_ids"):
                 found()
         for name in ("attn", "x", "state"):
