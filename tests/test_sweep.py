@@ -147,7 +147,7 @@ def test_a_metric_of_ones_own_is_measured_beside_the_probability(scene: World, b
             batch = pad([prompt])
             with torch.no_grad(), ssm.edit(si.Knockout(sources=row["source"], targets="last"), batch=batch):
                 expected = margin(ssm.model(**batch).logits[:, -1])
-            assert row["metric"] == "metric"
+            assert row["metric"] == "margin"
             assert row["value"] == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
     named = swept(scene, sources=("subject",), windows=4, metric="probability", by=by)
     np.testing.assert_allclose(named.frame["value"], named.frame["p"], rtol=1e-6)

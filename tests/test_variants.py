@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def by_hand(ssm: si.Attachment, batch: Batch, variant: Any) -> dict[str, Tensor]
         "rank": (logits > logits[rows, ids][:, None]).sum(1).double(),
         "accuracy": (logits.argmax(1) == ids).double(),
         "kl": (p * (p / q).log()).sum(1),
-        "metric": entropy(logits),
+        "entropy": entropy(logits),
     }
 
 
@@ -84,14 +85,14 @@ def test_every_metric_of_every_variant_is_that_of_a_hooked_forward(scene: World,
     with si.attach(scene.model) as ssm:
         variants = variants_of(ssm)
         found = answers(ssm, batch, variants, [*METRICS, entropy], by=by, batch_size=7)
-        assert found.metrics == (*METRICS, "metric")
+        assert found.metrics == (*METRICS, "entropy")
         assert repr(found).endswith(": [7, 5, 5]; rows of one step)") == (by == "rows")
         for number, variant in enumerate(variants):
             expected = by_hand(ssm, batch, variant)
             for name, values in zip(found.metrics, found.values[:, number], strict=True):
                 torch.testing.assert_close(values, expected[name], rtol=1e-4, atol=1e-5, msg=f"{name}, {variant}")
         frame = found.frame
-        assert list(frame.columns) == ["variant", "intervention", "row", *METRICS, "metric"]
+        assert list(frame.columns) == ["variant", "intervention", "row", *METRICS, "entropy"]
         rank = frame[(frame["variant"] == 2) & (frame["row"] == 3)]["rank"].item()
         assert rank == float(found.values[METRICS.index("rank"), 2, 3])
         spread = found.values[0].amax(0) - found.values[0].amin(0)
@@ -165,11 +166,16 @@ def test_metrics_of_all_positions(scene: World, batch: Batch) -> None:
             "'logprob': did you mean 'log_probability'",
         ),
         (lambda ssm, batch: answers(ssm, batch.input_ids, [()]), "'log_probability' needs the prompts' answers"),
+        (lambda ssm, batch: answers(ssm, batch, [()], []), "answers needs at least one metric"),
+        (lambda ssm, batch: answers(ssm, batch, [()], None), "the metric must be a name .* or a function .* got None"),
+        (lambda ssm, batch: answers(ssm, batch, [()], positions="first"), "positions must be 'last' or 'all'"),
+        (lambda ssm, batch: answers(ssm, batch, [()], progress=3), "progress must be a function of a count, got 3"),
+        (lambda ssm, batch: answers(ssm, {**batch, "labels": batch.input_ids}, [()], "kl"), "the inputs hold labels"),
         (lambda ssm, batch: answers(ssm, batch, [()], by="magic"), "by must be 'auto', 'rows' or 'forwards'"),
         (lambda ssm, batch: answers(ssm, batch, [()], batch_size=0), "batch_size must be a whole number, at least 1"),
         (
             lambda ssm, batch: answers(ssm, batch.input_ids, [si.Knockout(sources="subject")], entropy),
-            "names the role 'subject', and only a batch of prompts knows where that is",
+            "names the role 'subject'.*; give the batch, pad",
         ),
         (
             lambda ssm, batch: answers(ssm, batch, [si.Knockout(sources="subject", features="top third")]),
@@ -212,6 +218,13 @@ def test_roles_in_an_edit_need_a_batch(scene: World, batch: Batch) -> None:
             ssm.edit(knockout),
         ):
             pass
+        for given in (batch.input_ids, batch.prompts[0], {"a": 1}, list(batch.prompts)):
+            with (
+                as_users_run_it(),
+                pytest.raises(si.InterventionError, match="roles are resolved by a batch of prompts, as pad"),
+                ssm.edit(knockout, batch=given),
+            ):
+                pass
         with (
             pytest.raises(si.InterventionError, match="feature group 'top third'"),
             ssm.edit(si.Knockout(sources=0, features="top third")),
@@ -228,7 +241,43 @@ def test_answers_are_drawn_and_stored(scene: World, batch: Batch, tmp_path: Path
     assert (again.metrics, again.how, again.variants) == (found.metrics, found.how, found.variants)
     assert again.variants[0] == "the clean run"
     figure = found.plot()
-    assert [axes.get_xlabel() for axes in figure.axes] == ["probability", "metric"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["probability", "entropy"]
     means = figure.axes[0].lines[1].get_xdata()
     assert list(means) == pytest.approx(found.values[0].mean(1).tolist())
     assert png(figure) == png(found.plot())
+
+
+def test_positions_under_full_answers_are_those_of_the_prompts() -> None:
+    """Also where answers of different lengths stand behind them, in rows of different lengths."""
+    scene = world("mamba2", count=3)
+    texts = [f"{scene.prompts[0].target} {scene.prompts[1].target}", scene.prompts[1].target]
+    prompts = [replace(prompt, target=text) for prompt, text in zip(scene.prompts, texts, strict=False)]
+    batch = pad([tokenize(prompt, scene.tokenizer) for prompt in prompts])
+    assert [len(row.answer_ids) for row in batch.prompts] == [2, 1]
+    by_role = si.Knockout(sources="subject", targets="last")
+    step, everywhere = si.SetDelta(value=0.0, positions="last"), si.SetDelta(value=0.0, positions=-1)
+    variants = [by_role, by_role.resolve(batch), si.Knockout(sources="subject", targets=-1), step, everywhere]
+    with si.attach(scene.model) as ssm:
+        found = answers(ssm, batch, [(), *variants], full_answer=True).values
+        for row, prompt in enumerate(batch.prompts):
+            whole = prompt.continued()
+            last = len(prompt) - 1
+            hand = [si.Knockout(sources=list(prompt.positions("subject")), targets=last)] * 3
+            hand += [si.SetDelta(value=0.0, positions=last)] * 2
+            for number, edit in enumerate(hand, start=1):
+                with torch.no_grad(), ssm.edit(edit):
+                    logits = ssm.model(input_ids=torch.tensor([whole.ids])).logits[0].double().log_softmax(-1)
+                expected = sum(float(logits[last + at, token]) for at, token in enumerate(prompt.answer_ids))
+                assert float(found[number, row]) == pytest.approx(expected, rel=1e-4)
+        assert (found[1:] - found[0]).abs().amin() > 1e-3
+        with pytest.raises(si.InterventionError, match="names single edges, which full answers do not take"):
+            answers(ssm, batch, [si.Knockout(edges=[(-1, -2)])], full_answer=True)
+        with ssm.edit(everywhere), pytest.raises(si.HookError, match="an edit is at work that names positions"):
+            answers(ssm, batch, [()], full_answer=True)
+
+
+def test_metrics_have_names_of_their_own(scene: World, batch: Batch) -> None:
+    with si.attach(scene.model) as ssm:
+        found = answers(ssm, batch, [()], [lambda x: x[:, 0], entropy, lambda x: x[:, 1], "rank"])
+    assert found.metrics == ("metric", "entropy", "metric 2", "rank")
+    assert found.frame["metric"].tolist() == found.values[0, 0].tolist() != found.frame["metric 2"].tolist()

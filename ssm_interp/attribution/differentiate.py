@@ -12,7 +12,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ssm_interp.errors import FeatureError
+from ssm_interp.errors import FeatureError, MetricError
 from ssm_interp.features.arguments import same_columns, whole_texts
 from ssm_interp.hooks import Attachment, HookPoint, Intervention, Knockout, SetDelta
 from ssm_interp.hooks.active import active_edits
@@ -23,6 +23,9 @@ from ssm_interp.hooks.rows.forwards import logits_of_text
 from ssm_interp.hooks.rows.metrics import Metric, Positions, as_measured, measure, precise
 from ssm_interp.reprs import short_repr
 from ssm_interp.scan import Terms
+
+FLAT = ("rank", "accuracy", "kl")
+"""Metrics that say nothing to first order: steps, or at their minimum."""
 
 Call = tuple[slice, Terms, Tensor]
 """One operator call of a mixer: which of its heads, the operands, and the gradient at y."""
@@ -64,6 +67,12 @@ class Question:
         _check_model(ssm, layers)
         if positions not in get_args(Positions):
             raise FeatureError(f"positions must be one of {list(get_args(Positions))}, got {positions!r}")
+        if isinstance(metric, str) and metric in FLAT:
+            raise MetricError(
+                f"edges have no first-order effect on {metric!r} at the clean run, where its gradient is zero; name "
+                "log_probability, probability or logit_difference, or knock edges out: answers(ssm, batch, variants, "
+                f"{metric!r})"
+            )
         given, mask = whole_texts(ssm, inputs)
 
         def clean() -> Tensor:

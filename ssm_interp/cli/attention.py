@@ -43,6 +43,8 @@ def run(attention: Attention) -> None:
 def _text(asked: Picked) -> str:
     """The text of the prompt that is picked; a text of the user's own needs no answer here."""
     alone = len(asked.words) == 1 and not asked.target
-    if alone and asked.words[0] not in {prompt.id for prompt in load_prompts(asked.facts, columns=asked.columns)}:
-        return asked.words[0]
+    if alone and " " in asked.words[0]:
+        ids = {prompt.id for prompt in load_prompts(asked.facts, columns=asked.columns)}
+        if asked.words[0] not in ids:
+            return asked.words[0]
     return picked_alone(asked).text

@@ -118,6 +118,8 @@ def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
     }
     if float(f"{row['mean']:.1f}") >= 0:  # no window has a drop, so none is named
         cells |= dict.fromkeys(["largest\ndrop %", "95 %\ninterval", "\nmedian %", "in\nlayers"], "\N{EN DASH}")
+    if "metric" in row:
+        cells |= {f"{row['metric']}\nchange": f"{row['value_difference']:+.3g}"}
     return cells | ({"without\nedges": f"{row['n_empty']} of {row['n']}"} if some_empty else {})
 
 

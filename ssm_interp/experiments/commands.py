@@ -33,6 +33,7 @@ from ssm_interp.experiments.parts import (
     Summary,
     Sweep,
     Weights,
+    check_measured,
     flag,
 )
 from ssm_interp.experiments.study import Study
@@ -78,6 +79,7 @@ class Flow(Experiment):
     def _draws_what_is_measured(self) -> Flow:
         if self.summary.statistic == "metric" and self.measured.metric is None:
             raise KeyedError(("statistic",), "it draws a metric, and none is named: give --metric too")
+        check_measured(self.measured.metric, self.prompts.full_answer, ("metric",))
         return self
 
     def studies(self) -> Iterator[Study]:

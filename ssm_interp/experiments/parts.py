@@ -11,7 +11,7 @@ from cyclopts import Group as Panel
 from cyclopts import Parameter
 from pydantic import ByteSize, Field, PositiveInt
 
-from ssm_interp.experiments.declared import Declared, Several, option
+from ssm_interp.experiments.declared import Declared, Key, KeyedError, Several, option
 from ssm_interp.experiments.values import (
     Align,
     AllUsed,
@@ -152,6 +152,16 @@ class Measured(Declared):
     metric: Annotated[MetricName | None, flag(show_default="none")] = option(
         None, "Measured besides the answer's probability, in columns of its own; drawn as the statistic metric."
     )
+
+
+OF_FULL_ANSWERS = ("log_probability", "probability", "accuracy")
+
+
+def check_measured(metric: str | None, full_answer: bool, key: Key) -> None:
+    """Raise KeyedError if a metric of one token is asked of full answers."""
+    if full_answer and metric is not None and metric not in OF_FULL_ANSWERS:
+        message = f"{metric!r} is about one token; of full answers there are {', '.join(OF_FULL_ANSWERS)}"
+        raise KeyedError(key, message)
 
 
 @Parameter(name="*", group=SHOWN)

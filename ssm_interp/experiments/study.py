@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssm_interp.experiments.declared import Several, option
+from pydantic import model_validator
+
+from ssm_interp.experiments.declared import KeyedError, Several, option
 from ssm_interp.experiments.held import Held, under
-from ssm_interp.experiments.parts import AsJob, InShards, Measured, Prompts, Sweep, Weights
+from ssm_interp.experiments.parts import AsJob, InShards, Measured, Prompts, Sweep, Weights, check_measured
 from ssm_interp.experiments.values import Name
 
 WITHOUT_EFFECT = frozenset(AsJob.model_fields)
@@ -28,6 +30,15 @@ class Study(InShards, Measured, Sweep, Prompts, Weights):
     held: Several[Held] = option(
         (), "Edits held on in the clean run and under every knockout, which each take a full forward then."
     )
+
+    @model_validator(mode="after")
+    def _fits_full_answers(self) -> Study:
+        check_measured(self.metric, self.full_answer, ("metric",))
+        for number, edit in enumerate(self.held):
+            if self.full_answer and edit.names_positions:
+                message = "it names positions, which with full answers would count the answers' tokens; leave one out"
+                raise KeyedError(("held", number), message)
+        return self
 
     @property
     def label(self) -> str:

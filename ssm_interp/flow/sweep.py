@@ -23,6 +23,7 @@ from ssm_interp.flow.windows import windows as windows_over
 from ssm_interp.hooks import Answers, Attachment, Knockout, Metric, answers, warn_hooked
 from ssm_interp.hooks.rows.answers import By
 from ssm_interp.hooks.rows.asked import device_of
+from ssm_interp.hooks.rows.metrics import names_of
 from ssm_interp.prompts import Batch, Prompt, TokenizedPrompt, check_role, pad, tokenize, warn_shared
 from ssm_interp.words import ALL
 
@@ -308,7 +309,7 @@ class _Run:
         logprob, hit, *more = values
         columns = changes(logprob[1:], logprob[:1]) | {"hit": hit[1:] > 0}
         for value in more:
-            named = self.metric if isinstance(self.metric, str) else "metric"
+            (named,) = names_of(metrics[2:])
             columns |= {"metric": np.full(value[1:].shape, named, dtype=object)}
             columns |= {"value_base": np.broadcast_to(value[:1], value[1:].shape), "value": value[1:]}
         flat = {key: value.ravel() for key, value in columns.items()}

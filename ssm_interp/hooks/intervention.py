@@ -16,6 +16,7 @@ from ssm_interp.arguments import (
     as_indices,
     as_list,
     is_per_row,
+    is_row,
 )
 from ssm_interp.errors import InterventionError
 from ssm_interp.reprs import describe
@@ -117,6 +118,8 @@ class Intervention(BaseModel):
         """
         if not self.roles:
             return self
+        if not isinstance(batch, HasRoles):
+            raise InterventionError(_no_batch(batch))
         return self.replace(**{name: _columns(getattr(self, name), batch) for name in self.places})
 
     def replace(self: Kind, **changes: Any) -> Kind:
@@ -150,6 +153,9 @@ class Intervention(BaseModel):
             raise InterventionError(f"unknown kind of intervention {describe(kind)}; there are {sorted(kinds)}")
         return kinds[kind](**given)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise InterventionError(f"a {self.kind} is frozen; intervention.replace({name}=...) gives another one")
+
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return False
@@ -176,8 +182,18 @@ def _columns(positions: Any, batch: HasRoles) -> RowPositions | Any:
     if positions is None or is_per_row(positions) or not any(isinstance(position, str) for position in positions):
         return positions
     named = [position for position in positions if isinstance(position, int)]
-    rows = zip(*(batch.positions(role) for role in positions if isinstance(role, str)), strict=True)
+    by_role = [batch.positions(role) for role in positions if isinstance(role, str)]
+    if not all(is_row(rows) and all(map(is_row, rows)) for rows in by_role):
+        raise InterventionError(_no_batch(batch))
+    rows = zip(*by_role, strict=True)
     return tuple(tuple(dict.fromkeys([*named, *(column for part in row for column in part)])) for row in rows)
+
+
+def _no_batch(given: Any) -> str:
+    return (
+        "roles are resolved by a batch of prompts, as pad([tokenize(prompt, tokenizer), ...]) gives it, got "
+        f"{describe(given)}"
+    )
 
 
 def _explained(kind: type[Intervention], error: ValidationError) -> str:

@@ -133,7 +133,7 @@ class PatchState(Intervention):
     @classmethod
     def _state(cls, value: Any) -> Tensor:
         try:
-            state = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+            state = value.clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             raise InterventionError(
                 f"PatchState.state must be a number, or a tensor [h p n] or [b h p n], got {describe(value)}; of "

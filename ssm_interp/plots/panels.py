@@ -164,6 +164,8 @@ def drawable(summary: pd.DataFrame, statistic: str) -> tuple[pd.DataFrame, Stati
         raise PlotError("this picture needs at least one row; the summary is empty")
     rows = summary[needed[:-3]].copy()
     rows[["value", "low", "high"]] = summary[numbers].to_numpy(float) * found.scale
+    if statistic == "metric":
+        found = found._replace(label=f"Change of {', '.join(map(str, summary['metric'].unique()))}, in its own units")
     rows["source"] = rows["source"].astype(str)
     rank = rows.groupby([*APART, "layer"])["window_size"].rank("dense")
     rows["window"] = rows.groupby([*APART, rank.rename("rank")])["window_size"].transform("max")

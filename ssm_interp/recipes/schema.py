@@ -13,7 +13,7 @@ from ssm_interp.errors import RecipeError
 from ssm_interp.experiments import Declared, Key, KeyedError, Several, Study, option, same
 from ssm_interp.experiments.commands import flat
 from ssm_interp.experiments.held import Held, under
-from ssm_interp.experiments.parts import Measured, Models, Prompts, Summary, Sweep
+from ssm_interp.experiments.parts import Measured, Models, Prompts, Summary, Sweep, check_measured
 from ssm_interp.experiments.values import Name
 from ssm_interp.plots import MOST_GROUPS
 
@@ -100,6 +100,7 @@ class Recipe(Declared):
         if twice := [name for name, count in Counter(self.model.names).items() if count > 1]:
             raise KeyedError(("model", "names"), f"{twice[0]!r} occurs more than once; name each model once")
         _check_told_apart(self.sweep)
+        check_measured(self.metrics.metric, self.prompts.full_answer, ("metrics", "metric"))
         if self.metrics.statistic == "metric" and self.metrics.metric is None:
             raise KeyedError(("metrics", "statistic"), "it draws a metric, and none is named: give metric too")
         if isinstance(self.plot, HeatMap):

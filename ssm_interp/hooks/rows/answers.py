@@ -19,10 +19,10 @@ from ssm_interp.arguments import as_index, as_list, as_streams
 from ssm_interp.errors import HookError, InterventionError, MetricError
 from ssm_interp.hooks.attachment import Attachment
 from ssm_interp.hooks.edits.masks import Columns, naming, no_edge, reading
-from ssm_interp.hooks.intervention import HasRoles, Intervention
+from ssm_interp.hooks.intervention import Intervention
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.rows.asked import Asked
-from ssm_interp.hooks.rows.metrics import Metric, Positions
+from ssm_interp.hooks.rows.metrics import Metric, Positions, names_of
 from ssm_interp.hooks.rows.scores import Interventions, Scores, in_words
 from ssm_interp.plots import answers_figure
 from ssm_interp.reprs import describe
@@ -41,7 +41,7 @@ class Answers(Result):
 
     Attributes:
         values: `[m b]`, float64, on the CPU; of several metrics `[metric m b]`.
-        metrics: their names; "metric" of a function.
+        metrics: what they are called; a function by its own name.
         how: how they were computed, and why so: as rows of one step, or by full forwards.
         variants: what each of them does, in words.
 
@@ -103,7 +103,8 @@ def answers(
         metric: a name ("log_probability", "probability", "logit_difference", "rank", "accuracy", "kl") or a function
             from logits in float64, `[b v]`, to a number per row, `[b]`; or several of them. A row's number may depend
             on that row's logits alone.
-        full_answer: ask for every token of the answers, not the first one alone; takes full forwards.
+        full_answer: ask for every token of the answers, not the first one alone; takes full forwards. Positions stay
+            those of the prompts.
         positions: the logits that a function gets: those at each row's last token, or "all", `[b t v]`, which takes
             full forwards.
         by: "rows" or "forwards" instead of what is best.
@@ -133,6 +134,10 @@ def answers(
         )
     if by not in ("auto", "rows", "forwards"):
         raise HookError(f"by must be 'auto', 'rows' or 'forwards', got {describe(by)}")
+    if positions not in ("last", "all"):
+        raise HookError(f"positions must be 'last' or 'all', got {describe(positions)}")
+    if progress is not None and not callable(progress):
+        raise HookError(f"progress must be a function of a count, got {describe(progress)}")
     if (size := as_index(batch_size)) is None or size < 1:
         raise HookError(f"batch_size must be a whole number, at least 1, got {describe(batch_size)}")
     single = not isinstance(metric, list | tuple)
@@ -140,7 +145,8 @@ def answers(
     if not metrics:
         raise MetricError("answers needs at least one metric, got an empty sequence")
     asked = Asked.of(ssm, batch, full_answer=full_answer)
-    resolved = list(_resolved(ssm, variants, asked.roles))
+    words = tuple(map(in_words, variants))
+    resolved = list(_resolved(ssm, variants, asked))
     scores = Scores(asked, metrics, positions, size)
     slow = _why_forwards(asked, resolved, scores, by)
     if not allow_no_edges:
@@ -150,18 +156,16 @@ def answers(
     by_rows = partial(scores.by_rows, max_memory=max_memory)
     for numbers, way in ((fast, by_rows), (sorted(slow), scores.by_forwards)):
         with torch.no_grad():
-            for some, rows, scored in way([resolved[number] for number in numbers]) if numbers else ():
+            labels = [f"variant {number} ({words[number]})" for number in numbers]
+            for some, rows, scored in way([resolved[number] for number in numbers], labels) if numbers else ():
                 chosen = rearrange(torch.tensor(numbers)[some], "m -> m 1")
                 values[:, chosen, torch.tensor(rows)] = scored.cpu()
                 if progress:
                     progress(len(some) * len(rows))
-    names = tuple(name if isinstance(name, str) else "metric" for name in metrics)
-    return Answers(values[0] if single else values, names, _how(slow, len(resolved)), tuple(map(in_words, variants)))
+    return Answers(values[0] if single else values, names_of(metrics), _how(slow, len(resolved)), words)
 
 
-def _resolved(
-    ssm: Attachment, variants: Sequence[Variant], roles: HasRoles | None
-) -> Iterator[tuple[Intervention, ...]]:
+def _resolved(ssm: Attachment, variants: Sequence[Variant], asked: Asked) -> Iterator[tuple[Intervention, ...]]:
     """The interventions of each variant, of which the model has what they name, with positions in place of roles."""
     known: dict[Any, dict[str, Any]] = {}
     checked: set[Any] = set()
@@ -171,18 +175,16 @@ def _resolved(
             if not isinstance(intervention, Intervention) or intervention.kind_of_place not in checked:
                 ssm.check(intervention, whole=True)
                 checked.add(intervention.kind_of_place)
-        yield tuple(_with_positions(ssm, intervention, roles, known) for intervention in interventions)
+        yield tuple(_with_positions(asked, intervention, known) for intervention in interventions)
 
 
-def _with_positions(
-    ssm: Attachment, intervention: Intervention, roles: HasRoles | None, known: dict[Any, dict[str, Any]]
-) -> Intervention:
-    """An intervention with the positions of its roles, which others may name too."""
-    if not intervention.roles:
+def _with_positions(asked: Asked, intervention: Intervention, known: dict[Any, dict[str, Any]]) -> Intervention:
+    """An intervention with its positions as columns of what is asked, which others may name too."""
+    if not intervention.roles and (asked.full_answers is None or not intervention.names_positions):
         return intervention
     named = intervention.places, tuple(getattr(intervention, name) for name in intervention.places)
     if named not in known:
-        resolved = ssm.resolved(intervention, roles)
+        resolved = asked.in_columns(intervention)
         known[named] = {name: getattr(resolved, name) for name in intervention.places}
     return intervention.replace(**known[named])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,13 +11,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ssm_interp.errors import HookError
+from ssm_interp.arguments import Positions, as_positions
+from ssm_interp.errors import HookError, InterventionError
+from ssm_interp.hooks.active import edits_here
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.intervention import HasRoles
+from ssm_interp.hooks.edits.masks import Columns
+from ssm_interp.hooks.intervention import HasRoles, Intervention
 from ssm_interp.hooks.rows.forwards import logits_of_text
 from ssm_interp.hooks.rows.trial import obstacle
+from ssm_interp.hooks.seam.cache import CACHES
 from ssm_interp.hooks.seam.inputs import as_inputs
 from ssm_interp.hooks.seam.virtual import refuse_virtual_tokens
+
+UNFIT = (*CACHES, "labels", "use_cache", "logits_to_keep", "inputs_embeds", "seq_idx", "cu_seqlens", "cu_seq_lens_q")
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,10 @@ class Asked:
         mask: 0 at padding, `[b t]`, on the CPU.
         roles: the batch that knows where roles are; None: nothing does.
         targets: first tokens of the answers, `[b]`; None: the prompts have none.
-        full_answers: all tokens of each answer, where those are asked for.
+        full_answers: all tokens of each answer, where those are asked for: the inputs are then the prompts with their
+            answers behind them.
+        prompt: the columns of the prompts as they were given, without their answers.
+        shift: how far they stand further right in the inputs, row by row.
     """
 
     ssm: Attachment
@@ -39,29 +48,86 @@ class Asked:
     roles: HasRoles | None = None
     targets: Int[Tensor, " b"] | None = None
     full_answers: Sequence[Sequence[int]] | None = None
+    prompt: Columns | None = None
+    shift: Sequence[int] = ()
 
     @staticmethod
     def of(ssm: Attachment, batch: Any, *, full_answer: bool = False) -> Asked:
         """A batch as `answers` takes it; raises as that."""
         if not isinstance(ssm, Attachment):
             raise HookError(f"the model must be attached, ssm = attach(model); got {type(ssm).__name__}")
-        with_roles = batch if isinstance(batch, HasRoles) else None
+        given_batch = batch
         if full_answer:
             if not hasattr(batch, "continued"):
                 raise HookError("full answers are those of a Batch of prompts, as pad(...) gives it")
-            with_roles = batch = batch.continued()
+            if any(edit.intervention.names_positions for edit in edits_here()):
+                raise HookError(
+                    "an edit is at work that names positions: with full answers they would count the answers' tokens "
+                    "too; give the intervention as part of the variants"
+                )
+            batch = batch.continued()
+        with_roles = batch if isinstance(batch, HasRoles) else None
         refuse_virtual_tokens(ssm.model, "a row must be one whole text, column by column")
         device = device_of(ssm.model)
         given = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in as_inputs(batch, ssm.model).items()
         }
+        if unfit := [name for name in UNFIT if name in given]:
+            raise HookError(f"the inputs hold {unfit[0]}, but a row must be one whole text, as ids; leave it out")
         if "input_ids" not in given:
             raise HookError(f"the inputs must have input_ids [b t]; these have {list(given)}")
         ids = given["input_ids"]
         mask = given.get("attention_mask", torch.ones_like(ids)).long().cpu()
         targets = getattr(batch, "target_ids", None)
-        return Asked(ssm, given, mask, with_roles, targets, batch.answers if full_answer else None)
+        asked = Asked(ssm, given, mask, with_roles, targets)
+        if not full_answer:
+            return asked
+        before = given_batch.attention_mask.long().cpu()
+        last = [row - 1 for row in map(_end, before)]
+        lengths = [len(answer) - 1 for answer in batch.answers]
+        shift = [_end(row) - 1 - more - end for row, more, end in zip(mask, lengths, last, strict=True)]
+        prompt = Columns(len(before), before.shape[1], before)
+        return replace(asked, full_answers=batch.answers, prompt=prompt, shift=shift)
+
+    def in_columns(self, intervention: Intervention) -> Intervention:
+        """An intervention with columns of the inputs as its positions.
+
+        Raises:
+            InterventionError: a role that nothing knows; single edges under full answers.
+        """
+        if intervention.roles and self.roles is None:
+            raise InterventionError(
+                f"{intervention!r} names the role {intervention.roles[0]!r}, and only a batch of prompts knows where "
+                "that is; give the batch, pad([tokenize(prompt, tokenizer), ...]), in place of ids"
+            )
+        if self.prompt is None:
+            return intervention if self.roles is None else intervention.resolve(self.roles)
+        if getattr(intervention, "edges", None) is not None:
+            raise InterventionError(
+                f"{intervention.kind}.edges names single edges, which full answers do not take; give sources and "
+                "targets"
+            )
+        places = {name: self._moved(getattr(intervention, name), name) for name in intervention.places}
+        return intervention.replace(**places)
+
+    def _moved(self, positions: Positions | None, name: str) -> list[list[int]] | None:
+        """Positions of the prompts as they were given, and roles, as columns of the inputs."""
+        named = as_positions(positions, name)
+        if named is None or self.prompt is None or self.roles is None:
+            return None
+        roles = [position for position in named if isinstance(position, str)]
+        columns = [position for position in named if not isinstance(position, str)]
+        rows: list[list[int]] = [[] for _ in self.shift]
+        if columns:
+            mask = self.prompt.positions(columns, name)  # type: ignore[arg-type]
+            rows = [
+                [column + by for column in row.nonzero()[:, 0].tolist()]
+                for row, by in zip(mask, self.shift, strict=True)
+            ]
+        for role in roles:
+            rows = [[*row, *more] for row, more in zip(rows, self.roles.positions(role), strict=True)]
+        return rows
 
     @cached_property
     def clean(self) -> Float[Tensor, "b v"]:
@@ -73,6 +139,11 @@ class Asked:
     def obstacle(self) -> str | None:
         """Why rows of one step cannot be exact, whatever the variants; None: they are."""
         return obstacle(self.ssm)
+
+
+def _end(row: Tensor) -> int:
+    """How many columns of a row of a mask there are up to its last token."""
+    return int(row.nonzero()[-1, 0]) + 1
 
 
 def device_of(model: nn.Module) -> torch.device:

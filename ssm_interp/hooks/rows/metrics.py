@@ -23,7 +23,7 @@ Positions = Literal["last", "all"]
 NAMES: dict[str, str] = {
     "log_probability": "ln p of the answer (nats)",
     "probability": "p of the answer",
-    "logit_difference": "logit of the answer - logit of the most likely other token",
+    "logit_difference": "logit of the answer - logit of the other token that the clean run finds most likely",
     "rank": "how many tokens are more likely than the answer",
     "accuracy": "share of prompts whose answer is the most likely token",
     "kl": "KL divergence of the next token from the clean run's (nats)",
@@ -111,6 +111,17 @@ def accuracy(target: Any) -> Metric:
     """
     ids = token_ids(target, "target")
     return lambda logits: (logits_of(logits, ids, "target") >= logits.amax(-1)).to(logits.dtype)
+
+
+def names_of(metrics: Sequence[str | Metric]) -> tuple[str, ...]:
+    """What metrics are called, each differently: by their name, or that of the function."""
+    names: list[str] = []
+    for metric in metrics:
+        name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+        name = "metric" if name == "<lambda>" else name
+        same = sum(known.split(" ")[0] == name for known in names)
+        names.append(f"{name} {same + 1}" if same else name)
+    return tuple(names)
 
 
 @dataclass(frozen=True)
@@ -209,6 +220,15 @@ def _rivals(clean: Float[Tensor, "b v"], ids: Sequence[int]) -> list[int]:
     return rivals
 
 
+def check_full_answer(name: str) -> None:
+    """Raise MetricError if there is no metric of a name that is about all tokens of an answer."""
+    check_name(name)
+    if name not in OF_FULL_ANSWERS:
+        raise MetricError(
+            f"of full answers there are the metrics {', '.join(OF_FULL_ANSWERS)}; {name!r} is about one token"
+        )
+
+
 def of_full_answer(name: str, logits: Float[Tensor, "b t v"], answers: Sequence[Sequence[int]]) -> Float[Tensor, " b"]:
     """A named metric of answers of several tokens, each given the right ones before it.
 
@@ -223,10 +243,7 @@ def of_full_answer(name: str, logits: Float[Tensor, "b t v"], answers: Sequence[
         >>> of_full_answer("probability", torch.zeros(1, 3, 2), [[1, 0]])
         tensor([0.2500], dtype=torch.float64)
     """
-    if name not in OF_FULL_ANSWERS:
-        raise MetricError(
-            f"of full answers there are the metrics {', '.join(OF_FULL_ANSWERS)}; {name!r} is about one token"
-        )
+    check_full_answer(name)
     measured = []
     for row, answer in zip(logits, answers, strict=True):
         each, ids = row[-len(answer) :], list(answer)

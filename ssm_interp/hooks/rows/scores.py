@@ -14,7 +14,15 @@ from ssm_interp.hooks.intervention import Intervention
 from ssm_interp.hooks.rows.asked import Asked
 from ssm_interp.hooks.rows.engine import run_each
 from ssm_interp.hooks.rows.forwards import FullForwards
-from ssm_interp.hooks.rows.metrics import Measured, Metric, Positions, as_measured, check_name, of_full_answer, precise
+from ssm_interp.hooks.rows.metrics import (
+    Measured,
+    Metric,
+    Positions,
+    as_measured,
+    check_full_answer,
+    of_full_answer,
+    precise,
+)
 
 Interventions = Sequence[Intervention]
 """What one variant does."""
@@ -50,7 +58,7 @@ class Scores:
         return "the metric takes all positions" if self.positions == "all" else None
 
     def by_rows(
-        self, variants: Sequence[Interventions], max_memory: int | None
+        self, variants: Sequence[Interventions], labels: Sequence[str], max_memory: int | None
     ) -> Iterator[tuple[list[int], list[int], Float[Tensor, "metric m r"]]]:
         """Variants, prompts, and what the metrics say of them, as rows of one step."""
         ids = self.asked.inputs["input_ids"]
@@ -58,13 +66,13 @@ class Scores:
         for part in run_each(self.asked.ssm, ids, variants, attention_mask=mask, max_memory=max_memory, refuse=False):
             of_rows = self._ready(part.rows)
             scored = [
-                self._of(variants[number], number, logits, of_rows)
+                self._of(labels[number], logits, of_rows)
                 for number, logits in zip(part.variants, part.logits, strict=True)
             ]
             yield part.variants, part.rows, torch.stack(scored, dim=1)
 
     def by_forwards(
-        self, variants: Sequence[Interventions]
+        self, variants: Sequence[Interventions], labels: Sequence[str]
     ) -> Iterator[tuple[list[int], list[int], Float[Tensor, "metric m r"]]]:
         """The same by full forwards."""
         asked = self.asked
@@ -73,16 +81,14 @@ class Scores:
         forwards = FullForwards(asked.ssm, asked.inputs, asked.mask, self.batch_size, alone, self.positions, keep)
         of_rows = self._ready(self._everyone)
         for number, logits in forwards.logits(variants):
-            yield [number], self._everyone, self._of(variants[number], number, logits, of_rows)[:, None]
+            yield [number], self._everyone, self._of(labels[number], logits, of_rows)[:, None]
 
-    def _of(
-        self, variant: Interventions, number: int, logits: Float[Tensor, "r *t v"], of_rows: Sequence[Metric]
-    ) -> Float[Tensor, "metric r"]:
-        """What the metrics say of the logits of some prompts under a variant."""
+    def _of(self, label: str, logits: Float[Tensor, "r *t v"], of_rows: Sequence[Metric]) -> Float[Tensor, "metric r"]:
+        """What the metrics say of the logits of some prompts under a variant, which errors name."""
         try:
             return torch.stack([metric(logits) for metric in of_rows])
         except MetricError as error:
-            raise MetricError(f"variant {number} ({in_words(variant)}): {error}") from error
+            raise MetricError(f"{label}: {error}") from error
 
     def _ready(self, rows: list[int]) -> list[Metric]:
         """The metrics, for logits of these prompts."""
@@ -119,7 +125,7 @@ class Scores:
 
 def in_words(variant: Intervention | Interventions) -> str:
     """What a variant does."""
-    interventions = [variant] if isinstance(variant, Intervention) else variant
+    interventions = variant if isinstance(variant, list | tuple) else [variant]
     return ", ".join(map(repr, interventions)) or "the clean run"
 
 
@@ -130,5 +136,5 @@ def _of_full_answer(name: str, answers: Sequence[Sequence[int]], logits: Tensor)
 def _of_full_answers(metric: str | Metric) -> str:
     if not isinstance(metric, str):
         raise MetricError("of full answers there are metrics by name alone, such as 'log_probability'")
-    check_name(metric)
+    check_full_answer(metric)
     return metric
