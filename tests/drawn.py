@@ -41,11 +41,11 @@ def summary(
     columns = ["model", "source", "target", "feature_group", "layer", "window_start", "window_size"]
     frame = pd.DataFrame(keys, columns=columns).assign(n=12, n_first=0, level=0.95)
     names = [("mean", "low", "high"), ("median", "median_low", "median_high")]
-    names += [(name, f"{name}_low", f"{name}_high") for name in ("logprob_difference", "accuracy")]
+    names += [(name, f"{name}_low", f"{name}_high") for name in ("logprob_difference", "accuracy", "value_difference")]
     for value, low, high in names:
         frame[value] = rng.uniform(-0.2, 0.8, len(frame))
         frame[low], frame[high] = frame[value] - 0.03, frame[value] + 0.04
-    return frame
+    return frame.assign(metric="kl")
 
 
 def positions(values: np.ndarray, *, p_base: float = 0.5, model: str = "m") -> pd.DataFrame:

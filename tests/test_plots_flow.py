@@ -33,7 +33,7 @@ def test_a_panel_per_model_and_a_line_per_source_with_the_numbers(statistic: Any
     png(figure)
     assert [axes.get_title() for axes in figure.axes] == ["one   (12 prompts)", "two   (12 prompts)"]
     assert [axes.get_xlabel() for axes in figure.axes] == ["First layer", "Centre layer"]
-    assert figure.get_supylabel() == column.label
+    assert figure.get_supylabel() == column.label.replace("the metric", "kl")
     assert figure.axes[0].get_ylabel() == "source → last"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["subject", "last"]
     assert figure.legends[0].get_title().get_text().endswith(f"(line: {column.line}, band: its 95 % interval)")

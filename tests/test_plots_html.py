@@ -39,7 +39,7 @@ def test_flow_lines_with_the_numbers(statistic: Any) -> None:
         ]
     assert [curve["showlegend"] for curve in curves(traces)] == [True, True, False, False]  # one switch for all panels
     assert layout["xaxis"]["title"]["text"] == "First &lt;layer&gt;"
-    assert layout["yaxis"]["title"]["text"] == column.label
+    assert layout["yaxis"]["title"]["text"] == column.label.replace("the metric", "kl")
     titles = [note["text"] for note in layout["annotations"]]
     assert titles == ["one, 12 prompts<br>source → last", "two, 12 prompts<br>source → last"]
 
