@@ -326,7 +326,7 @@ BAD_CALLS: list[tuple[Any, str]] = [
     (lambda ssm: ssm.run(IDS, read="x", layers=[]), r"points \['x'\] of no layers: None means all, \[0, 1, 2, 3\]"),
     (lambda ssm: ssm.expose(), "expose takes the names of hook points"),
     (lambda ssm: ssm.expose("attn", layers=()), "of no layers"),
-    (lambda ssm: ssm.places(["x"]), "through must name streams"),
+    (lambda ssm: ssm.modules_of(["x"]), "through must name streams"),
     (lambda ssm: ssm.check(si.Intervention(layers=0)), r"edit takes .*, got Intervention\(layers=\(0,\)\)"),
     (lambda ssm: ssm.layers[0].hook_x.remove_hooks("all"), "'fwd', 'bwd' or 'both', got 'all'"),
     (lambda ssm: si.attached(3), "int has no hook points"),

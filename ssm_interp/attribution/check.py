@@ -121,9 +121,9 @@ def check_edges(
     return EdgeCheck(chosen.assign(exact=exact))
 
 
-def _knockout(found: EdgeAttribution, edge: dict[Any, Any]) -> Knockout | None:
+def _knockout(attribution: EdgeAttribution, edge: dict[Any, Any]) -> Knockout | None:
     """The knockout of an edge, in a batch of its row alone; None of a group without features in the edge's layer."""
-    group = (found.features or {}).get(edge["feature_group"])
+    group = (attribution.features or {}).get(edge["feature_group"])
     features = None if group is None else group.get(edge["layer"])
     if group is not None and features is None:
         return None

@@ -265,16 +265,16 @@ def groups_of(record: MixerRecord, features: Groups | None) -> list[Group]:
         return [_group(ALL, ~none, record)]
     if OTHER in features:
         raise FeatureError(f"a group cannot be named {OTHER!r}, which is what the features of no group are; rename it")
-    found = []
+    groups = []
     for name, by_layer in features.items():
         dims = none.clone()
         for feature in range(len(none)) if by_layer is None else by_layer.get(record.layer, ()):
             dims[feature] = True
-        found.append(_group(name, dims, record))
+        groups.append(_group(name, dims, record))
     other = _group(OTHER, none, record)
-    taken = torch.stack([other.dims, *(group.dims for group in found)]).any(0)
-    heads = torch.stack([other.heads, *(group.heads for group in found)]).any(0)
-    return [*found, Group(OTHER, ~taken, ~heads)]
+    taken = torch.stack([other.dims, *(group.dims for group in groups)]).any(0)
+    heads = torch.stack([other.heads, *(group.heads for group in groups)]).any(0)
+    return [*groups, Group(OTHER, ~taken, ~heads)]
 
 
 def _group(name: str, dims: Tensor, record: MixerRecord) -> Group:

@@ -110,8 +110,8 @@ class Question:
                 "from the tensor that it is given, without .item(), .detach(), argmax or numpy"
             )
         at_y = iter(gradients)
-        found = {layer: self._calls(layer, calls, [next(at_y) for _ in calls]) for layer, calls in captured.items()}
-        return value.detach(), found
+        by_layer = {layer: self._calls(layer, calls, [next(at_y) for _ in calls]) for layer, calls in captured.items()}
+        return value.detach(), by_layer
 
     def _metric_has_gradient(self, logits: Float[Tensor, "b *t v"]) -> bool:
         """Whether the metric depends on such logits by itself."""
@@ -124,34 +124,34 @@ class Question:
         return logits_of_text(self.ssm, self.inputs, self.mask, self.positions)
 
     def _calls(self, layer: int, calls: list[dict[str, Tensor]], gradients: list[Tensor | None]) -> list[Call]:
-        decay, found, first = _decay(self.ssm, layer), [], 0
+        decay, operator_calls, first = _decay(self.ssm, layer), [], 0
         for call, gradient in zip(calls, gradients, strict=True):
             x, y = call["x"], call["y"].detach()
             heads = slice(first, first := first + x.shape[2])
             dtype = torch.promote_types(x.dtype, torch.float32)
             operands = (x, call["dt"], decay[heads].to(x.device), call["B"], call["C"])
             terms = Terms(*(tensor.to(dtype) for tensor in operands))
-            found.append((heads, terms, torch.zeros_like(y) if gradient is None else gradient))
-        return found
+            operator_calls.append((heads, terms, torch.zeros_like(y) if gradient is None else gradient))
+        return operator_calls
 
     @contextmanager
     def _captured(self, scale: float) -> Iterator[dict[int, list[dict[str, Tensor]]]]:
         """Keep the operands and y of every operator call inside the `with`, y scaled and ready for a gradient."""
-        found: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in self.layers}
+        captured: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in self.layers}
         points = {layer: self.ssm.layers[layer] for layer in self.layers}
         watches = [
             Watch(points[layer].point(name), _read(name, calls))
-            for layer, calls in found.items()
+            for layer, calls in captured.items()
             for name in ("x", "dt", "B", "C")
         ]
         watches += [
             Watch(points[layer].hook_y, give=_give_y(calls, scale, cut=layer == self.layers[0]))
-            for layer, calls in found.items()
+            for layer, calls in captured.items()
         ]
         on_cpu = [points[layer] for layer in self.layers if self._device(layer).type == "cpu"]
         with watching(watches), own_operators(on_cpu):
-            yield found
-        for layer, calls in found.items():
+            yield captured
+        for layer, calls in captured.items():
             for call in calls:
                 same_columns(layer, call["x"].shape[1], self.mask.shape[1])
 
@@ -210,11 +210,11 @@ def _hooked(layer: int, point: HookPoint) -> str:
 
 def _edges_of(ssm: Attachment, layer: int, mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t s"]:
     """The edges of a layer: between tokens, and not removed by a knockout at work."""
-    found = (mask[:, :, None] & mask[:, None, :]).tril().cpu()
+    edges = (mask[:, :, None] & mask[:, None, :]).tril().cpu()
     for edit in (active.intervention for active in active_edits(ssm.layers[layer])):
         if edit.acts_at(layer) and not isinstance(edit, SetDelta):
-            found &= ~_knocked_out(edit, layer, mask.cpu())
-    return found
+            edges &= ~_knocked_out(edit, layer, mask.cpu())
+    return edges
 
 
 def _knocked_out(edit: Intervention, layer: int, mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t s"]:

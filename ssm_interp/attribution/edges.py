@@ -155,8 +155,8 @@ class EdgeAttribution(Result):
         edges = self._table[
             (self._table["row"] == row) & (self._table["feature_group"] == (ALL if group is None else group))
         ]
-        place = pd.Series(range(len(kept)), index=kept.tolist())  # of a column of the ids among those drawn
-        drawn = edges.assign(target=edges["target"].map(place), source=edges["source"].map(place))
+        index_of = pd.Series(range(len(kept)), index=kept.tolist())  # of a column of the ids among those drawn
+        drawn = edges.assign(target=edges["target"].map(index_of), source=edges["source"].map(index_of))
         return plots.edges_page(drawn, **options)
 
     def _chosen(
@@ -271,15 +271,15 @@ def _products(
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b layer *group t s"]]:
     """The metric, and its gradient with respect to every edge's mask, with all edges scaled."""
     value, calls = question.gradients(scale)
-    found = []
+    products = []
     for layer in question.layers:
         sums: Any = 0
         for heads, terms, gradient in calls.pop(layer):
             groups = None if masks is None else [mask[heads] for mask in masks[layer]]
             sums = sums + edge_products(terms, gradient, groups)
         keep = question.edges[layer].to(sums.device)  # b t s
-        found.append(torch.where(keep if masks is None else keep[:, None], sums, 0).to(value.device))
-    return value, torch.stack(found, dim=1)
+        products.append(torch.where(keep if masks is None else keep[:, None], sums, 0).to(value.device))
+    return value, torch.stack(products, dim=1)
 
 
 def _groups(ssm: Attachment, features: Any, layers: Sequence[int]) -> PlainGroups:
@@ -295,11 +295,11 @@ def _groups(ssm: Attachment, features: Any, layers: Sequence[int]) -> PlainGroup
 
 def _group_masks(ssm: Attachment, groups: PlainGroups, layers: Sequence[int]) -> dict[int, list[Tensor]]:
     """The groups of each layer as bool tensors `[h 1]` or `[h n]`."""
-    found: dict[int, list[Tensor]] = {}
+    masks: dict[int, list[Tensor]] = {}
     for layer in layers:
         chosen = [None if group is None else group.get(layer, ()) for group in groups.values()]
-        found[layer] = [_mask(group, ssm.layers[layer]) for group in chosen]
-    return found
+        masks[layer] = [_mask(group, ssm.layers[layer]) for group in chosen]
+    return masks
 
 
 def _mask(group: tuple[Any, ...] | None, points: HookPoints) -> Tensor:

@@ -148,7 +148,7 @@ def run_terms(ssm: Attachment, given: Mapping[str, Any], chosen: Sequence[int]) 
 
 
 def _check_unedited(ssm: Attachment) -> None:
-    if any(active_edits(module) for module in ssm.places()):
+    if any(active_edits(module) for module in ssm.modules_of()):
         raise FeatureError(
             "an edit is at work, under which a mixer's output is not M x and what follows it; leave the "
             "`with ssm.edit(...)` block first"

@@ -282,12 +282,12 @@ def _heads(ssm: Attachment, layer: int, heads: Any) -> list[int]:
     if isinstance(heads, Mapping) and not heads.keys() <= ssm.layers.keys():
         raise FeatureError(f"heads names layers {list(heads)}; the SSM layers of this model are {list(ssm.layers)}")
     chosen, count = heads.get(layer, ()) if isinstance(heads, Mapping) else heads, ssm.layers[layer].heads
-    found = list(range(count) if chosen is None else indices(chosen, f"layer {layer}: heads"))
-    if len(set(found)) < len(found):
-        raise FeatureError(f"layer {layer}: heads must be named once each, got {found}")
-    if wrong := [head for head in found if not 0 <= head < count]:
+    numbers = list(range(count) if chosen is None else indices(chosen, f"layer {layer}: heads"))
+    if len(set(numbers)) < len(numbers):
+        raise FeatureError(f"layer {layer}: heads must be named once each, got {numbers}")
+    if wrong := [head for head in numbers if not 0 <= head < count]:
         raise FeatureError(f"layer {layer} has no head {wrong[0]}; it has heads 0 to {count - 1}")
-    return found
+    return numbers
 
 
 def _of_operator(

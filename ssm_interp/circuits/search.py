@@ -261,22 +261,22 @@ class _Search:
         number = 0
         while self.kept:
             number += 1
-            found = dict(zip(self.kept, self._try([[*self.removed, group] for group in self.kept]), strict=True))
-            order = sorted(self.kept, key=lambda group: abs(found[group] - self.clean))
-            gone = self._longest([group for group in order if self._near(found[group])], found)
+            without = dict(zip(self.kept, self._try([[*self.removed, group] for group in self.kept]), strict=True))
+            order = sorted(self.kept, key=lambda group: abs(without[group] - self.clean))
+            gone = self._longest([group for group in order if self._near(without[group])], without)
             self.log += [
-                (number, *_labels(group), value, value - self.clean, group in gone) for group, value in found.items()
+                (number, *_labels(group), value, value - self.clean, group in gone) for group, value in without.items()
             ]
             if not gone:
-                self.effects = {group: found[group] - self.now for group in self.kept}
+                self.effects = {group: without[group] - self.now for group in self.kept}
                 return
             self.removed += gone
             self.kept = [group for group in self.kept if group not in gone]
             self.now = self.last
 
-    def _longest(self, order: list[Knockout], found: Mapping[Knockout, float]) -> list[Knockout]:
+    def _longest(self, order: list[Knockout], without: Mapping[Knockout, float]) -> list[Knockout]:
         """The most groups from the start of an order that can go together; `last` is the metric without them."""
-        values = [found[group] for group in order[:1]]
+        values = [without[group] for group in order[:1]]
         values += self._try([[*self.removed, *order[:count]] for count in range(2, len(order) + 1)])
         most = max((count for count, value in enumerate(values, start=1) if self._near(value)), default=0)
         self.last = values[most - 1] if most else self.now

@@ -132,18 +132,18 @@ def _named(inputs: Any, roles: Any) -> dict[str, Any]:
 
 
 def _check_partition(roles: Mapping[str, Tensor], mask: Tensor, texts: Sequence[str]) -> None:
-    def where(found: Tensor) -> str:
-        row, column = found.nonzero()[0].tolist()
+    def where(overlap: Tensor) -> str:
+        row, column = overlap.nonzero()[0].tolist()
         return f"position {column} of row {row}" + (f", {texts[row]!r}" if texts else "")
 
-    for (one, these), (other, those) in combinations(roles.items(), 2):
+    for (first, these), (other, those) in combinations(roles.items(), 2):
         if (shared := these & those).any():
             raise FeatureError(
-                f"the roles {one!r} and {other!r} overlap: both have {where(shared)}; the roles of a circuit must not "
-                "share a position, such as subject, relation_minus_last and last, or those of `fact_roles`"
+                f"the roles {first!r} and {other!r} overlap: both have {where(shared)}; the roles of a circuit must "
+                "not share a position, such as subject, relation_minus_last and last, or those of `fact_roles`"
             )
-    for role, found in roles.items():
-        if (empty := ~found.any(1)).any():
+    for role, positions in roles.items():
+        if (empty := ~positions.any(1)).any():
             row = int(empty.nonzero()[0, 0])
             text = f", {texts[row]!r}" if texts else ""
             raise FeatureError(
@@ -195,7 +195,7 @@ class Trials:
             self.count = before + answered // rows
             progress(self.count)
 
-        found = answers(
+        result = answers(
             self.ssm,
             self.prompts,
             [[self._knockout(group) for group in groups] for groups in removed],
@@ -205,7 +205,7 @@ class Trials:
             batch_size=self.batch_size,
             progress=report,
         )
-        means: list[float] = found.values.mean(1).tolist()
+        means: list[float] = result.values.mean(1).tolist()
         return means
 
     def _knockout(self, group: Knockout) -> Knockout:

@@ -102,14 +102,14 @@ def columns(targets: Any, mask: Bool[Tensor, "b t"], name: str = "targets") -> l
             f"there is no position {outside[0]}: the prompt has {length} positions, 0 to {length - 1} (or -{length} "
             "to -1)"
         )
-    found = [target % length for target in wanted]
-    for target in found:
+    positions = [target % length for target in wanted]
+    for target in positions:
         if len(rows := (~mask[:, target]).nonzero()[:, 0].tolist()):
             raise FeatureError(
                 f"position {target} is padding in row {rows[0]}; targets are columns of input_ids, the same in each "
                 "row, so pad on the left to have the last tokens of all rows in one column"
             )
-    return found
+    return positions
 
 
 def indices(values: Any, name: str) -> tuple[int, ...]:
@@ -133,10 +133,10 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
     Raises:
         FeatureError: something else, or a number below the least one.
     """
-    found = as_index(value)
-    if found is None or found < least:
+    number = as_index(value)
+    if number is None or number < least:
         raise FeatureError(f"{name} must be a whole number, at least {least}, got {value!r:.200}")
-    return found
+    return number
 
 
 def row_of(row: Any, count: int) -> int:

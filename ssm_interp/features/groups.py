@@ -125,7 +125,9 @@ class FeatureGroup:
             >>> FeatureGroup("top", "half").of({0: torch.tensor([0.1, 0.9, 0.5, 0.2])})
             {0: (1, 2)}
         """
-        if not isinstance(statistic, Mapping) or not all(getattr(one, "ndim", 0) == 1 for one in statistic.values()):
+        if not isinstance(statistic, Mapping) or not all(
+            getattr(values, "ndim", 0) == 1 for values in statistic.values()
+        ):
             raise FeatureError(f"a statistic is layer -> a number per feature [h], got {statistic!r:.200}")
         return {layer: self._of_layer(layer, torch.as_tensor(values)) for layer, values in statistic.items()}
 

@@ -172,8 +172,16 @@ def spectrum(
     return Spectrum(
         name,
         next(iter(sums.values())).tokens,
-        {one: norms.get(one) or {layer: found[one] for layer, found in values.items()} for one in wanted},
-        {one: {layer: found[one] for layer, found in by_state.items()} for one in BY_STATE if one in wanted},
+        {
+            statistic: norms.get(statistic)
+            or {layer: by_statistic[statistic] for layer, by_statistic in values.items()}
+            for statistic in wanted
+        },
+        {
+            statistic: {layer: by_statistic[statistic] for layer, by_statistic in by_state.items()}
+            for statistic in BY_STATE
+            if statistic in wanted
+        },
     )
 
 
@@ -246,7 +254,7 @@ def _wanted(ssm: Attachment, inputs: Any, statistics: Sequence[str] | None) -> t
         raise FeatureError("this attachment was detached; call attach(model) again")
     if not ssm.layers:
         raise FeatureError(f"{type(ssm.model).__name__} has no SSM layers, whose features a spectrum is of")
-    if any(active_edits(module) for module in ssm.places()):
+    if any(active_edits(module) for module in ssm.modules_of()):
         raise FeatureError("a spectrum is of the model as it is: leave the block of `with ssm.edit(...)` first")
     wanted = (STATISTICS if inputs is not None else STATISTICS[:1]) if statistics is None else as_list(statistics)
     if wrong := [name for name in wanted if not isinstance(name, str)]:

@@ -20,13 +20,13 @@ class ActiveEdit:
 
     Attributes:
         intervention: what is at work.
-        places: keys of the hook points and the attention modules that it works on, and of the copies made of them.
+        keys: those of the hook points and the attention modules that it works on, and of the copies made of them.
         streams: the streams that it acts on.
         seen: (id of an attention module, layer) -> positions of the prompt, and of all that it read under this edit.
     """
 
     intervention: Intervention
-    places: set[Key | int]
+    keys: set[Key | int]
     streams: tuple[str, ...]
     seen: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ def editing(edits: tuple[ActiveEdit, ...]) -> Iterator[None]:
             _starts.append(Thread.start)
             Thread.start = _start_with_edits  # type: ignore[method-assign, assignment]
     try:
-        with spreading(edit.places for edit in edits):
+        with spreading(edit.keys for edit in edits):
             yield
     finally:
         with _lock:
@@ -75,13 +75,13 @@ def edits_here() -> tuple[ActiveEdit, ...]:
     return (*mine, *(edit for edit in inherited if edit in _everywhere and edit not in mine))
 
 
-def active_edits(place: nn.Module) -> tuple[ActiveEdit, ...]:
+def active_edits(module: nn.Module) -> tuple[ActiveEdit, ...]:
     """The edits at work, in this thread, on hook points or on an attention module."""
-    key = key_of(place)
-    return tuple(edit for edit in edits_here() if key in edit.places)
+    key = key_of(module)
+    return tuple(edit for edit in edits_here() if key in edit.keys)
 
 
-def key_of(place: nn.Module) -> Key | int:
+def key_of(module: nn.Module) -> Key | int:
     """What an edit knows a module by: hook points by a key that copies carry on, modules of the host by their id."""
-    key = getattr(place, "key", None)
-    return key if isinstance(key, Key) else id(place)
+    key = getattr(module, "key", None)
+    return key if isinstance(key, Key) else id(module)

@@ -55,12 +55,12 @@ def attach(model: Any, *, own_operator: bool = False, allow_unknown: bool = Fals
         if not isinstance(value, bool):
             raise HookError(f"{name} is True or False, got {describe(value)}")
     check_version()
-    found = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
-    _check_model(model, found)
+    mixers = [module for module in model.modules() if isinstance(module, HookedMixer) or operators_of(type(module))]
+    _check_model(model, mixers)
     if not allow_unknown:
         _check_covered(model)
     newest = Newest(model)
-    for mixer in found:
+    for mixer in mixers:
         hook_mixer(mixer, own_operator)
     ssm = Attachment(model)
     try:
@@ -81,10 +81,10 @@ def attached(model: nn.Module) -> Attachment:
         >>> copy = copy.deepcopy(model)              # attached, and independent of the original
         >>> ssm_of_copy = attached(copy)
     """
-    found = Attachment(model) if isinstance(model, nn.Module) else None
-    if found is None or not found.layers:
+    ssm = Attachment(model) if isinstance(model, nn.Module) else None
+    if ssm is None or not ssm.layers:
         raise HookError(f"{type(model).__name__} has no hook points; call attach(model)")
-    return found
+    return ssm
 
 
 def _check_model(model: nn.Module, mixers: list[nn.Module]) -> None:

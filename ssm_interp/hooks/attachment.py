@@ -75,13 +75,13 @@ class Attachment:
             yield from (((point.name, layer), point) for point in points.points())
 
     def _where(self, points: Iterable[tuple[str, int]]) -> str:
-        found: dict[str, list[int]] = {}
+        by_name: dict[str, list[int]] = {}
         for name, layer in points:
-            found.setdefault(name, []).append(layer)
-        every = {name: len(self.layers) > 1 and len(layers) == len(self.layers) for name, layers in found.items()}
+            by_name.setdefault(name, []).append(layer)
+        every = {name: len(self.layers) > 1 and len(layers) == len(self.layers) for name, layers in by_name.items()}
         return ", ".join(
             f"hook_{name} of {'all layers' if every[name] else layers_in_words(layers)}"
-            for name, layers in found.items()
+            for name, layers in by_name.items()
         )
 
     @property
@@ -143,12 +143,12 @@ class Attachment:
                 raise InterventionError(f"{type(self.model).__name__} has no {stream} layers to knock out")
         return tuple(sorted({layer for stream in streams for layer in self.streams[stream]}))
 
-    def places(self, streams: Sequence[str] = STREAMS) -> list[nn.Module]:
+    def modules_of(self, streams: Sequence[str] = STREAMS) -> list[nn.Module]:
         """The modules that interventions act on: the hook points of every mixer, that of its convolution's inputs, and
         the attention modules."""
         convolutions = {layer: points.hook_conv for layer, points in self.layers.items()}
-        found: dict[str, Any] = {"ssm": self.layers, "conv": convolutions, "attention": self.attention}
-        return [place for stream in as_streams(streams) or () for place in found[stream].values()]
+        of_stream: dict[str, Any] = {"ssm": self.layers, "conv": convolutions, "attention": self.attention}
+        return [module for stream in as_streams(streams) or () for module in of_stream[stream].values()]
 
     @contextmanager
     def edit(self, *interventions: Intervention, batch: HasRoles | None = None) -> Iterator[None]:
@@ -181,7 +181,7 @@ class Attachment:
                 refuse_virtual_tokens(self.model, f"{intervention.kind} names positions", InterventionError)
         through = [self._streams(intervention) for intervention in interventions]
         active = tuple(
-            ActiveEdit(intervention, {key_of(place) for place in self.places(streams)}, streams)
+            ActiveEdit(intervention, {key_of(module) for module in self.modules_of(streams)}, streams)
             for intervention, streams in zip(interventions, through, strict=True)
         )
         attends = any("attention" in streams for streams in through)
@@ -228,10 +228,10 @@ class Attachment:
         caught: dict[tuple[str, int], list[Tensor]] = {key: [] for key in points}
         with watching(Watch(point, caught[key].append) for key, point in points.items()):
             output = self.model(**given)
-        for (name, layer), found in caught.items():
-            if len(found) != 1:
-                raise HookError(f"hook_{name} of layer {layer} fired {len(found)} times in this call, not once")
-        reads = {key: found[0] for key, found in caught.items()}
+        for (name, layer), tensors in caught.items():
+            if len(tensors) != 1:
+                raise HookError(f"hook_{name} of layer {layer} fired {len(tensors)} times in this call, not once")
+        reads = {key: tensors[0] for key, tensors in caught.items()}
         _check_columns_of(reads, given.get("input_ids"))
         return Run(output, reads)
 
@@ -261,7 +261,7 @@ class Attachment:
             HookError: an edit is at work in this thread; leave its `with` block first. Somebody made another class of a
                 mixer's, which cannot do without the hooked one.
         """
-        if any(active_edits(place) for place in self.places()):
+        if any(active_edits(module) for module in self.modules_of()):
             raise HookError("cannot detach inside `with ssm.edit(...)`: leave that block first")
         hooked = [mixer for mixer in self.mixers.values() if isinstance(mixer, HookedMixer)]
         classes = [class_without_hooks(mixer) for mixer in hooked]

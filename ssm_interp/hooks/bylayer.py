@@ -22,9 +22,9 @@ class ByLayer(dict[int, Value]):
 
     @classmethod
     def of(cls, kind: str, values: dict[int, Value]) -> ByLayer[Value]:
-        found = cls(values)
-        found.kind = kind
-        return found
+        by_layer = cls(values)
+        by_layer.kind = kind
+        return by_layer
 
     def __getitem__(self, layer: Any) -> Value:
         if (index := as_index(layer)) is not None and index in self:

@@ -84,15 +84,15 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         given = {"input_ids": torch.ones_like(ids), "decoder_input_ids": ids}
     output = model(**given)
-    found = getattr(output, "logits", None)
-    found = getattr(output, "last_hidden_state", None) if found is None else found
-    if not isinstance(found, Tensor) or found.shape[:2] != ids.shape:
-        got = list(found.shape) if isinstance(found, Tensor) else type(output).__name__
+    logits = getattr(output, "logits", None)
+    logits = getattr(output, "last_hidden_state", None) if logits is None else logits
+    if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise HookError(
             f"{type(model).__name__} cannot be tried: it gives no logits [b t v] and no hidden states, but {got}; "
             "check the causal language model that it is made of"
         )
-    return found
+    return logits
 
 
 def _attached(ssm: Attachment, ids: Tensor, native: Tensor) -> Iterator[Row]:
@@ -145,26 +145,26 @@ def _coverage(ssm: Attachment, ids: Tensor) -> Row:
     streams = [stream for stream, layers in ssm.streams.items() if layers]
     other = ids.clone()
     other[:, 0] = (ids[:, 0] + 1) % (ids.max() + 1)
-    found = []
+    logits = []
     for tokens in (ids, other):
         with ssm.edit(Knockout(sources=0, targets=range(1, LENGTH), through=streams)):
-            found.append(_logits(ssm.model, tokens)[:, 1:])
-    leaked = _relative(found[1], found[0])
+            logits.append(_logits(ssm.model, tokens)[:, 1:])
+    leaked = _relative(logits[1], logits[0])
     missing = f"not covered: {names_of(ssm.unknown)}" if ssm.unknown else f"at most {LEAK:g}"
     detail = f"relative change of the logits behind a token without edges, when it changes; {missing}"
     return Row("nothing else mixes tokens", leaked, leaked <= LEAK and not ssm.unknown, detail)
 
 
-def _exact(name: str, found: Tensor, expected: Tensor) -> Row:
+def _exact(name: str, actual: Tensor, expected: Tensor) -> Row:
     return Row(
-        name, _relative(found, expected), torch.equal(found, expected), "relative error of the logits; must be 0"
+        name, _relative(actual, expected), torch.equal(actual, expected), "relative error of the logits; must be 0"
     )
 
 
-def _close(name: str, found: Tensor, expected: Tensor) -> Row:
-    error = _relative(found, expected)
+def _close(name: str, actual: Tensor, expected: Tensor) -> Row:
+    error = _relative(actual, expected)
     return Row(name, error, error <= TOLERANCE, f"relative error of the logits; at most {TOLERANCE:g}")
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))

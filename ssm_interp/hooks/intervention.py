@@ -58,7 +58,7 @@ class Intervention(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
     kind: ClassVar[str] = "Intervention"
-    places: ClassVar[tuple[str, ...]] = ()
+    position_fields: ClassVar[tuple[str, ...]] = ()
     """The fields that are positions."""
 
     layers: Indices | None = None
@@ -86,18 +86,18 @@ class Intervention(BaseModel):
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that it names, each once."""
-        positions = (position for name in self.places for position in getattr(self, name) or ())
+        positions = (position for name in self.position_fields for position in getattr(self, name) or ())
         return tuple(dict.fromkeys(position for position in positions if isinstance(position, str)))
 
     @property
-    def kind_of_place(self) -> tuple[Any, ...]:
+    def named_parts(self) -> tuple[Any, ...]:
         """All that it names of a model: what `Attachment.check` looks at."""
         return self.kind, self.layers, self.features, getattr(self, "through", None)
 
     @property
     def names_positions(self) -> bool:
         """Whether it is restricted to some positions."""
-        return any(getattr(self, name) is not None for name in self.places)
+        return any(getattr(self, name) is not None for name in self.position_fields)
 
     def acts_at(self, layer: int) -> bool:
         """Whether a layer is among its layers."""
@@ -120,7 +120,7 @@ class Intervention(BaseModel):
             return self
         if not isinstance(batch, HasRoles):
             raise InterventionError(_no_batch(batch))
-        return self.replace(**{name: _columns(getattr(self, name), batch) for name in self.places})
+        return self.replace(**{name: _columns(getattr(self, name), batch) for name in self.position_fields})
 
     def replace(self: Kind, **changes: Any) -> Kind:
         """The same with other values of some fields, checked.
@@ -202,11 +202,11 @@ def _explained(kind: type[Intervention], error: ValidationError) -> str:
     def sentences() -> Iterator[str]:
         problems = error.errors()
         fields = sorted(kind.model_fields)
-        if unknown := [str(one["loc"][-1]) for one in problems if one["type"] == "extra_forbidden"]:
+        if unknown := [str(problem["loc"][-1]) for problem in problems if problem["type"] == "extra_forbidden"]:
             yield f"{kind.kind} has no field {sorted(unknown)}; it has {fields}"
-        if missing := [repr(one["loc"][-1]) for one in problems if one["type"] == "missing"]:
+        if missing := [repr(problem["loc"][-1]) for problem in problems if problem["type"] == "missing"]:
             yield f"{kind.kind}: missing {', '.join(missing)}"
-        yield from (str(one["ctx"]["error"]) for one in problems if "error" in one.get("ctx", {}))
+        yield from (str(problem["ctx"]["error"]) for problem in problems if "error" in problem.get("ctx", {}))
 
     return "; ".join(sentences())
 

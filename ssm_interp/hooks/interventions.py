@@ -53,7 +53,7 @@ class Knockout(Intervention):
     """
 
     kind: ClassVar[str] = "Knockout"
-    places: ClassVar[tuple[str, ...]] = ("sources", "targets")
+    position_fields: ClassVar[tuple[str, ...]] = ("sources", "targets")
 
     sources: Positions | None = None
     targets: Positions | None = None
@@ -113,7 +113,7 @@ class PatchState(Intervention):
     """
 
     kind: ClassVar[str] = "PatchState"
-    places: ClassVar[tuple[str, ...]] = ("position",)
+    position_fields: ClassVar[tuple[str, ...]] = ("position",)
 
     position: Positions
     state: State
@@ -174,7 +174,7 @@ class SetDelta(_OfHeads):
     """
 
     kind: ClassVar[str] = "SetDelta"
-    places: ClassVar[tuple[str, ...]] = ("positions",)
+    position_fields: ClassVar[tuple[str, ...]] = ("positions",)
 
     value: float
     positions: Positions | None = None
@@ -208,7 +208,7 @@ class ScaleFeatures(Intervention):
     """
 
     kind: ClassVar[str] = "ScaleFeatures"
-    places: ClassVar[tuple[str, ...]] = ("positions",)
+    position_fields: ClassVar[tuple[str, ...]] = ("positions",)
 
     factor: float
     positions: Positions | None = None

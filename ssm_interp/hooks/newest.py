@@ -100,13 +100,13 @@ class Newest:
             return
         try:
             with _in_eval(self.model), closing(_failures(ssm, self._native)) as failures:
-                found = next(failures, None)
+                failure = next(failures, None)
         except Exception as error:  # whatever a changed host makes of our hooks
-            found = f"hooked, it raises {type(error).__name__}: {error}"
-        if found is not None:
+            failure = f"hooked, it raises {type(error).__name__}: {error}"
+        if failure is not None:
             raise UnsupportedModelError(
                 f"transformers {transformers.__version__} is newer than {KNOWN[1]}, the newest that ssm_interp knows, "
-                f"and {type(self.model).__name__} fails the check that this asks for: {found}. Use transformers "
+                f"and {type(self.model).__name__} fails the check that this asks for: {failure}. Use transformers "
                 f"{KNOWN[0]} to {KNOWN[1]}, or a newer ssm_interp"
             )
 
@@ -188,7 +188,7 @@ def _failures(ssm: Attachment, native: Answers) -> Generator[str]:
     if not clamped and not (off := _off(native.step, native.whole[:, -1:])) <= max(ON_CACHE, _tolerance(ssm, native)):
         yield f"a step on a cache gives other logits than the same tokens at once ({off:.0e} of the largest)"
     fired: set[tuple[int, str]] = set()
-    points = [(layer, point) for layer, found in ssm.layers.items() for point in found.points()]
+    points = [(layer, point) for layer, hook_points in ssm.layers.items() for point in hook_points.points()]
     watches = [Watch(point, lambda _, key=(layer, point.name): fired.add(key)) for layer, point in points]  # type: ignore[misc]
     ways: dict[str, AbstractContextManager[Any]] = {"idle": nullcontext()}
     if ssm.layers:
@@ -210,9 +210,9 @@ def _failures(ssm: Attachment, native: Answers) -> Generator[str]:
 
 
 def _differences(ssm: Attachment, native: Answers, way: str) -> Iterator[str]:
-    found = _answers(ssm.model)
+    answers = _answers(ssm.model)
     for part, where in (("whole", "a prompt"), ("prompt", "a prompt"), ("step", "a step on its cache")):
-        off = _off(getattr(found, part), getattr(native, part))
+        off = _off(getattr(answers, part), getattr(native, part))
         if not off <= _tolerance(ssm, native):
             yield f"{way}, its logits of {where} are off by {off:.0e} of the largest"
 
@@ -231,12 +231,12 @@ def _knocked_out(ssm: Attachment, native: Answers, streams: tuple[str, ...]) -> 
         prompt = _tokens(ssm.model)[:, :-1]
         _call(ssm.model, prompt, 0)
         with ssm.edit(Knockout(sources=range(LENGTH - 2), targets=LENGTH - 2, through=streams)):
-            found, _ = _call(ssm.model, prompt, 0)
+            logits, _ = _call(ssm.model, prompt, 0)
     finally:
         handle.remove()
     if torch.equal(outputs[0][:, -1], outputs[1][:, -1]):
         yield f"a knockout in layer {layers[0]} ({streams[0]}) of all that the last token reads changes nothing there"
-    if not (off := _off(found[:, :-1], native.prompt[:, :-1])) <= _tolerance(ssm, native):
+    if not (off := _off(logits[:, :-1], native.prompt[:, :-1])) <= _tolerance(ssm, native):
         yield f"a knockout in its {streams[0]} layers changes logits before its target, by {off:.0e} of the largest"
 
 
@@ -251,5 +251,5 @@ def _tolerance(ssm: Attachment, native: Answers) -> float:
     return max(exact, 8 * precision(ssm, native.whole))
 
 
-def _off(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max().float() / expected.abs().max().float())
+def _off(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max().float() / expected.abs().max().float())

@@ -18,14 +18,14 @@ OWN = "ssm_interp_own"  # marks hooks that are ours
 
 
 class Key:
-    """What stands for a module in the places of an edit. A replica of the module shares it; a deep copy has its own,
-    which joins the places in which that of the original is at that moment."""
+    """What stands for a module among the keys of an edit. A replica of the module shares it; a deep copy has its own,
+    which joins the sets of keys in which that of the original is at that moment."""
 
     def __deepcopy__(self, _memo: Any) -> Key:
         copy = Key()
-        for places in list(_spreading):
-            if self in places:
-                places.add(copy)
+        for keys in list(_spreading):
+            if self in keys:
+                keys.add(copy)
         return copy
 
 
@@ -33,15 +33,15 @@ _spreading: list[set[Any]] = []
 
 
 @contextmanager
-def spreading(places: Iterable[set[Any]]) -> Iterator[None]:
-    """Inside, copies made of modules whose keys are in some sets of places join them."""
-    mine = list(places)
+def spreading(key_sets: Iterable[set[Any]]) -> Iterator[None]:
+    """Inside, copies made of modules whose keys are in some sets join them."""
+    mine = list(key_sets)
     _spreading.extend(mine)
     try:
         yield
     finally:
-        for one in mine:
-            del _spreading[next(index for index, other in enumerate(_spreading) if other is one)]
+        for keys in mine:
+            del _spreading[next(index for index, other in enumerate(_spreading) if other is keys)]
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def asking(mixers: Iterable[Asked]) -> Iterator[None]:
     asked = list(mixers)
     with _asking:
         _open.append(_uncompiled() if not any(_open) else None)
-        for one in asked:
-            one.blocks, one.now = one.blocks + 1, True
+        for mixer in asked:
+            mixer.blocks, mixer.now = mixer.blocks + 1, True
     try:
         yield
     finally:
         with _asking:
-            for one in asked:
-                one.blocks -= 1
+            for mixer in asked:
+                mixer.blocks -= 1
             if len(_open) == 1:
                 _restore_compiled()
             else:  # the block that set the stance may end first; the last one restores it
@@ -123,10 +123,10 @@ _own_operators: ContextVar[frozenset[nn.Module]] = ContextVar("ssm_interp_own_op
 @contextmanager
 def watching(watches: Iterable[Watch]) -> Iterator[None]:
     """Inside, forwards of this thread show what passes some hook points, which fire for that."""
-    watches, found = list(watches), dict(_watches.get())
+    watches, by_point = list(watches), dict(_watches.get())
     for watch in watches:
-        found[watch.point] = (*found.get(watch.point, ()), watch)
-    token = _watches.set(found)
+        by_point[watch.point] = (*by_point.get(watch.point, ()), watch)
+    token = _watches.set(by_point)
     try:
         with asking({watch.point.asked: None for watch in watches}):
             yield
@@ -145,7 +145,7 @@ def own_operators(points: Iterable[Any]) -> Iterator[None]:
     chosen = frozenset(points)
     token = _own_operators.set(_own_operators.get() | chosen)
     try:
-        with asking(one.asked for one in chosen):
+        with asking(mixer_points.asked for mixer_points in chosen):
             yield
     finally:
         _own_operators.reset(token)

@@ -198,8 +198,8 @@ class _OfGradient:
 
     def __call__(self, point: Any, _grad_input: Any, grad_output: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         (gradient,) = grad_output
-        found = self.hook(gradient, point)
-        return None if found is None else (found,)
+        replaced = self.hook(gradient, point)
+        return None if replaced is None else (replaced,)
 
 
 class HookPoints(nn.Module):

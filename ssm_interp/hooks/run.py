@@ -60,9 +60,11 @@ class Run:
     def __getitem__(self, key: Any) -> Any:
         match key:
             case str():
-                found = {at: tensor for (name, at), tensor in self.reads.items() if name == key.removeprefix("hook_")}
-                if found:
-                    return found
+                by_layer = {
+                    at: tensor for (name, at), tensor in self.reads.items() if name == key.removeprefix("hook_")
+                }
+                if by_layer:
+                    return by_layer
             case (str() as name, layer) if (short := (name.removeprefix("hook_"), as_index(layer))) in self.reads:
                 return self.reads[short]
         names = list(dict.fromkeys(name for name, _ in self.reads))

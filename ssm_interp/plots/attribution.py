@@ -61,7 +61,7 @@ def attribution_figure(
         raise PlotError("sizes are not negative, and some of these are; leave out signed=False")
     if not values.isfinite().all():
         raise PlotError("the attributions have entries that are not finite numbers")
-    if outside := [place for place in subject if not 0 <= place < len(tokens)]:
+    if outside := [position for position in subject if not 0 <= position < len(tokens)]:
         raise PlotError(f"the subject has position {outside[0]}, but there are {len(tokens)} tokens")
     shown = values.detach().double().cpu().T.numpy()
     width, height = extent(len(layers), each=0.3, least=2.8, most=9.0), extent(len(tokens))

@@ -88,11 +88,13 @@ def target_cells(axes: Axes, values: Float[np.ndarray, "t s"], tokens: Sequence[
 
 def name_tokens(axis: Axis, tokens: Sequence[str], subject: Collection[int] = (), **style: Any) -> None:
     """Label an axis with tokens; of many every second, third, ... one. The subject's are bold."""
-    places = range(0, len(tokens), -(-len(tokens) // MOST_LABELS))
-    axis.set_ticks(places, [token_label(tokens[place]) for place in places], fontsize=8, parse_math=False, **style)
-    for place, text in zip(places, axis.get_ticklabels(), strict=True):
+    positions = range(0, len(tokens), -(-len(tokens) // MOST_LABELS))
+    axis.set_ticks(
+        positions, [token_label(tokens[position]) for position in positions], fontsize=8, parse_math=False, **style
+    )
+    for position, text in zip(positions, axis.get_ticklabels(), strict=True):
         text.set(family=MONO)
-        if place in subject:
+        if position in subject:
             text.set(weight="bold")
 
 

@@ -119,9 +119,9 @@ def _arrows(axes: Axes, kept: pd.DataFrame, roles: Sequence[str], layers: Sequen
     widths = THICKEST * np.sqrt(strength / (strength.max() or 1.0))
     for index in strength.sort_values(ascending=False, kind="stable").index:
         row, width = kept.loc[index], max(THINNEST, float(widths[index]))
-        place = groups.index(row["feature_group"])
+        group = groups.index(row["feature_group"])
         path = arrow_path(
-            roles.index(row["source"]), roles.index(row["target"]), layers.index(int(row["layer"])), place
+            roles.index(row["source"]), roles.index(row["target"]), layers.index(int(row["layer"])), group
         )
         axes.add_patch(
             FancyArrowPatch(
@@ -129,7 +129,7 @@ def _arrows(axes: Axes, kept: pd.DataFrame, roles: Sequence[str], layers: Sequen
                 arrowstyle="-|>",
                 mutation_scale=7 + 2 * width,
                 linewidth=width,
-                linestyle=DASHES[place % len(DASHES)],
+                linestyle=DASHES[group % len(DASHES)],
                 color=sign_colour(float(row["effect"])),
                 alpha=0.9,
                 zorder=2,
@@ -149,12 +149,12 @@ def _write(axes: Axes, effect: float, path: Path, taken: Sequence[Place]) -> Pla
     return float(x), float(y)
 
 
-def arrow_path(source: int, target: int, floor: int, place: int) -> Path:
+def arrow_path(source: int, target: int, floor: int, group: int) -> Path:
     """From one stream to another within the band of a layer; to itself a loop on the left. Groups of features do not
     cover each other."""
-    low, high = floor + 0.1 * place, floor + HEIGHT
+    low, high = floor + 0.1 * group, floor + HEIGHT
     if source == target:
-        out = source - 0.3 - 0.14 * place
+        out = source - 0.3 - 0.14 * group
         points = [(source, low), (out, low + 0.1), (out, high - 0.1), (target, high)]
         return Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
     points = [(source, low), ((source + target) / 2, low + 0.75 * (high - low)), (target, high)]

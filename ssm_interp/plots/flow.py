@@ -226,9 +226,9 @@ def stream_figure(summary: pd.DataFrame, *, statistic: StatisticName = "mean") -
     """
     if "through" not in summary.columns:
         raise PlotError("a picture of streams needs a column `through`, which names the streams of each row")
-    found = {name: drawable(rows, statistic) for name, rows in summary.groupby("through", sort=False)}
-    rows = pd.concat([part.assign(through=name) for name, (part, _) in found.items()])
-    chosen = next(iter(found.values()))[1]
+    by_stream = {name: drawable(rows, statistic) for name, rows in summary.groupby("through", sort=False)}
+    rows = pd.concat([part.assign(through=name) for name, (part, _) in by_stream.items()])
+    chosen = next(iter(by_stream.values()))[1]
     styles = model_styles(rows["through"].unique())
     layout = arrange(rows, ("model", "target", "feature_group", "window"), across="source")
     figure = _by_source(layout, "through", "layer", styles, chosen, layer_label(rows))
@@ -279,7 +279,7 @@ def _lines(
         width = LINE + COVER * hidden.above
         axes.plot(hidden.x, hidden.y, color=styles[hidden.name].colour, linewidth=width, zorder=2, label=HIDDEN)
     markers, alpha = (16, 0.16) if len(names) < 5 else (10, 0.1)
-    for place, name in enumerate(names):
+    for number, name in enumerate(names):
         line, style = rows[rows[key] == name], styles[name]
         step = -(-len(line) // markers)
         axes.fill_between(line[x], line["low"], line["high"], color=style.colour, alpha=alpha, linewidth=0)
@@ -288,7 +288,7 @@ def _lines(
             line["value"],
             color=style.colour,
             marker=style.marker,
-            markevery=(place * step // len(names), step),  # not all lines' markers above each other
+            markevery=(number * step // len(names), step),  # not all lines' markers above each other
             linestyle=style.dash,
             linewidth=LINE,
             markersize=4.5,

@@ -161,7 +161,7 @@ def _check_rows(rows: pd.DataFrame) -> None:
         raise PlotError("a token map needs at least one row; there are none")
     for column in ONE_OF_EACH:
         if len(several := rows[column].unique()) > 1:
-            shown = ", ".join(repr(str(one)) for one in several[:3])
+            shown = ", ".join(repr(str(value)) for value in several[:3])
             raise PlotError(f"a token map shows one {column}, but these rows have {len(several)}: {shown}; choose one")
     if rows.duplicated(["source", "layer"]).any():
         raise PlotError("a token map shows one window size, but these rows have several at one layer; choose one")
@@ -177,7 +177,7 @@ def colour_limit(maps: Sequence[TokenMap], limit: float | None) -> float:
         raise PlotError("there are no token maps to draw")
     if limit is not None and not limit > 0:
         raise PlotError(f"the limit of the colours must be positive, such as 0.3, got {limit}")
-    return limit or max(max(one.largest, LEAST * one.scale) for one in maps)
+    return limit or max(max(token_map.largest, LEAST * token_map.scale) for token_map in maps)
 
 
 def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None = None) -> Figure:
@@ -206,34 +206,36 @@ def heatmap_figure(*maps: TokenMap, limit: float | None = None, ax: Axes | None 
         return ax.figure.figure
     across = min(len(maps), MOST_ACROSS)
     lanes = [maps[start : start + across] for start in range(0, len(maps), across)]
-    heights = [max(_height(one) for one in lane) for lane in lanes]
-    widths = [max(_width(one) for one in maps[column::across]) for column in range(across)]
+    heights = [max(_height(token_map) for token_map in lane) for lane in lanes]
+    widths = [max(_width(token_map) for token_map in maps[column::across]) for column in range(across)]
     figure = picture(sum(widths) + 1.3, sum(heights))
     grid = figure.subplots(len(lanes), across, squeeze=False, height_ratios=heights, width_ratios=widths)
     for axes in grid.flat[len(maps) :]:
         axes.set_visible(False)
     drawn = list(grid.flat[: len(maps)])
-    for place, (axes, one) in enumerate(zip(drawn, maps, strict=True)):
-        image = _map(axes, one, norm)
-        if place % across:
+    for index, (axes, token_map) in enumerate(zip(drawn, maps, strict=True)):
+        image = _map(axes, token_map, norm)
+        if index % across:
             axes.set_ylabel("")
-    beyond = max(one.largest for one in maps) > float(norm.vmax or 0)
+    beyond = max(token_map.largest for token_map in maps) > float(norm.vmax or 0)
     colour_bar(image, drawn, LABEL, meaning=MEANING, extend="both" if beyond else "neither")
     return figure
 
 
-def _height(one: TokenMap) -> float:
-    return 1.2 + extent(len(one.tokens))
+def _height(token_map: TokenMap) -> float:
+    return 1.2 + extent(len(token_map.tokens))
 
 
-def _width(one: TokenMap) -> float:
-    return 1.5 + extent(len(one.layers), each=0.2, least=2.8, most=9.0)
+def _width(token_map: TokenMap) -> float:
+    return 1.5 + extent(len(token_map.layers), each=0.2, least=2.8, most=9.0)
 
 
-def _map(axes: Axes, one: TokenMap, norm: Normalize) -> ScalarMappable:
-    image = layer_cells(axes, one.values, one.tokens, one.layers, subject=one.subject, cmap=CHANGED, norm=norm)
-    axes.set_xlabel(one.layer_label, fontsize=9)
-    if one.note:
-        say_nothing(axes, one.note)
-    headline(axes, "\n".join(line for line in (one.title, one.caption) if line))
+def _map(axes: Axes, token_map: TokenMap, norm: Normalize) -> ScalarMappable:
+    image = layer_cells(
+        axes, token_map.values, token_map.tokens, token_map.layers, subject=token_map.subject, cmap=CHANGED, norm=norm
+    )
+    axes.set_xlabel(token_map.layer_label, fontsize=9)
+    if token_map.note:
+        say_nothing(axes, token_map.note)
+    headline(axes, "\n".join(line for line in (token_map.title, token_map.caption) if line))
     return image

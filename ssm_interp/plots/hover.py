@@ -151,7 +151,7 @@ def circuit_page(
         figure.add_trace(go.Scatter(x=[None], y=[None], **options))
     names = [escape(readable(role)) for role in columns]
     figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, range=[-0.6, len(names) - 0.4])
-    middles = [place + HEIGHT / 2 for place in range(len(layers))]
+    middles = [floor + HEIGHT / 2 for floor in range(len(layers))]
     figure.update_yaxes(tickvals=middles, ticktext=list(map(str, layers)), range=[-0.45, len(layers) + 0.2])
     figure.update_xaxes(showgrid=False, zeroline=False, title_text="Role of the token")
     figure.update_yaxes(showgrid=False, zeroline=False, title_text=LAYER)
@@ -207,8 +207,8 @@ def _edge_maps(
 ) -> None:
     """A trace per target on the left; on the right one of the strongest layer of each edge, then one per layer."""
     hover = "layer %{x}<br>target %{meta}<br>source %{y}<br>%{z:+.4g}"
-    for place, name in enumerate(names):
-        figure.add_trace(_map(cube[:, place].T, layers, names, hover, meta=name, visible=place == target), 1, 1)
+    for index, name in enumerate(names):
+        figure.add_trace(_map(cube[:, index].T, layers, names, hover, meta=name, visible=index == target), 1, 1)
     strongest = np.nan_to_num(np.abs(cube)).argmax(0)
     values, where = np.take_along_axis(cube, strongest[None], 0)[0], np.array(layers)[strongest].tolist()
     hover = "layer %{text}<br>target %{y}<br>source %{x}<br>%{z:+.4g}"
@@ -231,8 +231,8 @@ def _menu(names: Sequence[str], chosen: int) -> dict[str, Any]:
     """Which target the left map shows: of its traces, which come first, one is visible."""
     traces = list(range(len(names)))
     buttons = [
-        {"label": f"into {name}", "method": "restyle", "args": [{"visible": [t == place for t in traces]}, traces]}
-        for place, name in enumerate(names)
+        {"label": f"into {name}", "method": "restyle", "args": [{"visible": [t == index for t in traces]}, traces]}
+        for index, name in enumerate(names)
     ]
     where = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": ABOVE}}
     return {"buttons": buttons, "active": chosen, **where}
@@ -241,7 +241,7 @@ def _menu(names: Sequence[str], chosen: int) -> dict[str, Any]:
 def _slider(numbers: Sequence[str], before: int) -> dict[str, Any]:
     """Which layer the right map shows: the strongest of each edge, or one; its traces follow `before` others."""
     names = ["strongest", *numbers]
-    traces = [before + place for place in range(len(names))]
+    traces = [before + index for index in range(len(names))]
     steps = [
         {"label": name, "method": "restyle", "args": [{"visible": [t == trace for t in traces]}, traces]}
         for name, trace in zip(names, traces, strict=True)

@@ -196,28 +196,31 @@ def heatmap_page(*maps: TokenMap, limit: float | None = None, title: str = "Sour
         >>> Path("tokens.html").write_text(heatmap_page(token_map), encoding="utf-8")       # doctest: +SKIP
     """
     end = colour_limit(maps, limit)
-    heights, gap = [60 + 20 * len(one.tokens) for one in maps], 120
+    heights, gap = [60 + 20 * len(token_map.tokens) for token_map in maps], 120
     area = sum(heights) + gap * (len(maps) - 1)
-    parts = ((one.title, one.caption, one.note.replace("\n", " ")) for one in maps)
+    parts = ((token_map.title, token_map.caption, token_map.note.replace("\n", " ")) for token_map in maps)
     titles = ["<br>".join(escape(part) for part in shown if part) for shown in parts]
     spacing = gap / area if len(maps) > 1 else 0
     figure = make_subplots(len(maps), 1, subplot_titles=titles, row_heights=heights, vertical_spacing=spacing)
-    for row, one in enumerate(maps, start=1):
-        figure.add_trace(_cells(one), row, 1)
-        labels = [_row_label(one, index) for index in range(len(one.tokens))]
+    for row, token_map in enumerate(maps, start=1):
+        figure.add_trace(_cells(token_map), row, 1)
+        labels = [_row_label(token_map, index) for index in range(len(token_map.tokens))]
         figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, autorange="reversed", row=row)
-        figure.update_xaxes(type="category", title_text=one.layer_label, row=row)
+        figure.update_xaxes(type="category", title_text=token_map.layer_label, row=row)
     figure.update_yaxes(tickfont={"family": "monospace"}, title_text="Source token (bold: the subject)", showgrid=False)
     figure.update_layout(coloraxis=colour_bar(CHANGED, -end, end, LABEL, MEANING))
     return page(figure, title, area, 1000)
 
 
-def _cells(one: TokenMap) -> Any:
-    texts = [[_cell(one, row, column) for column in range(len(one.layers))] for row in range(len(one.tokens))]
+def _cells(token_map: TokenMap) -> Any:
+    texts = [
+        [_cell(token_map, row, column) for column in range(len(token_map.layers))]
+        for row in range(len(token_map.tokens))
+    ]
     return go.Heatmap(
-        z=one.values.astype(float).tolist(),
-        x=[str(layer) for layer in one.layers],
-        y=list(range(len(one.tokens))),
+        z=token_map.values.astype(float).tolist(),
+        x=[str(layer) for layer in token_map.layers],
+        y=list(range(len(token_map.tokens))),
         text=texts,
         hovertemplate="%{text}<extra></extra>",
         hoverongaps=False,
@@ -225,12 +228,13 @@ def _cells(one: TokenMap) -> Any:
     )
 
 
-def _cell(one: TokenMap, row: int, column: int) -> str:
-    after = "" if one.p_base is None else f": {one.p_base:.4g} to {one.p_base + one.values[row, column]:.4g}"
-    token = escape(token_label(one.tokens[row]))
-    return f"token {row} {token}<br>window at layer {one.layers[column]}<br>{one.values[row, column]:+.4g}{after}"
+def _cell(token_map: TokenMap, row: int, column: int) -> str:
+    change, clean = token_map.values[row, column], token_map.p_base
+    after = "" if clean is None else f": {clean:.4g} to {clean + change:.4g}"
+    token = escape(token_label(token_map.tokens[row]))
+    return f"token {row} {token}<br>window at layer {token_map.layers[column]}<br>{change:+.4g}{after}"
 
 
-def _row_label(one: TokenMap, row: int) -> str:
-    label = escape(token_label(one.tokens[row]))
-    return f"<b>{label}</b>" if row in one.subject else label
+def _row_label(token_map: TokenMap, row: int) -> str:
+    label = escape(token_label(token_map.tokens[row]))
+    return f"<b>{label}</b>" if row in token_map.subject else label

@@ -155,21 +155,21 @@ def drawable(summary: pd.DataFrame, statistic: str) -> tuple[pd.DataFrame, Stati
     """
     if statistic not in STATISTICS:
         raise PlotError(f"there is no statistic {statistic!r} to draw; give one of {', '.join(STATISTICS)}")
-    found = STATISTICS[statistic]
-    numbers = [found.value, found.low, found.high]
+    chosen = STATISTICS[statistic]
+    numbers = [chosen.value, chosen.low, chosen.high]
     needed = [*APART, "layer", "window_start", "window_size", "level", "n", "n_first", *numbers]
     if missing := [column for column in needed if column not in summary.columns]:
         raise PlotError(f"this picture needs a summary with the columns {needed}; these are missing: {missing}")
     if summary.empty:
         raise PlotError("this picture needs at least one row; the summary is empty")
     rows = summary[needed[:-3]].copy()
-    rows[["value", "low", "high"]] = summary[numbers].to_numpy(float) * found.scale
+    rows[["value", "low", "high"]] = summary[numbers].to_numpy(float) * chosen.scale
     if statistic == "metric":
-        found = found._replace(label=f"Change of {', '.join(map(str, summary['metric'].unique()))}, in its own units")
+        chosen = chosen._replace(label=f"Change of {', '.join(map(str, summary['metric'].unique()))}, in its own units")
     rows["source"] = rows["source"].astype(str)
     rank = rows.groupby([*APART, "layer"])["window_size"].rank("dense")
     rows["window"] = rows.groupby([*APART, rank.rename("rank")])["window_size"].transform("max")
-    return rows, found
+    return rows, chosen
 
 
 def arrange(rows: pd.DataFrame, keys: Sequence[str], across: str | None = None) -> Layout:
@@ -190,9 +190,9 @@ def arrange(rows: pd.DataFrame, keys: Sequence[str], across: str | None = None) 
     panels = []
     for (column, *lane), part in rows.sort_values("layer", kind="stable").groupby([across, *down], sort=False):
         index, line = columns.index(column), lanes.index(tuple(lane))
-        place = divmod(index, width) if wrapped else (line, index)
+        cell = divmod(index, width) if wrapped else (line, index)
         words = tuple(in_words(key, value) for key, value in zip(down, lane, strict=True))
-        panels.append(Panel(*place, in_words(across, column), words, part))
+        panels.append(Panel(*cell, in_words(across, column), words, part))
     height = -(-len(columns) // width) if wrapped else len(lanes)
     panels.sort(key=lambda panel: (panel.row, panel.column))
     return Layout(tuple(panels), (height, width), across, wrapped)

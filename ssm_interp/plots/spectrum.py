@@ -52,11 +52,11 @@ def quantiles(frame: pd.DataFrame, q: Sequence[float] = QUANTILES) -> pd.DataFra
         raise PlotError(f"quantiles need a table with the columns {COLUMNS}; these are missing: {missing}")
     if frame.empty:
         raise PlotError("quantiles need at least one row; the table is empty")
-    if not len(q) or not all(0 <= one <= 1 for one in q):
+    if not len(q) or not all(0 <= share <= 1 for share in q):
         raise PlotError(f"quantiles are numbers in [0, 1], at least one, got {list(q)}")
     groups = frame.groupby(["model", "statistic", "layer"], sort=False)["value"]
-    found: pd.Series = groups.quantile(list(q), interpolation="nearest")
-    return found.rename_axis(index={None: "quantile"}).reset_index()
+    values: pd.Series = groups.quantile(list(q), interpolation="nearest")
+    return values.rename_axis(index={None: "quantile"}).reset_index()
 
 
 def spectrum_figure(frame: pd.DataFrame, *, title: str = "") -> Figure:

@@ -112,23 +112,23 @@ def plain(axes: Axes) -> None:
     axes.tick_params(labelsize=8, colors=INK)
 
 
-def headline(place: Axes | Figure, text: str, size: float = 10.0) -> None:
+def headline(artist: Axes | Figure, text: str, size: float = 10.0) -> None:
     """A title over a panel, or over all of them, in as many lines as it takes."""
-    inches = place.figure.figure.get_figwidth()
-    if isinstance(place, Axes):
-        inches *= 1.25 * place.get_position().width  # it may stand out on both sides
+    inches = artist.figure.figure.get_figwidth()
+    if isinstance(artist, Axes):
+        inches *= 1.25 * artist.get_position().width  # it may stand out on both sides
     lines = (fill(line, max(20, int(120 / size * inches))) for line in printable(text).splitlines())
-    write: Callable[..., object] = place.suptitle if isinstance(place, Figure) else place.set_title
+    write: Callable[..., object] = artist.suptitle if isinstance(artist, Figure) else artist.set_title
     write("\n".join(lines), fontsize=size, color=INK, parse_math=False)
 
 
-def legend(place: Axes | Figure | SubFigure, handles: Sequence[Any], names: Iterable[str], **options: Any) -> Legend:
+def legend(artist: Axes | Figure | SubFigure, handles: Sequence[Any], names: Iterable[str], **options: Any) -> Legend:
     """A legend whose names are what they are: no formulas, and none left out for its first letter."""
-    found = place.legend(handles, [""] * len(handles), **({"frameon": False, "fontsize": 9} | options))
-    for text, name in zip(found.get_texts(), names, strict=True):
+    box = artist.legend(handles, [""] * len(handles), **({"frameon": False, "fontsize": 9} | options))
+    for text, name in zip(box.get_texts(), names, strict=True):
         text.set(text=printable(name), parse_math=False)
-    found.get_title().set_multialignment("center")
-    return found
+    box.get_title().set_multialignment("center")
+    return box
 
 
 def short(name: str, most: int = 36) -> str:

@@ -24,13 +24,13 @@ Edits = tuple[Intervention, ...]
 def edits_at(mixer: Any) -> tuple[Edits, Edits]:
     """The interventions at work on the operator of a mixer, and on the convolution before it."""
     points: HookPoints = mixer.ssm
-    found = _edits_of(points, mixer.layer_idx), _edits_of(points.hook_conv, mixer.layer_idx)
-    return as_first_run(points, found, ((), ()))
+    edits = _edits_of(points, mixer.layer_idx), _edits_of(points.hook_conv, mixer.layer_idx)
+    return as_first_run(points, edits, ((), ()))
 
 
-def _edits_of(place: HookPoints | HookPoint, layer: int) -> Edits:
-    found = (edit.intervention for edit in active_edits(place))
-    return tuple(edit for edit in found if edit.acts_at(layer))
+def _edits_of(points: HookPoints | HookPoint, layer: int) -> Edits:
+    interventions = (edit.intervention for edit in active_edits(points))
+    return tuple(edit for edit in interventions if edit.acts_at(layer))
 
 
 class Forward:

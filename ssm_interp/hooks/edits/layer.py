@@ -72,7 +72,7 @@ class LayerEdits:
         self.batch, self.device = forward.batch, operands.x.device
         self._cuts = sorted(self._find_cuts(operands), key=lambda cut: cut.position)
         self._cuts_at = {at: list(cuts) for at, cuts in groupby(self._cuts, key=lambda cut: cut.position)}
-        if any(one.overlaps(other) for cuts in self._cuts_at.values() for one, other in combinations(cuts, 2)):
+        if any(cut.overlaps(other) for cuts in self._cuts_at.values() for cut, other in combinations(cuts, 2)):
             raise InterventionError(
                 f"layer {forward.layer}: two PatchState replace the same state; edits have no order, so give it one "
                 "value"
@@ -119,27 +119,27 @@ class LayerEdits:
 
     def scan(self, terms: Terms, initial: Tensor | None, *, wipe: bool = False) -> tuple[Tensor, Tensor]:
         """The recurrence with the states of every PatchState put in (or wiped): y and the final state."""
-        found, state = [], initial
+        ys, state = [], initial
         for begin, end, cuts in self._segments(terms.length):
             part = terms.at(slice(begin, end))
             y, state = scan(part, state)
             for cut in cuts:
                 state = cut.apply(state, wipe)
                 y = torch.cat([y[:, :-1], read(state[:, None], part.C[:, -1:])], dim=1)
-            found.append(y)
+            ys.append(y)
         assert state is not None
-        return torch.cat(found, dim=1), state
+        return torch.cat(ys, dim=1), state
 
     def states(self, terms: Terms, initial: Tensor | None) -> Tensor:
         """Every state of that recurrence, `[b t h p n]`."""
-        found: list[Tensor] = []
+        states: list[Tensor] = []
         state, writes = initial, write(terms)
         for begin, end, cuts in self._segments(terms.length):
-            found += accumulate(terms.at(slice(begin, end)), writes[:, begin:end], state)
+            states += accumulate(terms.at(slice(begin, end)), writes[:, begin:end], state)
             for cut in cuts:
-                found[-1] = cut.apply(found[-1], wipe=False)
-            state = found[-1]
-        return torch.stack(found, dim=1)
+                states[-1] = cut.apply(states[-1], wipe=False)
+            state = states[-1]
+        return torch.stack(states, dim=1)
 
     def accumulate(
         self, terms: Terms, writes: Tensor, replaced: Tensor | None = None, before: Tensor | None = None
@@ -147,12 +147,12 @@ class LayerEdits:
         """What additional writes `[b t h p n]` add to every state; where a state is replaced, nothing of those before
         it is left: by a PatchState, or as `replaced`, bool `[b t h p n]`, says."""
         state = writes.new_zeros(writes[:, 0].shape) if before is None else before.to(writes)
-        found = []
+        states = []
         for position, (decay, added) in enumerate(zip(decays(terms), writes.unbind(1), strict=True)):
             state = self._wiped(torch.addcmul(added, decay, state), position)
             state = state if replaced is None else torch.where(replaced[:, position], 0, state)
-            found.append(state)
-        return torch.stack(found, dim=1)
+            states.append(state)
+        return torch.stack(states, dim=1)
 
     def replace(self, terms: Terms, shift: Tensor) -> Tensor:
         """How states move that a hook moved by `shift` `[b t h p n]`: a state that it gave another value has that
@@ -161,12 +161,12 @@ class LayerEdits:
         The shift is added there too: it is zero, and carries the gradient to what the hook gave back.
         """
         state = shift.new_zeros(shift[:, 0].shape)
-        found = []
+        states = []
         for position, (decay, moved) in enumerate(zip(decays(terms), shift.unbind(1), strict=True)):
             state = self._wiped(decay * state, position)
             state = torch.where(moved != 0, moved, state + moved)
-            found.append(state)
-        return torch.stack(found, dim=1)
+            states.append(state)
+        return torch.stack(states, dim=1)
 
     def edit_attention(self, terms: Terms) -> Tensor:
         """`(M' - M) x` of every EditAttention, `[b t h p]`, or 0."""

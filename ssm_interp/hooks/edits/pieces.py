@@ -48,13 +48,13 @@ class Piece:
 
 def disjoint(groups: Iterable[Iterable[Piece]], taken: Iterable[Piece] = ()) -> list[Piece]:
     """The same edges x features, each once, less those that are taken already. Pieces of one group do not overlap."""
-    away, found = list(taken), []
+    away, pieces = list(taken), []
     for group in groups:
         given = [piece for piece in group if piece]
         for piece in given:
             left = [piece]
             for other in away:
                 left = [part for whole in left for part in whole.without(other)]
-            found += left
+            pieces += left
         away += given
-    return found
+    return pieces

@@ -139,8 +139,8 @@ def _injected(points: HookPoints, terms: Terms, initial: Tensor | None, edits: L
     written = None if writes is None else edits.accumulate(terms, writes)
 
     def all_states() -> Tensor:
-        found = edits.states(terms, initial)
-        return found if written is None else found + written
+        states = edits.states(terms, initial)
+        return states if written is None else states + written
 
     shift = shift_at(points.hook_state, all_states) if points.hook_state.requested else None
     if shift is None:

@@ -172,9 +172,9 @@ def _resolved(ssm: Attachment, variants: Sequence[Variant], asked: Asked) -> Ite
     for variant in variants:
         interventions = tuple(variant) if isinstance(variant, list | tuple) else (variant,)
         for intervention in interventions:
-            if not isinstance(intervention, Intervention) or intervention.kind_of_place not in checked:
+            if not isinstance(intervention, Intervention) or intervention.named_parts not in checked:
                 ssm.check(intervention, whole=True)
-                checked.add(intervention.kind_of_place)
+                checked.add(intervention.named_parts)
         yield tuple(_with_positions(asked, intervention, known) for intervention in interventions)
 
 
@@ -182,10 +182,10 @@ def _with_positions(asked: Asked, intervention: Intervention, known: dict[Any, d
     """An intervention with its positions as columns of what is asked, which others may name too."""
     if not intervention.roles and (asked.full_answers is None or not intervention.names_positions):
         return intervention
-    named = intervention.places, tuple(getattr(intervention, name) for name in intervention.places)
+    named = intervention.position_fields, tuple(getattr(intervention, name) for name in intervention.position_fields)
     if named not in known:
         resolved = asked.in_columns(intervention)
-        known[named] = {name: getattr(resolved, name) for name in intervention.places}
+        known[named] = {name: getattr(resolved, name) for name in intervention.position_fields}
     return intervention.replace(**known[named])
 
 

@@ -108,7 +108,7 @@ class Asked:
                 f"{intervention.kind}.edges names single edges, which full answers do not take; give sources and "
                 "targets"
             )
-        places = {name: self._moved(getattr(intervention, name), name) for name in intervention.places}
+        places = {name: self._moved(getattr(intervention, name), name) for name in intervention.position_fields}
         return intervention.replace(**places)
 
     def _moved(self, positions: Positions | None, name: str) -> list[list[int]] | None:

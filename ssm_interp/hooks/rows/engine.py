@@ -77,7 +77,7 @@ def run_each(
         got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise HookError(f"input_ids must be [b t] with at least one token, got {got}")
     check_ids(input_ids, ssm.model)
-    for knockout in {(one.layers, one.features, one.through): one for group in sets for one in group}.values():
+    for knockout in {(edit.layers, edit.features, edit.through): edit for group in sets for edit in group}.values():
         ssm.check(knockout)  # which looks at nothing else of it
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:

@@ -94,7 +94,7 @@ class FullForwards:
             ]
             yield from zip(some, torch.cat(parts, dim=1), strict=True)
         for number in sorted(set(range(len(variants))) - set(merged)):
-            with self.ssm.edit(*(one for one in variants[number] if self._acts(one))):
+            with self.ssm.edit(*(intervention for intervention in variants[number] if self._acts(intervention))):
                 yield number, logits_of_text(self.ssm, self.inputs, self.mask, self.positions, self.keep)
 
     def _rows(self) -> int:
@@ -125,8 +125,8 @@ class FullForwards:
             for knockout, t, s, key in self._edges(variant, rows):
                 targets[key] = t
                 for layer in self._layers(knockout):
-                    place = layer, knockout.features, knockout.through, key
-                    sets = sources.setdefault(place, [None] * len(variants))
+                    at = layer, knockout.features, knockout.through, key
+                    sets = sources.setdefault(at, [None] * len(variants))
                     earlier = sets[number]
                     sets[number] = s if earlier is None else earlier | s
         layers: dict[tuple[Any, Any, bytes, bytes], list[int]] = {}
@@ -152,10 +152,10 @@ class FullForwards:
         targets."""
         for knockout in variant:
             assert isinstance(knockout, Knockout)
-            if (place := (knockout, rows.start)) not in self._in_rows:
+            if (at := (knockout, rows.start)) not in self._in_rows:
                 products = [(t[rows].contiguous(), s[rows]) for t, s in self._products_of(knockout)]
-                self._in_rows[place] = [(t, s, t.numpy().tobytes()) for t, s in products if reading(t, s).any()]
-            for targets, sources, key in self._in_rows[place]:
+                self._in_rows[at] = [(t, s, t.numpy().tobytes()) for t, s in products if reading(t, s).any()]
+            for targets, sources, key in self._in_rows[at]:
                 yield knockout, targets, sources, key
 
     def _products_of(self, knockout: Knockout) -> list[Product]:
@@ -176,7 +176,7 @@ class FullForwards:
 
 
 def _are_knockouts(variant: Sequence[Intervention]) -> bool:
-    return all(isinstance(one, Knockout) for one in variant)
+    return all(isinstance(intervention, Knockout) for intervention in variant)
 
 
 def _is_per_row(value: Any, mask: Tensor) -> bool:

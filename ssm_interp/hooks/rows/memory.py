@@ -42,10 +42,10 @@ def left_in_groups(root: Path) -> Iterator[int]:
         else:
             continue
         own = Path(group.lstrip("/"))
-        for place in (base / own, *(base / above for above in own.parents)):
+        for folder in (base / own, *(base / above for above in own.parents)):
             try:
-                most, now = (place / limit).read_text(), int((place / used).read_text())
-                statistics = dict(row.split(" ", 1) for row in (place / "memory.stat").read_text().splitlines())
+                most, now = (folder / limit).read_text(), int((folder / used).read_text())
+                statistics = dict(row.split(" ", 1) for row in (folder / "memory.stat").read_text().splitlines())
             except OSError:
                 continue  # outside of what a container sees, or without a limit
             if most.strip() != "max":

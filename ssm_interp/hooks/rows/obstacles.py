@@ -46,7 +46,7 @@ def obstacles(ssm: Attachment) -> Iterator[str]:
 
 def _others(ssm: Attachment) -> Iterator[str]:
     """What somebody else is doing with the model."""
-    if any(active_edits(place) for place in ssm.places()):
+    if any(active_edits(module) for module in ssm.modules_of()):
         yield "other edits are at work"
     for layer, points in ssm.layers.items():
         for point in points.points():

@@ -50,8 +50,8 @@ class Plan:
         wanted = set(range(self.variants) if variants is None else variants)
         live = {cell: bool(part.reading(cell).any()) for cell in {c for f in self.cells.values() for c in f.values()}}
         cells = {
-            place: {variant: cell for variant, cell in found.items() if variant in wanted and live[cell]}
-            for place, found in self.cells.items()
+            at: {variant: cell for variant, cell in by_variant.items() if variant in wanted and live[cell]}
+            for at, by_variant in self.cells.items()
         }
         return replace(part, cells=cells)
 
@@ -65,11 +65,11 @@ class Plan:
 
     def first_layer(self, variant: int) -> int | None:
         """The first layer in which a variant knocks something out; None: it never does."""
-        return min((layer for (_, layer), found in self.cells.items() if variant in found), default=None)
+        return min((layer for (_, layer), by_variant in self.cells.items() if variant in by_variant), default=None)
 
     def first_target(self, variant: int) -> int | None:
         """The first column, over all prompts, that a variant changes; None: it changes nothing."""
-        cells = {found[variant] for found in self.cells.values() if variant in found}
+        cells = {by_variant[variant] for by_variant in self.cells.values() if variant in by_variant}
         return min((int(self.reading(cell).any(0).nonzero()[0, 0]) for cell in cells), default=None)
 
 
@@ -104,15 +104,15 @@ def resolve(
                 for layer in streams[stream] if knockout.layers is None else as_list(knockout.layers):
                     if layer not in streams[stream]:
                         continue
-                    found = cells.setdefault((stream, layer), {})
-                    if number in found:
+                    by_variant = cells.setdefault((stream, layer), {})
+                    if number in by_variant:
                         raise InterventionError(
                             f"variant {number} has two knockouts at the {stream} of layer {layer}; give one knockout "
                             "that names all of its sources"
                         )
-                    found[number] = cell
+                    by_variant[number] = cell
     plan = Plan(table.masks, table.features, cells, len(variants))
-    named = {cell for found in cells.values() for cell in found.values() if plan.is_named(cell)}
+    named = {cell for by_variant in cells.values() for cell in by_variant.values() if plan.is_named(cell)}
     if refuse and named and not any(plan.reading(cell).any() for cell in named):
         first = next(knockout for knockouts in variants for knockout in knockouts)
         raise InterventionError(no_edge(naming(first), mask.shape[1]))

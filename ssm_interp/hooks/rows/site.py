@@ -99,11 +99,11 @@ class Rows:
 
     def cells(self, stream: str, layer: int) -> Iterator[tuple[int, Cell]]:
         """(block, what it knocks out) of the variants that have joined by this layer."""
-        found = self.plan.at(stream, layer)
+        by_variant = self.plan.at(stream, layer)
         assert self.members is not None
         for block, variant in enumerate(self.members[: self.blocks(layer) - 1], start=1):
-            if variant in found:
-                yield block, found[variant]
+            if variant in by_variant:
+                yield block, by_variant[variant]
 
     def removed_attention(self, layer: int, heads: int, queries: int, keys: int) -> Tensor | None:
         """The edges knocked out in the softmax attention of a layer, bool `[rows #h q k]`; None if there are none."""
@@ -229,8 +229,8 @@ class RowSite:
             state = torch.where(
                 rearrange(features, "h n -> h 1 n"), start.state - start.written[cell.sources], start.state
             )
-            found, targets = read_initial(_take(terms, chosen), state), self._targets(cell).to(y.device)
-            y[chosen] = found if targets.all() else torch.where(_each(targets, blocks), found, y[chosen])
+            from_state, targets = read_initial(_take(terms, chosen), state), self._targets(cell).to(y.device)
+            y[chosen] = from_state if targets.all() else torch.where(_each(targets, blocks), from_state, y[chosen])
         return y
 
     def _without_step_sources(self, y: Tensor, terms: Terms, cell: Cell, blocks: list[int], heads: slice) -> None:

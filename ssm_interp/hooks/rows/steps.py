@@ -95,7 +95,7 @@ class _Group:
         self.blocks = blocks_of(ssm.model)
         self.takes = inspect.signature(ssm.model.forward).parameters
         self.cache_name = cache_parameter(ssm.model.forward) or CACHES[0]
-        self.attends = any(stream == "attention" and found for (stream, _), found in plan.cells.items())
+        self.attends = any(stream == "attention" and by_variant for (stream, _), by_variant in plan.cells.items())
         asked = [points.asked for points in ssm.layers.values()]
         self.rows = Rows(plan, len(ids), ids.shape[1], start, asked)
 
@@ -211,15 +211,15 @@ class _Growing:
     def _repeated(self, layer: Any, blocks: int) -> Any:
         """A layer of the cache for every block of the prompts. Its recurrent state stays as it is, and is not updated;
         nor are the convolution's inputs where the step is one position, which all blocks share."""
-        found = copy.copy(layer)
+        repeated = copy.copy(layer)
         for name in ("keys", "values"):
             if isinstance(tensor := getattr(layer, name, None), Tensor) and tensor.numel():
-                setattr(found, name, _for_blocks(tensor, self.rows.prompts, blocks))
+                setattr(repeated, name, _for_blocks(tensor, self.rows.prompts, blocks))
         if hasattr(layer, "recurrent_states"):
             shared = 1 if self.rows.is_single else blocks
-            found.conv_states = _for_blocks(layer.conv_states, self.rows.prompts, shared)
-            found.update_recurrent_state = lambda state, *_args, **_kwargs: state
-        return found
+            repeated.conv_states = _for_blocks(layer.conv_states, self.rows.prompts, shared)
+            repeated.update_recurrent_state = lambda state, *_args, **_kwargs: state
+        return repeated
 
 
 def _for_blocks(value: Any, n: int, blocks: int) -> Any:

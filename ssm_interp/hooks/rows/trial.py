@@ -77,9 +77,9 @@ def depends_on_batch(ssm: Attachment) -> str | None:
     ids = _some_ids(ssm, 3, 4)
     together = ssm.model(input_ids=ids, use_cache=False).logits
     off = 0.0
-    for row, found in zip(ids, together, strict=True):
+    for row, logits in zip(ids, together, strict=True):
         alone = ssm.model(input_ids=row.expand_as(ids).contiguous(), use_cache=False).logits[0]
-        off = max(off, float((found - alone).float().abs().max()))
+        off = max(off, float((logits - alone).float().abs().max()))
     largest = float(together.float().abs().max())
     if off <= largest * (BATCH_ERROR + 2 * precision(ssm, together)):
         return None
@@ -108,8 +108,8 @@ def _rows_are_off(ssm: Attachment) -> str | None:
         for variants_here, rows, logits in each_length(
             ssm, ids, torch.ones_like(ids), plan, TRIAL_MEMORY, lambda: None
         ):
-            for variant, found in zip(variants_here, logits.float(), strict=True):
-                off = max(off, float((found - full[variant][rows]).abs().max()))
+            for variant, of_variant in zip(variants_here, logits.float(), strict=True):
+                off = max(off, float((of_variant - full[variant][rows]).abs().max()))
     except Exception as error:  # whatever its blocks raise when they get more rows than the model does
         if out_of_memory(error):
             raise

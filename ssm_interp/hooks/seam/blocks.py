@@ -29,12 +29,12 @@ def blocks_of(model: nn.Module) -> nn.ModuleList | None:
 
 def other_inputs(model: nn.Module) -> set[int]:
     """Ids of the modules that belong to a model inside this one that reads no token ids (a vision or audio tower)."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for part in model.modules():  # outer models come before those inside them
         if part is not model and isinstance(part, PreTrainedModel):
             inside = {id(module) for module in part.modules()}
-            found = found - inside if part.main_input_name.endswith(("input_ids", "inputs_embeds")) else found | inside
-    return found
+            ids = ids - inside if part.main_input_name.endswith(("input_ids", "inputs_embeds")) else ids | inside
+    return ids
 
 
 def repeated_blocks(model: nn.Module) -> tuple[int, int] | None:
@@ -57,8 +57,8 @@ def has_no_weights(model: nn.Module) -> bool:
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     """Layer -> its softmax attention, for modules that call transformers' attention-function registry."""
     blocks = blocks_of(model) or ()
-    found = {index: [part for part in block.modules() if is_attention(part)] for index, block in enumerate(blocks)}
-    return {index: parts[0] for index, parts in found.items() if parts}
+    by_block = {index: [part for part in block.modules() if is_attention(part)] for index, block in enumerate(blocks)}
+    return {index: parts[0] for index, parts in by_block.items() if parts}
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -90,7 +90,7 @@ def is_replaced(module: nn.Module) -> bool:
 def running_block() -> int | None:
     """The block that is running in this thread, inside `entering`."""
     entered, index = _running.get() or (None, None)
-    return index if any(entered is one for one in _entered) else None
+    return index if any(entered is opened for opened in _entered) else None
 
 
 @contextmanager

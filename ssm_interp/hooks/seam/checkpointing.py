@@ -45,11 +45,11 @@ def as_first_run(key: Hashable, edits: Edits, none: Edits) -> Edits:
     """
     if edits == none and not in_backward():
         return none
-    for owner, repeats in (found := list(_checkpoints())):
+    for owner, repeats in (checkpoints := list(_checkpoints())):
         if repeats:
             edits = getattr(owner, NAME, {}).get(key, none)
             break
-    for owner, repeats in found:
+    for owner, repeats in checkpoints:
         if not repeats and edits != none:
             owner.__dict__.setdefault(NAME, {})[key] = edits
     return edits

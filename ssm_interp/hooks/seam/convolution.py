@@ -93,8 +93,8 @@ class Convolution:
         """What the other taps carry, and the bias, in fp32 at least, `[b d t]`."""
         window = self.window(removed.shape[-1], rows)
         precise = torch.promote_types(window.dtype, torch.float32)
-        found = carry(window.to(precise), self.weight.to(precise), ~removed)
-        return found if self.bias is None else found + rearrange(self.bias, "d -> d 1")
+        kept = carry(window.to(precise), self.weight.to(precise), ~removed)
+        return kept if self.bias is None else kept + rearrange(self.bias, "d -> d 1")
 
     def window(self, length: int, rows: Tensor | None = None) -> Tensor:
         """The inputs that the last outputs read, `[b d (k-1)+length]`; of some rows, which may share cached ones."""
@@ -157,10 +157,10 @@ def _through_point(call: Convolution, forward: Forward) -> Convolution:
     before, inputs = call.inputs[..., : -forward.length], call.inputs[..., -forward.length :]
     version = None if inputs.is_inference() else inputs._version
     shown = rearrange(inputs, "b d t -> b t d")
-    found = through_point(forward.points.hook_conv, shown)
+    passed = through_point(forward.points.hook_conv, shown)
     in_place = forward.points.hook_conv.has_hooks() if version is None else inputs._version != version
-    changed = found is not shown or in_place
-    inputs = rearrange(found, "b t d -> b d t")
+    changed = passed is not shown or in_place
+    inputs = rearrange(passed, "b t d -> b d t")
     if changed and forward.cache is not None and call.cached is None:
         kept: Tensor = forward.cache.layers[forward.layer].conv_states[0]
         columns = min(kept.shape[-1], forward.length)

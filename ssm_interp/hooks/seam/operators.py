@@ -139,7 +139,7 @@ class SelectiveScan(Operator):
         return (y, _unset(repeat(x[:, 0], "b h 1 -> b h n", n=n), dtype)) if self._wants_state else y
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
-        found = self._host(
+        returned = self._host(
             rearrange(operands.x, "b t h 1 -> b h t"),
             rearrange(operands.dt, "b t h -> b h t"),
             operands.A,
@@ -148,7 +148,7 @@ class SelectiveScan(Operator):
             return_last_state=self._wants_state,
             **self._options,
         )
-        y, state = found if self._wants_state else (found, None)
+        y, state = returned if self._wants_state else (returned, None)
         return rearrange(y, "b h t -> b t h 1"), None if state is None else rearrange(state, "b h n -> b h 1 n")
 
     def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
@@ -263,7 +263,7 @@ class ChunkScan(Operator):
         return (y, _unset(repeat(x[:, 0], "b h p -> b h p n", n=n), dtype)) if self._wants_state else y
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor | None]:
-        found = self._host(
+        returned = self._host(
             operands.x,
             operands.dt,
             rearrange(operands.A, "h 1 -> h"),
@@ -273,7 +273,7 @@ class ChunkScan(Operator):
             return_final_states=self._wants_state,
             **self._options,
         )
-        return found if self._wants_state else (found, None)
+        return returned if self._wants_state else (returned, None)
 
     def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
         output = y
@@ -381,9 +381,9 @@ class Joined(Operator):
         sizes = {name: self._groups if name in "BC" else self._heads for name in HEADS}
         split = {name: torch.split(getattr(operands, name), sizes[name], axis) for name, axis in HEADS.items()}
         parts = [Operands(**dict(zip(HEADS, part, strict=True))) for part in zip(*split.values(), strict=True)]
-        found = [call.run(part) for call, part in zip(self._calls, parts, strict=True)]
-        states = [state for _, state in found if state is not None]
-        return _cat([y for y, _ in found], 2), torch.cat(states, 1) if states else None
+        results = [call.run(part) for call, part in zip(self._calls, parts, strict=True)]
+        states = [state for _, state in results if state is not None]
+        return _cat([y for y, _ in results], 2), torch.cat(states, 1) if states else None
 
     def finish(self, y: Tensor, state: Tensor | None, x: Tensor, z: Tensor | None) -> Any:
         ys, xs = torch.split(y, self._heads, 2), torch.split(x, self._heads, 2)
@@ -394,8 +394,8 @@ class Joined(Operator):
 
     def _give(self, results: Sequence[Any]) -> Any:
         for stood, result in zip(self._given, results, strict=False):
-            for place, value in zip(_tensors(stood), _tensors(result), strict=True):
-                place.copy_(value)
+            for kept, value in zip(_tensors(stood), _tensors(result), strict=True):
+                kept.copy_(value)
         return results[-1]
 
 
@@ -415,10 +415,10 @@ def _unset(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_full(like.shape, float("nan"), dtype=dtype)
 
 
-def _put(place: Tensor, state: Tensor | None) -> None:
+def _put(kept: Tensor, state: Tensor | None) -> None:
     """Copy an edited state to where the host keeps it (a no-op when the host has already changed it there)."""
-    if state is not None and state.data_ptr() != place.data_ptr():
-        place.copy_(state)
+    if state is not None and state.data_ptr() != kept.data_ptr():
+        kept.copy_(state)
 
 
 OPERATORS: dict[str, type[Operator]] = {

@@ -40,9 +40,9 @@ def options_of(model: nn.Module) -> tuple[str, ...] | None:
     if not takes_more:
         return names
     inside = [_names_of_class(type(part).forward)[0] for part in model.modules() if part is not model]
-    reading = [names, *(found for found in inside if "input_ids" in found), _of_decorators(model)]
-    found = tuple(dict.fromkeys(name for one in reading for name in one if name != "self"))
-    return found if "input_ids" in found else None
+    reading = [names, *(group for group in inside if "input_ids" in group), _of_decorators(model)]
+    options = tuple(dict.fromkeys(name for group in reading for name in group if name != "self"))
+    return options if "input_ids" in options else None
 
 
 def _of_decorators(model: nn.Module) -> list[str]:
@@ -70,19 +70,19 @@ def named_as(
     """
     if takes is None:
         return dict(given)
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for name, value in given.items():
         if name in takes:
-            found[name] = value
+            named[name] = value
         elif name in CACHES and (cached := _cache_in(takes)):
-            if cached in given or cached in found:
+            if cached in given or cached in named:
                 raise HookError(f"the cache is given twice, the second time as {name!r}; give it once")
-            found[cached] = value
+            named[cached] = value
         elif name not in OF_THE_TEXT:
             raise HookError(_unknown(model, name, takes, own))
         elif not _one_text(name, value):
             raise HookError(f"{type(model).__name__} takes no {name}, which here tell several texts of a row apart")
-    return found
+    return named
 
 
 def _one_text(name: str, value: Any) -> bool:

@@ -45,32 +45,32 @@ def has_record(cache: Any, layer: int) -> bool:
 
 def record_of(cache: Any, layer: int) -> Record | None:
     """The record of a cache layer; None if others filled it before."""
-    place = cache.layers[layer]
-    filled = place.has_previous_state[0]
+    cache_layer = cache.layers[layer]
+    filled = cache_layer.has_previous_state[0]
     if not filled:
-        _forget(place)
-        setattr(place, _NAME, Record())
-    return getattr(place, _NAME, None)
+        _forget(cache_layer)
+        setattr(cache_layer, _NAME, Record())
+    return getattr(cache_layer, _NAME, None)
 
 
-def _forget(place: Any) -> None:
+def _forget(cache_layer: Any) -> None:
     """Drop the states that were kept before a cache was reset."""
-    before: Record | None = getattr(place, _NAME, None)
+    before: Record | None = getattr(cache_layer, _NAME, None)
     for slot in before.slots.values() if before else ():
-        for entries in _entries(place):
+        for entries in _entries(cache_layer):
             del entries[slot]
-        place.number_of_states -= 1
+        cache_layer.number_of_states -= 1
 
 
-def _entries(place: Any) -> tuple[dict[int, Any], ...]:
+def _entries(cache_layer: Any) -> tuple[dict[int, Any], ...]:
     """Of each state of a cache layer: itself, that of its convolution, and what is known about the two."""
     return (
-        place.recurrent_states,
-        place.conv_states,
-        place.is_conv_states_initialized,
-        place.conv_kernel_size,
-        place.has_previous_state,
-        place.is_recurrent_states_initialized,
+        cache_layer.recurrent_states,
+        cache_layer.conv_states,
+        cache_layer.is_conv_states_initialized,
+        cache_layer.conv_kernel_size,
+        cache_layer.has_previous_state,
+        cache_layer.is_recurrent_states_initialized,
     )
 
 
@@ -85,12 +85,12 @@ def remembered(cache: Any, layer: int, key: Hashable) -> Tensor | None:
 
 def remember(cache: Any, layer: int, key: Hashable, state: Tensor, length: int) -> None:
     """Keep the state after a call of some length under a key."""
-    place = cache.layers[layer]
-    record: Record = getattr(place, _NAME)
+    cache_layer = cache.layers[layer]
+    record: Record = getattr(cache_layer, _NAME)
     if key not in record.slots:
-        slot = record.slots[key] = place.number_of_states
-        place.number_of_states += 1
-        for entries, value in zip(_entries(place), (state, None, False, None, True, True), strict=True):
+        slot = record.slots[key] = cache_layer.number_of_states
+        cache_layer.number_of_states += 1
+        for entries, value in zip(_entries(cache_layer), (state, None, False, None, True, True), strict=True):
             entries[slot] = value
-    place.recurrent_states[record.slots[key]] = state
+    cache_layer.recurrent_states[record.slots[key]] = state
     record.kept_at[key] = record.seen + length

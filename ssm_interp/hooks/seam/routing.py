@@ -213,9 +213,9 @@ def hook_mixer(mixer: Any, own_operator: bool) -> None:
 
 def class_without_hooks(mixer: HookedMixer) -> type[nn.Module]:
     """What a mixer is once its hook points are gone, see `on_base`."""
-    hooked = next(found for found in type(mixer).__mro__ if "host_class" in found.__dict__)
-    found: type[nn.Module] = on_base(type(mixer), hooked, mixer.host_class)
-    return found
+    hooked = next(kind for kind in type(mixer).__mro__ if "host_class" in kind.__dict__)
+    plain: type[nn.Module] = on_base(type(mixer), hooked, mixer.host_class)
+    return plain
 
 
 def restore_mixer(mixer: Any, without_hooks: type[nn.Module]) -> None:

@@ -115,8 +115,8 @@ def _routed(original: str) -> Callable[..., Any]:
         )
         removed = _removed(module, query, key)
         if removed is None:
-            found: tuple[Tensor, Any] = host(module, query, key, value, attention_mask, **options)
-            return found
+            attended: tuple[Tensor, Any] = host(module, query, key, value, attention_mask, **options)
+            return attended
         columns, edges = removed
         allowed = _allowed(attention_mask, query, key, columns) & ~edges.to(query.device)
         mask = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
@@ -157,16 +157,16 @@ def _removed(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Ten
     if (server := server_here()) is not None:
         edges = server.removed_attention(layer, heads, q, k)
         return None if edges is None else (torch.arange(q, device=query.device), edges)
-    found = []
+    products = []
     for edit in active_edits(module):
         knockout = edit.intervention
         if isinstance(knockout, Knockout) and knockout.acts_at(layer):
             prompt = _prompt(edit, module, layer, q, k)
             chosen = attention_heads(knockout.features, heads)
             columns = Columns(query.shape[0], prompt, prompt_mask(query.shape[0], prompt))
-            found += [(t[:, k - q :], s, chosen) for t, s in columns.edges_over(knockout, k)]
+            products += [(t[:, k - q :], s, chosen) for t, s in columns.edges_over(knockout, k)]
     _check_copy(module)
-    queries = torch.stack([targets.any(0) for targets, _, _ in found]).any(0).nonzero()[:, 0] if found else None
+    queries = torch.stack([targets.any(0) for targets, _, _ in products]).any(0).nonzero()[:, 0] if products else None
     if queries is None or not len(queries):
         return None
     if is_checkpointed():
@@ -175,7 +175,7 @@ def _removed(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Ten
             "the knockout; call it without torch.utils.checkpoint"
         )
     edges = torch.zeros(query.shape[0], 1, len(queries), k, dtype=torch.bool)
-    for targets, sources, chosen in found:
+    for targets, sources, chosen in products:
         edges = edges | (rearrange(as_matrix(targets[:, queries], sources), "b q k -> b 1 q k") & chosen)
     return queries.to(query.device), edges
 
@@ -194,15 +194,15 @@ def _check_copy(module: nn.Module) -> None:
 
 def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> int:
     """Positions of the prompt, which is the first call; a later one has q queries and all k keys so far."""
-    place = (id(module), layer)
-    if k == q or place not in edit.seen:
+    at = (id(module), layer)
+    if k == q or at not in edit.seen:
         check_columns(f"layer {layer}: Knockout", q)
         if (chunks := chunks_of_prompt()) > 1:
             raise InterventionError(
                 f"layer {layer}: Knockout names positions of the prompt, which `generate` reads in {chunks} chunks, so "
                 "that its end is not yet known; call generate without prefill_chunk_size"
             )
-    prompt, seen = (q, 0) if k == q else edit.seen.get(place, (0, 0))
+    prompt, seen = (q, 0) if k == q else edit.seen.get(at, (0, 0))
     if not prompt:
         raise InterventionError(
             f"layer {layer}: Knockout names positions of a prompt that this cache read without it; "
@@ -214,5 +214,5 @@ def _prompt(edit: ActiveEdit, module: nn.Module, layer: int, q: int, k: int) -> 
             "longer stand for positions; use a cache that grows and forgets nothing (DynamicCache), and one sequence "
             "at a time inside an `edit`"
         )
-    edit.seen[place] = prompt, k
+    edit.seen[at] = prompt, k
     return prompt

@@ -16,14 +16,14 @@ def through_point(point: HookPoint, tensor: Tensor) -> Tensor:
     watched = watches(point)
     for watch in watched:
         tensor = tensor if watch.give is None else watch.give(tensor)
-    found = point(tensor)
-    if not isinstance(found, Tensor) or found.shape != tensor.shape:
-        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    passed = point(tensor)
+    if not isinstance(passed, Tensor) or passed.shape != tensor.shape:
+        got = list(passed.shape) if isinstance(passed, Tensor) else type(passed).__name__
         raise HookError(f"a hook on hook_{point.name} returned {got}; it must return a tensor {list(tensor.shape)}")
-    found = found.to(tensor)  # itself, where no hook replaced it
+    passed = passed.to(tensor)  # itself, where no hook replaced it
     for watch in watched:
-        watch.read(found)
-    return found
+        watch.read(passed)
+    return passed
 
 
 def shift_at(point: HookPoint, compute: Callable[[], Tensor]) -> Tensor | None:
@@ -37,9 +37,9 @@ def shift_at(point: HookPoint, compute: Callable[[], Tensor]) -> Tensor | None:
     before = tensor.clone() if untracked else tensor
     version = None if untracked else tensor._version
     shown = tensor.view_as(tensor)
-    found = through_point(point, shown)
+    passed = through_point(point, shown)
     if not untracked and tensor._version != version:
         before = compute()
-    elif found is shown and not untracked and not found.requires_grad:
+    elif passed is shown and not untracked and not passed.requires_grad:
         return None
-    return found - before
+    return passed - before

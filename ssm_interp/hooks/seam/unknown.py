@@ -39,7 +39,7 @@ def unknown_mixers(model: nn.Module) -> Unknown:
     the place of a mixer or with a loop over positions, and layers that the config says mix tokens. Left alone are
     encoders, cross-attention, what else asks the registry without being causal, and towers that read no token ids.
     """
-    return _Search(model).found()
+    return _Search(model).unknown()
 
 
 def names_of(unknown: Unknown) -> str:
@@ -68,16 +68,16 @@ class _Search:
         self.inside_attention = {id(part) for module in attention for part in module.modules()}
         self.listed = {id(part) for module in model.modules() if isinstance(module, nn.ModuleList) for part in module}
 
-    def found(self) -> Unknown:
-        found: Unknown = {}
+    def unknown(self) -> Unknown:
+        unknown: Unknown = {}
         inside: set[int] = set()
         for name, module in self._candidates():
             if id(module) not in inside:
                 inside.update(id(part) for part in module.modules())
                 key = self._key(name, module)
-                found[key] = (*found.get(key, ()), module)
-        found |= {layer: (module,) for layer, module in self._in_place_of_mixers() if layer not in found}
-        return dict(sorted(found.items(), key=lambda item: item[0] if isinstance(item[0], int) else len(self.blocks)))
+                unknown[key] = (*unknown.get(key, ()), module)
+        unknown |= {layer: (module,) for layer, module in self._in_place_of_mixers() if layer not in unknown}
+        return dict(sorted(unknown.items(), key=lambda item: item[0] if isinstance(item[0], int) else len(self.blocks)))
 
     def _candidates(self) -> Iterator[tuple[str, nn.Module]]:
         """Outer modules come before those inside them."""
@@ -105,13 +105,13 @@ class _Search:
         """Blocks without anything covered, where the config says that they mix tokens, or where a class of unknown
         origin stands in the place in which other blocks have their mixer."""
         names = [[name for name, part in block.named_modules() if id(part) in self.covered] for block in self.blocks]
-        places = sorted({name for group in names for name in group})
+        paths = sorted({name for group in names for name in group})
         kinds = _layer_types(self.model, len(self.blocks))
         for layer, block in enumerate(self.blocks):
             if names[layer]:
                 continue
             parts = dict(block.named_modules())
-            instead = [parts[name] for name in places if name in parts] or [block]
+            instead = [parts[name] for name in paths if name in parts] or [block]
             foreign = [module for module in instead if _is_foreign(module)]
             if foreign or MIXING.search(kinds.get(layer, "")):
                 yield layer, (foreign or instead)[0]
@@ -144,7 +144,7 @@ def _scans(kind: type[nn.Module]) -> bool:
     own = [value for base in kind.__mro__ if base.__module__ == kind.__module__ for value in vars(base).values()]
     methods = [function for function in own if inspect.isfunction(function)]
     called = [method.__globals__.get(name) for method in methods for name in method.__code__.co_names]
-    helpers = [one for one in called if inspect.isfunction(one) and one.__module__ == kind.__module__]
+    helpers = [helper for helper in called if inspect.isfunction(helper) and helper.__module__ == kind.__module__]
     groups = [set(function.__code__.co_names) for function in (*methods, *helpers)]
     return any(names & OVER_POSITIONS or all(names & part for part in LOOP) for names in groups)
 

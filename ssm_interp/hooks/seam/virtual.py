@@ -19,7 +19,7 @@ WHAT_TO_DO = "call the model without them (PEFT: inside `with model.disable_adap
 
 def virtual_tokens(model: nn.Module) -> str | None:
     """What puts virtual tokens in front of the prompts of a model; None: nothing that it knows of."""
-    return next((found for part in model.modules() if (found := _learned(part))), None)
+    return next((reason for part in model.modules() if (reason := _learned(part))), None)
 
 
 def refuse_virtual_tokens(model: nn.Module, what: str, kind: type[HookError] = HookError) -> None:
@@ -28,8 +28,8 @@ def refuse_virtual_tokens(model: nn.Module, what: str, kind: type[HookError] = H
     Raises:
         HookError: it does.
     """
-    if found := virtual_tokens(model):
-        raise kind(f"{what}, but {found}, so that positions are not columns of input_ids; {WHAT_TO_DO}")
+    if reason := virtual_tokens(model):
+        raise kind(f"{what}, but {reason}, so that positions are not columns of input_ids; {WHAT_TO_DO}")
 
 
 def check_columns(what: str, length: int) -> None:
@@ -48,8 +48,8 @@ def check_columns(what: str, length: int) -> None:
         if frame.f_code.co_name in ("forward", "generate"):
             given = frame.f_locals
             caller = given.get("self")
-            if isinstance(caller, nn.Module) and (found := _learned(caller)):
-                raise _refusal(what, found)
+            if isinstance(caller, nn.Module) and (reason := _learned(caller)):
+                raise _refusal(what, reason)
             ids, embeddings = (_argument(given, name) for name in ("input_ids", "inputs_embeds"))
             if embedded and ids is not None and ids.shape[1] < length and _argument(given, "decoder_input_ids") is None:
                 expanded = f"{type(caller).__name__} makes {length} positions of {ids.shape[1]} input_ids"
@@ -59,9 +59,9 @@ def check_columns(what: str, length: int) -> None:
         raise _refusal(what, expanded)
 
 
-def _refusal(what: str, found: str) -> InterventionError:
+def _refusal(what: str, reason: str) -> InterventionError:
     return InterventionError(
-        f"{what} names positions, but {found}, so that positions are not columns of input_ids; {WHAT_TO_DO}"
+        f"{what} names positions, but {reason}, so that positions are not columns of input_ids; {WHAT_TO_DO}"
     )
 
 
@@ -80,5 +80,5 @@ def _learned(module: Any) -> str | None:
 def _argument(given: dict[str, Any], name: str) -> Tensor | None:
     """A tensor `[b t ...]` that a forward was called with, by name or in its keyword arguments."""
     keywords = given.get("kwargs")
-    found = given.get(name, keywords.get(name) if isinstance(keywords, dict) else None)
-    return found if isinstance(found, Tensor) and found.ndim >= 2 else None
+    value = given.get(name, keywords.get(name) if isinstance(keywords, dict) else None)
+    return value if isinstance(value, Tensor) and value.ndim >= 2 else None
