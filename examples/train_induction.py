@@ -107,7 +107,7 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts
     """Share of prompts (of one length) whose answer is the most likely letter."""
     rows = pad([tokenize(prompt, tokenizer) for prompt in prompts])
     best = model(rows.input_ids, use_cache=False).logits[:, -1].argmax(-1)
-    return (best == rows.target_ids).float().mean().item()
+    return (best == rows.answer_ids).float().mean().item()
 
 
 def train(

@@ -89,7 +89,7 @@ class Corpus:
         opener = rng.choice(self.templates["openers"])
         text = opener + body.replace("{}", fact.subject)
         text = text[0].upper() + text[1:]
-        return f"{text} {fact.target}.", len(text)
+        return f"{text} {fact.answer}.", len(text)
 
 
 def build_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
@@ -140,19 +140,19 @@ def learning_rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]) -> dict[str, float]:
-    """Share of prompts whose first target token is the most likely one, per relation and in all; one at a time in
+    """Share of prompts whose first answer token is the most likely one, per relation and in all; one at a time in
     batches of equal length, so that no padding is involved."""
     model.eval()
     lengths = defaultdict(list)
     for prompt in prompts:
         ids = tokenizer(prompt.text)["input_ids"]
-        lengths[len(ids)].append((ids, tokenizer(" " + prompt.target)["input_ids"][0], prompt.relation))
+        lengths[len(ids)].append((ids, tokenizer(" " + prompt.answer)["input_ids"][0], prompt.relation))
     hits = defaultdict(list)
     for rows in lengths.values():
         best = model(torch.tensor([ids for ids, _, _ in rows]), use_cache=False).logits[:, -1].argmax(-1)
-        for guess, (_, target, relation) in zip(best.tolist(), rows, strict=True):
-            hits[relation].append(guess == target)
-            hits["all"].append(guess == target)
+        for guess, (_, answer, relation) in zip(best.tolist(), rows, strict=True):
+            hits[relation].append(guess == answer)
+            hits["all"].append(guess == answer)
     model.train()
     return {name: sum(found) / len(found) for name, found in sorted(hits.items())}
 

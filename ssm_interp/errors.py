@@ -81,7 +81,7 @@ class NothingAnswered(FlowError):  # noqa: N818 - what happened, not a fault
 
     def __init__(self, asked: int, *, full_answer: bool = False) -> None:
         self.asked, self.full_answer = asked, full_answer
-        never = "tokens are never all of the target's" if full_answer else "token is never the target's first one"
+        never = "tokens are never all of the answer's" if full_answer else "token is never the answer's first one"
         super().__init__(
             f"the model answers none of the {asked} prompts correctly (its most likely next {never}), so there is "
             "nothing to knock out; is this the model's own tokenizer?"

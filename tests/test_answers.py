@@ -53,8 +53,8 @@ def scene() -> World:
     asked = [
         Prompt(p.text, p.subject, said(p.text, count), id=p.id) for p, count in zip(tiny.prompts, lengths, strict=True)
     ]
-    first, *_ = asked[2].target.split()
-    wrong = Prompt(asked[2].text, asked[2].subject, f"{first} {next(w for w in WORDS if w not in asked[2].target)}")
+    first, *_ = asked[2].answer.split()
+    wrong = Prompt(asked[2].text, asked[2].subject, f"{first} {next(w for w in WORDS if w not in asked[2].answer)}")
     return World(tiny.model, tiny.tokenizer, asked, [wrong])
 
 
@@ -64,7 +64,7 @@ def test_what_is_asked_of_an_answer_is_said() -> None:
         tokenize(Prompt(FRANCE, "France", word), tokenizer) for word in ("Prague", "Paris", "Europe")
     )
     assert prague.asked == '"·P" of "Prague"'
-    assert prague.answer_ids[0] == prague.target_id == paris.target_id
+    assert prague.answer_ids[0] == prague.answer_id == paris.answer_id
     assert tokenizer.decode(prague.answer_ids) == " Prague"
     assert len(france.answer_ids) == 1 and france.asked == "Europe"
     assert shared_first_tokens([prague, france, paris, paris]) == {" P": ["Prague", "Paris"]}
@@ -88,8 +88,8 @@ def test_a_sweep_shows_the_token_it_asks_for_and_warns_where_it_is_another_answe
     rows = found.frame.drop_duplicates("prompt_id")
     assert rows["unasked"].tolist() == [0, 1, 2, 0, 1, 1]
     for prompt, answer in zip(both, rows["answer"], strict=True):
-        first, *rest = prompt.target.split()
-        assert answer == (f'"·{first}" of "{prompt.target}"' if rest else first)
+        first, *rest = prompt.answer.split()
+        assert answer == (f'"·{first}" of "{prompt.answer}"' if rest else first)
     assert set(found.summary()["n_first"]) == {4}
     assert "6 prompts, 4 by first token" in found.plot().get_suptitle() + found.plot().axes[0].get_title()
 
@@ -122,7 +122,7 @@ def test_full_answers_are_the_product_over_their_tokens(scene: World, batch_size
                     p, hit = said(si.Knockout(sources=positions, targets=last, layers=window.layers))
                     cell = table.loc[(prompt.id or prompt.text, source, window.at)]
                     np.testing.assert_allclose([cell["p_base"], cell["p"]], [base, p], rtol=1e-6)
-                    assert (cell["hit"], cell["answer"], cell["unasked"]) == (hit, prompt.target, 0)
+                    assert (cell["hit"], cell["answer"], cell["unasked"]) == (hit, prompt.answer, 0)
     assert kept.runs[0].kept == 5 and kept.runs[0].full_answer
     assert kept.runs[0].engine == "full forwards: every token of the answer is scored"
     assert set(found.summary()["n_first"]) == {0}
@@ -135,20 +135,20 @@ def test_an_answer_of_one_token_is_the_same_either_way(scene: World) -> None:
         np.testing.assert_allclose(first["p"], full["p"], rtol=1e-6)
         one = token_map(ssm, scene.tokenizer, scene.prompts[1], window=2)
         whole = token_map(ssm, scene.tokenizer, scene.prompts[1], window=2, full_answer=True)
-    first_word = scene.prompts[1].target.split()[0]
-    assert one.caption.startswith(f'answer: "·{first_word}" of "{scene.prompts[1].target}", p = ')
-    assert whole.caption.startswith(f"answer: {scene.prompts[1].target}, p = ")
+    first_word = scene.prompts[1].answer.split()[0]
+    assert one.caption.startswith(f'answer: "·{first_word}" of "{scene.prompts[1].answer}", p = ')
+    assert whole.caption.startswith(f"answer: {scene.prompts[1].answer}, p = ")
     assert whole.p_base is not None and one.p_base is not None and whole.p_base < one.p_base
 
 
 def test_what_full_answers_cannot_go_with_is_refused(scene: World) -> None:
-    unknown = Prompt(scene.prompts[0].text, scene.prompts[0].subject, f"{scene.prompts[0].target} Zz")
+    unknown = Prompt(scene.prompts[0].text, scene.prompts[0].subject, f"{scene.prompts[0].answer} Zz")
     with si.attach(scene.model) as ssm:
         with pytest.raises(si.HookError, match="cannot be exact: every token of the answer is scored"):
             sweep(ssm, scene.tokenizer, scene.prompts, full_answer=True, by="rows")
         with pytest.raises(PromptError, match="in full: the tokenizer does not know ' Zz'"):
             sweep(ssm, scene.tokenizer, [unknown], full_answer=True)
-        with pytest.raises(NothingAnswered, match="tokens are never all of the target's"):
+        with pytest.raises(NothingAnswered, match="tokens are never all of the answer's"):
             sweep(ssm, scene.tokenizer, scene.wrong, full_answer=True)
 
 
@@ -188,7 +188,7 @@ def test_pictures_and_commands_show_the_token_that_is_asked(tmp_path: Path) -> N
     assert "&quot;\\u00b7P&quot; of &quot;Prague&quot;" in (tmp_path / "x.html").read_text()
     full = run("heatmap", ids[1], "--model", "tiny-mamba2", "--full-answer", "--out", tmp_path / "y.png")
     assert full.stdout.endswith("; asked: Prague\n") and full.stderr == ""
-    edges = run("edges", FRANCE, "--target", "Prague", "--other", "Rome", "--out", tmp_path / "e.png")
+    edges = run("edges", FRANCE, "--answer", "Prague", "--other", "Rome", "--out", tmp_path / "e.png")
     assert 'logit("·P" of "Prague") - logit("·R" of "Rome") = ' in edges.stdout
 
 

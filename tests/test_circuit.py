@@ -137,7 +137,7 @@ def test_single_positions_as_roles(name: str) -> None:
             torch.tensor([row.ids]),
             roles=range(9),
             tolerance=0.5,
-            metric=lambda logits: logits.softmax(1)[:, row.target_id],
+            metric=lambda logits: logits.softmax(1)[:, row.answer_id],
         )
     (answer,) = row.roles["subject"]
     assert (str(answer), "8") in {edge_of(group)[::-1] for group in circuit.groups}
@@ -155,7 +155,7 @@ def test_groups_of_features() -> None:
     assert {layer_of(group) for group in (*circuit.groups, *circuit.removed)} == {0}
     with torch.no_grad(), ssm.edit(si.Knockout(layers=0)):
         logits = ssm.model(batch.input_ids, use_cache=False).logits[:, -1].double().log_softmax(1)
-    assert circuit.empty == pytest.approx(float(logits.gather(1, batch.target_ids[:, None]).mean()), rel=1e-4)
+    assert circuit.empty == pytest.approx(float(logits.gather(1, batch.answer_ids[:, None]).mean()), rel=1e-4)
 
 
 def test_edits_at_work_are_part_of_the_clean_run() -> None:

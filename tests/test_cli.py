@@ -73,20 +73,20 @@ def test_flow_writes_pictures_every_number_and_what_was_dropped(
     assert dropped["prompt_id"].tolist() == [prompt.id for prompt in scene.wrong]
     said = [answer(scene.model, scene.tokenizer, prompt.text) for prompt in scene.wrong]
     assert dropped["answered"].tolist() == said
-    assert dropped["answer"].tolist() == [prompt.target for prompt in scene.wrong]
-    assert f"2 otherwise, which are left out: wrong p0 ({said[0]} instead of {scene.wrong[0].target})" in result.stdout
+    assert dropped["answer"].tolist() == [prompt.answer for prompt in scene.wrong]
+    assert f"2 otherwise, which are left out: wrong p0 ({said[0]} instead of {scene.wrong[0].answer})" in result.stdout
 
 
 def test_what_is_answered_instead_of_a_full_answer(scene: World, model: str, tmp_path: Path) -> None:
     right = scene.prompts[0]
-    second = answer(scene.model, scene.tokenizer, f"{right.text} {right.target}")
+    second = answer(scene.model, scene.tokenizer, f"{right.text} {right.answer}")
     wrong = next(word for word in ("ban", "bas", "bat") if word != second)
-    asked = si.Prompt(right.text, right.subject, f"{right.target} {wrong}", id="half right")
+    asked = si.Prompt(right.text, right.subject, f"{right.answer} {wrong}", id="half right")
     save_prompts([right, asked], tmp_path / "p.jsonl")
     words = ["--source", "subject", "--window", 4, "--full-answer", "--out", tmp_path]
     result = run("flow", "--model", model, "--prompts", tmp_path / "p.jsonl", *words)
     assert result.exit_code == 0, result.output
-    assert pd.read_csv(tmp_path / "dropped.csv")["answered"].tolist() == [f"{right.target}·{second}"]
+    assert pd.read_csv(tmp_path / "dropped.csv")["answered"].tolist() == [f"{right.answer}·{second}"]
 
 
 def test_flow_takes_several_models_roles_and_a_seeded_draw(model: str, prompts: str, tmp_path: Path) -> None:
@@ -291,12 +291,12 @@ def test_flow_refuses_bad_options(
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
-        ('{"text": "ban kit", "subject": "kit", "target": "Paris"}', "the tokenizer does not know it"),
-        ('{"text": "ban dus", "subject": "dus", "target": "lox"}', "these occur more than once: ban dus"),
+        ('{"text": "ban kit", "subject": "kit", "answer": "Paris"}', "the tokenizer does not know it"),
+        ('{"text": "ban dus", "subject": "dus", "answer": "lox"}', "these occur more than once: ban dus"),
     ],
 )
 def test_flow_refuses_bad_prompts(model: str, tmp_path: Path, line: str, message: str) -> None:
-    good = json.dumps({"text": "ban dus", "subject": "dus", "target": "lox"})
+    good = json.dumps({"text": "ban dus", "subject": "dus", "answer": "lox"})
     (tmp_path / "p.jsonl").write_text(f"{good}\n{line}\n")
     refused(run("flow", "--model", model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path), message)
 
@@ -344,10 +344,10 @@ def test_attention_refuses(model: str, tmp_path: Path, words: list[object], mess
 def test_heatmap_draws_a_panel_for_each_prompt(model: str, prompts: str, scene: World, tmp_path: Path) -> None:
     """By id, as a text with its answer, or as the facts have them."""
     own = scene.prompts[1]
-    words = ["heatmap", "p0", own.text, "--target", own.target, "--subject", own.subject, "--model", model]
+    words = ["heatmap", "p0", own.text, "--answer", own.answer, "--subject", own.subject, "--model", model]
     picture = run(*words, "--facts", prompts, "--window", 2, "--out", tmp_path / "new" / "map")
     assert picture.exit_code == 0, picture.output
-    asked = f"asked: {scene.prompts[0].target}, {own.target}"
+    asked = f"asked: {scene.prompts[0].answer}, {own.answer}"
     assert picture.stdout == f"wrote {tmp_path / 'new' / 'map.png'}: 2 heat maps, token -> last; {asked}\n"
     assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
     drawn = ["heatmap", "--model", model, "--facts", prompts, "--limit", 1, "--seed", 2, "--colour-limit", 0.3]
@@ -359,10 +359,10 @@ def test_heatmap_draws_a_panel_for_each_prompt(model: str, prompts: str, scene: 
 
 BAD_HEATMAPS = {
     "there is no prompt 'p77' among these 8": ["p77"],
-    "For a text of your own, give its answer too: --target Paris": ["ban dus"],
-    "p0 is the id of a prompt, which has its own answer and subject; leave --target": ["p0", "--target", "ban"],
-    "there are 2 texts and 1 of --target; give one for each text": ["ban dus", "dus ban", "--target", "ban"],
-    "--target and --subject are of a text of your own, and there is none; give one": ["--target", "ban"],
+    "For a text of your own, give its answer too: --answer Paris": ["ban dus"],
+    "p0 is the id of a prompt, which has its own answer and subject; leave --answer": ["p0", "--answer", "ban"],
+    "there are 2 texts and 1 of --answer; give one for each text": ["ban dus", "dus ban", "--answer", "ban"],
+    "--answer and --subject are of a text of your own, and there is none; give one": ["--answer", "ban"],
     "--reader: there is no role 'lst': did you mean 'last'?": ["p0", "--reader", "lst"],
     "a window of 9 layers does not fit: this model has 4 of them; give 1 to 4": ["p0", "--window", 9],
     "Mamba2ForCausalLM has no attention layers to knock out": ["p0", "--through", "attention"],

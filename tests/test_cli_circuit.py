@@ -46,7 +46,7 @@ def test_facts_with_the_roles_around_the_subject(tmp_path: Path) -> None:
 
 
 def test_a_text_that_lacks_a_role_has_one_less(tmp_path: Path) -> None:
-    text = ["The capital of France is", "--target", "Paris", "--subject", "France"]
+    text = ["The capital of France is", "--answer", "Paris", "--subject", "France"]
     result = run("circuit", *text, "--layer", 4, "--out", tmp_path / "c.html")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("none of these prompts has a token that is after, so these are no roles here\n")
@@ -60,7 +60,7 @@ def test_every_option_reaches_the_search(tmp_path: Path) -> None:
     refused(induction("--limit", 4, *options), "'context' and 'relation_minus_last' overlap")
     options = options[:-8] + [word for place in range(9) for word in ("--role", place)]
     options += ["--features", "top half", "--features", "bottom half", "--through", "ssm", "--layer", 1]
-    text = {"text": "a b c d e f g h b", "subject": "c", "target": "c"}
+    text = {"text": "a b c d e f g h b", "subject": "c", "answer": "c"}
     pd.DataFrame([text]).to_csv(tmp_path / "one.csv", index=False)
     words = ["--facts", tmp_path / "one.csv", *options, "--out", tmp_path / "c.parquet"]
     result = induction(*words)

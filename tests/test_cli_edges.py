@@ -25,9 +25,9 @@ def test_edges_of_a_fact_beside_exact_knockouts(tmp_path: Path) -> None:
     row = tokenize(prompt, tokenizer)
     batch = pad([row])
     logits = model(**{"input_ids": batch.input_ids}).logits[0, -1]
-    other = next(token for token in logits.topk(2).indices.tolist() if token != row.target_id)
+    other = next(token for token in logits.topk(2).indices.tolist() if token != row.answer_id)
     with si.attach(model) as ssm:
-        metric = logit_difference(row.target_id, other)
+        metric = logit_difference(row.answer_id, other)
         found = edge_attribution(ssm, batch, metric)
         checked = check_edges(ssm, batch, metric, found, top=4, random=4)
     table = pd.read_parquet(tmp_path / "new" / "e.parquet")
@@ -46,7 +46,7 @@ def test_edges_of_a_fact_beside_exact_knockouts(tmp_path: Path) -> None:
 
 def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
     options = ["--model", "tiny-mamba1", "--steps", 2, "--top", 3, "--out", tmp_path / "e.csv"]
-    result = run("edges", TEXT, "--target", "Paris", "--other", "Rome", *options)
+    result = run("edges", TEXT, "--answer", "Paris", "--other", "Rome", *options)
     assert result.exit_code == 0, result.output
     assert 'logit("·P" of "Paris") - logit("·R" of "Rome") = ' in result.stdout
     assert "without any of them" in result.stdout
@@ -57,7 +57,7 @@ def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
     assert "exact" not in frame
     (tmp_path / "facts").mkdir()
     facts = tmp_path / "facts" / "one.jsonl"
-    facts.write_text(json.dumps({"text": TEXT, "subject": "France", "target": "Paris"}))
+    facts.write_text(json.dumps({"text": TEXT, "subject": "France", "answer": "Paris"}))
     result = run("edges", "--facts", facts, "--metric", "log_probability", "--out", tmp_path / "p.html")
     assert result.exit_code == 0, result.output
     assert 'ln p("·P" of "Paris") = ' in result.stdout
@@ -65,7 +65,7 @@ def test_edges_of_a_text_into_a_csv(tmp_path: Path) -> None:
 
 
 def test_it_says_what_the_model_answers_instead(tmp_path: Path) -> None:
-    asked = ("edges", TEXT, "--model", "tiny-mamba1", "--out", tmp_path / "e.png", "--target")
+    asked = ("edges", TEXT, "--model", "tiny-mamba1", "--out", tmp_path / "e.png", "--answer")
     wrong, right = run(*asked, "London"), run(*asked, "Paris")
     asked_for = '"·L" of "London"'
     said = f"tiny-mamba1 answers ·P, not {asked_for}; what follows is about {asked_for} all the same"
@@ -77,30 +77,30 @@ def test_it_says_what_the_model_answers_instead(tmp_path: Path) -> None:
 
 
 def test_in_float64(tmp_path: Path) -> None:
-    wide = run("edges", TEXT, "--target", "Paris", "--dtype", "float64", "--out", tmp_path / "wide.png")
+    wide = run("edges", TEXT, "--answer", "Paris", "--dtype", "float64", "--out", tmp_path / "wide.png")
     assert wide.exit_code == 0, wide.output
     values = pd.read_parquet(tmp_path / "wide.parquet")["attribution"]
     assert (values != values.astype("float32")).any()
 
 
 BAD = {
-    "there is no device 'gpu'": [TEXT, "--target", "Paris", "--device", "gpu"],
-    "For a text of your own, give its answer too: --target Paris": [TEXT],
-    "the suffix is one of .png, .svg, .pdf, .html, .parquet, .csv": [TEXT, "--target", "Paris", "--out", "edges.txt"],
-    "is a folder; name a picture": [TEXT, "--target", "Paris", "--out", "."],
+    "there is no device 'gpu'": [TEXT, "--answer", "Paris", "--device", "gpu"],
+    "For a text of your own, give its answer too: --answer Paris": [TEXT],
+    "the suffix is one of .png, .svg, .pdf, .html, .parquet, .csv": [TEXT, "--answer", "Paris", "--out", "edges.txt"],
+    "is a folder; name a picture": [TEXT, "--answer", "Paris", "--out", "."],
     "--other: it is for --metric logit_difference; the log-probability has no wrong answer": [
         TEXT,
-        "--target",
+        "--answer",
         "Paris",
         "--other",
         "Rome",
         "--metric",
         "log_probability",
     ],
-    "has no SSM layers": [TEXT, "--target", "Paris", "--model", "tiny-llama"],
-    "--check: it should be greater than or equal to 0": [TEXT, "--target", "Paris", "--check", "-1"],
-    "--target: it should have at least 1 character": [TEXT, "--target", ""],
-    "--full-answer: its number is that of the answer's first token": [TEXT, "--target", "Paris", "--full-answer"],
+    "has no SSM layers": [TEXT, "--answer", "Paris", "--model", "tiny-llama"],
+    "--check: it should be greater than or equal to 0": [TEXT, "--answer", "Paris", "--check", "-1"],
+    "--answer: it should have at least 1 character": [TEXT, "--answer", ""],
+    "--full-answer: its number is that of the answer's first token": [TEXT, "--answer", "Paris", "--full-answer"],
     "geo holds 2571 prompts, and one is asked; name it by its id": [],
 }
 
@@ -111,6 +111,6 @@ def test_bad_input_is_one_line(message: str) -> None:
 
 
 def test_another_answer_must_begin_otherwise(tmp_path: Path) -> None:
-    asked = ("edges", "The capital of France is", "--target", "Paris", "--out", tmp_path / "x.png", "--other")
+    asked = ("edges", "The capital of France is", "--answer", "Paris", "--out", tmp_path / "x.png", "--other")
     refused(run(*asked, "Prague"), "begins with the same token as the answer 'Paris'")
-    refused(run("edges", "capital/France/0", "--target", "Rome"), "is the id of a prompt, which has its own answer")
+    refused(run("edges", "capital/France/0", "--answer", "Rome"), "is the id of a prompt, which has its own answer")

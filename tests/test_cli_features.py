@@ -75,7 +75,7 @@ def test_the_embedded_mambas_by_default(tmp_path: Path) -> None:
 
 
 def test_the_answers_need_not_be_known_to_the_tokenizer(folder: Path, tmp_path: Path) -> None:
-    good = '{"text": "ban dus", "subject": "dus", "target": "Paris"}'
+    good = '{"text": "ban dus", "subject": "dus", "answer": "Paris"}'
     (tmp_path / "facts.jsonl").write_text(f"{good}\n{good.replace('dus', 'kit', 1)}\n")
     shared = ["--model", folder / "tiny", "--facts", tmp_path / "facts.jsonl", "--out", tmp_path / "out"]
     done = run(*shared, "--skip-bad", "--statistic", "mean dt")

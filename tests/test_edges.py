@@ -20,7 +20,7 @@ from ssm_interp.prompts import pad, tokenize
 
 LENGTH = 7
 ATTENDING = ("bamba", "falcon_h1", "nemotron_h")  # in fp32 whatever the dtype: rotary positions, and experts' routers
-METRIC = logit_difference(target=[3, 8], other=5)
+METRIC = logit_difference(answer=[3, 8], other=5)
 
 
 def double(name: str) -> si.Attachment:
@@ -231,7 +231,7 @@ def test_single_edges_of_the_embedded_models_rank_as_they_should(name: str) -> N
     row = tokenize(si.load_prompts()[2000], tokenizer)
     batch = pad([row])
     other = int(model(input_ids=batch.input_ids).logits[0, -1].topk(2).indices[1])
-    metric = logit_difference(row.target_id, other)
+    metric = logit_difference(row.answer_id, other)
     with si.attach(model) as ssm:
         found = edge_attribution(ssm, batch, metric)
         checked = check_edges(ssm, batch, metric, found, top=10**6)
@@ -284,7 +284,7 @@ BAD_METRICS = {
     "returned torch.int64": lambda logits: logits.argmax(-1),
     r"given the logits \[b v\] = \[2, 64\]": lambda logits: logits.sum(),
     "positions='all'": lambda logits: logits[:, -1, 3],
-    "target names 3 tokens, but there are 2 rows": log_probability([1, 2, 3]),
+    "answer names 3 tokens, but there are 2 rows": log_probability([1, 2, 3]),
     "other names the token 64, but the vocabulary has 64": logit_difference(1, 64),
 }
 
@@ -301,7 +301,7 @@ def test_metrics_of_tokens() -> None:
     assert torch.allclose(log_probability([4, 1])(logits), logits.log_softmax(1)[[0, 1], [4, 1]])
     assert torch.equal(logit_difference(4, [0, 2])(logits), logits[[0, 1], [4, 4]] - logits[[0, 1], [0, 2]])
     for bad in (1.5, "Paris", [], -1, None):
-        with pytest.raises(MetricError, match="target must be a token id, or one for each row"):
+        with pytest.raises(MetricError, match="answer must be a token id, or one for each row"):
             log_probability(bad)
     with pytest.raises(MetricError, match=r"last token, \[b v\], got \[1, 2, 9\]"):
         log_probability(1)(logits[None])

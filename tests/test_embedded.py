@@ -45,8 +45,8 @@ def test_at_least_nine_in_ten_answers_are_right(name: str) -> None:
         for rows in by_length.values():
             best = model(input_ids=torch.tensor([row.ids for row in rows])).logits[:, -1].argmax(-1)
             for row, guess in zip(rows, best.tolist(), strict=True):
-                right[row.prompt.relation].append(guess == row.target_id)
-                right["all"].append(guess == row.target_id)
+                right[row.prompt.relation].append(guess == row.answer_id)
+                right["all"].append(guess == row.answer_id)
     shares = {relation: sum(found) / len(found) for relation, found in right.items()}
     assert len(right["all"]) == len(asked) and right.keys() == {"all", *(prompt.relation for prompt in asked)}
     assert shares["all"] >= 0.9, shares
@@ -71,7 +71,7 @@ def test_the_induction_models_look_the_answer_up(name: str, length: int) -> None
     batch = pad([tokenize(prompt, tokenizer) for prompt in induction_prompts(300, length=length, seed=2)])
     with torch.no_grad():
         best = model(input_ids=batch.input_ids, use_cache=False).logits[:, -1].argmax(-1)
-    assert (best == batch.target_ids).float().mean() >= 0.99
+    assert (best == batch.answer_ids).float().mean() >= 0.99
 
 
 def test_they_fit_into_six_megabytes() -> None:

@@ -15,8 +15,8 @@ from ssm_interp.prompts import Prompt, PromptError, counterfact, hub_row, load_p
 from ssm_interp.prompts import facts_file as reading
 
 ROWS = [
-    {"text": "The capital of France is", "subject": "France", "target": "Paris", "relation": "capital", "id": "a"},
-    {"text": "“Ça”, said\u2028Zoë,\nis", "subject": "Zoë", "target": "French, maybe", "relation": "", "id": "b"},
+    {"text": "The capital of France is", "subject": "France", "answer": "Paris", "relation": "capital", "id": "a"},
+    {"text": "“Ça”, said\u2028Zoë,\nis", "subject": "Zoë", "answer": "French, maybe", "relation": "", "id": "b"},
 ]
 PROMPTS = [Prompt(**row) for row in ROWS]
 TRACED = [
@@ -77,13 +77,13 @@ def test_every_format_gives_the_same_prompts(write: Writer, tmp_path: Path) -> N
 @pytest.mark.parametrize("write", WRITERS)
 def test_columns_are_mapped_and_others_ignored(write: Writer, tmp_path: Path) -> None:
     rows = [
-        {"question": row["text"], "subject": row["subject"], "answer": row["target"], "n": i}
+        {"question": row["text"], "subject": row["subject"], "label": row["answer"], "n": i}
         for i, row in enumerate(ROWS)
     ]
-    columns = {"text": "question", "target": "answer", "id": "n"}
+    columns = {"text": "question", "answer": "label", "id": "n"}
     found = load_prompts(write(rows, tmp_path), columns=columns)
-    assert [(p.text, p.subject, p.target, p.relation, p.id) for p in found] == [
-        (row["text"], row["subject"], row["target"], "", str(i)) for i, row in enumerate(ROWS)
+    assert [(p.text, p.subject, p.answer, p.relation, p.id) for p in found] == [
+        (row["text"], row["subject"], row["answer"], "", str(i)) for i, row in enumerate(ROWS)
     ]
 
 
@@ -137,7 +137,7 @@ def test_names_of_data_sets(name: str, asked: tuple[str, str], monkeypatch: pyte
         return [reading._Row("row 1", dict(TRACED[0]))]
 
     monkeypatch.setattr(reading, "_dataset_rows", read)
-    assert load_prompts(name)[0].target == "French"
+    assert load_prompts(name)[0].answer == "French"
     assert seen == [asked]
 
 
@@ -173,11 +173,12 @@ def test_rows_that_are_no_prompt_are_named_or_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("f.csv", "text,subject\na b,b\n", r"f.csv, line 2: .* There is no target; there are \['subject', 'text'\]"),
-        ("f.csv", "text,subject,target\na b,b\n", r"line 2: \['target'\] must be text"),
-        ("f.csv", "text,subject,target\na b,b,c,d\n", "line 2: more cells than the 3 columns of the header"),
-        ("f.csv", 'text,subject,target\n"a b,b,c\n', "not CSV"),
-        ("f.csv", "text,subject,target,note\na b,b,c,d\n", r"unknown keys \['note'\]; .* say which to read"),
+        ("f.csv", "text,subject\na b,b\n", r"f.csv, line 2: .* There is no answer; there are \['subject', 'text'\]"),
+        ("f.csv", "text,subject,answer\na b,b\n", r"line 2: \['answer'\] must be text"),
+        ("f.csv", "text,subject,answer\na b,b,c,d\n", "line 2: more cells than the 3 columns of the header"),
+        ("f.csv", 'text,subject,answer\n"a b,b,c\n', "not CSV"),
+        ("f.csv", "text,subject,answer,note\na b,b,c,d\n", r"unknown keys \['note'\]; .* say which to read"),
+        ("f.csv", "text,subject,target\na b,b,c\n", "0.1 called the answer target: .* map it, answer=target"),
         ("f.csv", "", "f.csv' holds no prompt"),
         ("f.parquet", "text", "f.parquet' is not a Parquet file"),
     ],
@@ -189,11 +190,11 @@ def test_tables_that_cannot_be_read(tmp_path: Path, name: str, content: str, mes
 
 
 def test_a_missing_value_is_named(tmp_path: Path) -> None:
-    path = as_parquet([ROWS[0], {**ROWS[1], "target": None}], tmp_path)
-    with pytest.raises(PromptError, match=r"row 2: \['target'\] must be text"):
+    path = as_parquet([ROWS[0], {**ROWS[1], "answer": None}], tmp_path)
+    with pytest.raises(PromptError, match=r"row 2: \['answer'\] must be text"):
         load_prompts(path)
     path = as_jsonl([{**TRACED[0], "target_true": None}], tmp_path)
-    with pytest.raises(PromptError, match=r"line 1: \['target'\] must be text"):
+    with pytest.raises(PromptError, match=r"line 1: \['answer'\] must be text"):
         load_prompts(path)
 
 
@@ -201,6 +202,8 @@ def test_mappings_that_do_not_fit(tmp_path: Path) -> None:
     path = as_csv(ROWS, tmp_path)
     with pytest.raises(PromptError, match="a prompt has no field 'txt' .* did you mean 'text'?"):
         load_prompts(path, columns={"txt": "text"})
+    with pytest.raises(PromptError, match="a prompt has no field 'target' .* did you mean 'answer'?"):
+        load_prompts(path, columns={"target": "text"})
     with pytest.raises(PromptError, match="There is no 'question' for text; there are"):
         load_prompts(path, columns={"text": "question"})
     with pytest.raises(PromptError, match="There is no 'kind' for relation"):
@@ -208,3 +211,8 @@ def test_mappings_that_do_not_fit(tmp_path: Path) -> None:
     for missing in ("missing.csv", "data/missing.parquet", "no such", "/no/such"):
         with pytest.raises(PromptError, match=f"there is no prompt file '{missing}'"):
             load_prompts(missing)
+
+
+def test_the_answer_of_files_of_0_1_is_mapped(tmp_path: Path) -> None:
+    rows = [{"target" if name == "answer" else name: cell for name, cell in row.items()} for row in ROWS]
+    assert load_prompts(as_csv(rows, tmp_path), columns={"answer": "target"}) == PROMPTS

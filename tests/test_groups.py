@@ -110,7 +110,7 @@ def test_sets_of_a_users_own_act_in_knockouts_and_sweeps() -> None:
         found = sweep(ssm, tiny.tokenizer, tiny.prompts, windows=2, features={"mine": groups["mine"]}).frame
         heads = [si.Knockout(sources=[0], targets=-1, layers=layer, features=[1, 3]) for layer in (0, 1)]
         ids = tiny.tokenizer(tiny.prompts[0].text, return_tensors="pt")
-        target = tiny.tokenizer(tiny.prompts[0].target)["input_ids"][0]
+        target = tiny.tokenizer(tiny.prompts[0].answer)["input_ids"][0]
         p = float(edited(ssm, {"input_ids": ids["input_ids"]}, *heads)[0, -1].softmax(-1)[target])
         rows = found[(found["prompt_id"] == "p0") & (found["source"] == "first") & (found["layer"] == 0)]
         assert rows["p"].item() == pytest.approx(p, rel=1e-5) != rows["p_base"].item()

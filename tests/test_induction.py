@@ -16,9 +16,9 @@ def test_the_answer_follows_the_only_earlier_trigger() -> None:
         place = symbols.index(symbols[-1])
         assert len(symbols) == 12
         assert symbols.count(symbols[-1]) == 2
-        assert symbols[place + 1] == prompt.target == prompt.subject
+        assert symbols[place + 1] == prompt.answer == prompt.subject
         assert 1 <= place <= 12 - 6
-    assert len({prompt.target for prompt in prompts}) > 20
+    assert len({prompt.answer for prompt in prompts}) > 20
     assert len({prompt.id for prompt in prompts}) == 200
 
 
@@ -32,7 +32,7 @@ def test_roles_share_out_every_position_beside_padding() -> None:
         assert [c for found in roles.values() for c in found[row]] == mask.nonzero()[:, 0].tolist()
         (trigger,), (answer,), (query,) = (roles[name][row] for name in ("trigger", "answer", "query"))
         assert ids[trigger] == ids[query] and answer == trigger + 1
-        assert ids[answer] == batch.target_ids[row]
+        assert ids[answer] == batch.answer_ids[row]
 
 
 def test_what_is_no_induction_is_refused() -> None:

@@ -65,8 +65,8 @@ def test_a_model_is_called_with_a_batch_of_prompts_as_with_a_mapping() -> None:
     assert torch.equal(tiny.model(**batch).logits, known)
     assert torch.equal(tiny.model(**batch.to("cpu"), use_cache=False).logits, known)
     assert list(batch) == ["input_ids", "attention_mask"]
-    with pytest.raises(KeyError, match="holds input_ids and attention_mask for a model, not 'target_ids'"):
-        batch["target_ids"]
+    with pytest.raises(KeyError, match="holds input_ids and attention_mask for a model, not 'answer_ids'"):
+        batch["answer_ids"]
 
 
 IDS = inputs(2, 6)["input_ids"]
@@ -278,7 +278,7 @@ def test_what_is_no_integer_is_not_rounded(value: Any) -> None:
             lambda: edge_attribution(ssm, IDS, METRIC, steps=value),
             lambda: logit_attribution(ssm, IDS, value),
         ):
-            with pytest.raises(si.SsmInterpError, match="steps must be a whole number|target must be a token id"):
+            with pytest.raises(si.SsmInterpError, match="steps must be a whole number|answer must be a token id"):
                 call()
 
 

@@ -75,12 +75,12 @@ def test_a_circuit_and_a_check_say_so_too(scene: World) -> None:
     batch = pad([tokenize(prompt, scene.tokenizer) for prompt in scene.prompts])
     columns = {"all": batch.positions("all")}
     with si.attach(scene.model, own_operator=True) as ssm:
-        found = edge_attribution(ssm, batch, log_probability(batch.target_ids))
+        found = edge_attribution(ssm, batch, log_probability(batch.answer_ids))
         with ssm.layers[1].hook_y.add_hook(lambda y, hook: None):
             with pytest.warns(HookedWarning, match="the circuit search runs"):
                 find_circuit(ssm, batch, roles=columns, tolerance=1e9, layers=[0])
             with pytest.warns(HookedWarning, match="the check runs"):
-                check_edges(ssm, batch, log_probability(batch.target_ids), found, top=1, random=0)
+                check_edges(ssm, batch, log_probability(batch.answer_ids), found, top=1, random=0)
 
 
 def test_of_many_points_some_are_named(scene: World) -> None:

@@ -152,12 +152,12 @@ def test_bad_input_is_refused() -> None:
     prompt = inputs()
     with si.attach(build("mamba2")) as ssm, as_users_run_it():
         for arguments, message in [
-            (([5, 6, 7],), "target names 3 tokens, but there are 2 rows"),
-            ((64,), "target names the token 64, but the vocabulary has 64"),
+            (([5, 6, 7],), "answer names 3 tokens, but there are 2 rows"),
+            ((64,), "answer names the token 64, but the vocabulary has 64"),
             ((5, -1), "other must be a token id, or one for each row, got -1"),
             ((5, "median"), "other is a token id, .* got 'median'"),
-            ((" Paris",), "target must be a token id, .* got ' Paris'"),
-            ((5.0,), "target must be a token id, .* got 5.0"),
+            ((" Paris",), "answer must be a token id, .* got ' Paris'"),
+            ((5.0,), "answer must be a token id, .* got 5.0"),
         ]:
             with pytest.raises((MetricError, FeatureError), match=message):
                 logit_attribution(ssm, prompt, *arguments)

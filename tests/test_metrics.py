@@ -45,7 +45,7 @@ def test_metrics_and_changes_are_the_definitions(logits: torch.Tensor, ids: list
 
 def test_the_named_logit_difference_is_from_the_most_likely_other_token(logits: torch.Tensor, ids: list[int]) -> None:
     clean = logits[0]
-    named = as_measured("logit_difference", targets=torch.tensor(ids), clean=lambda: clean)
+    named = as_measured("logit_difference", answer_ids=torch.tensor(ids), clean=lambda: clean)
     others = clean.scatter(1, torch.tensor(ids)[:, None], -torch.inf).argmax(1)
     rows = torch.arange(ROWS)
     expected = logits[1][rows, ids] - logits[1][rows, others]

@@ -22,27 +22,27 @@ def test_subject_span_is_where_the_subject_stands() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "subject", "target", "message"),
+    ("text", "subject", "answer", "message"),
     [
         ("", "France", "Paris", "empty text"),
         ("Fran\ud800ce is", "is", "x", "half of a surrogate pair"),
         ("The capital of France is", " ", "Paris", "empty subject"),
-        ("The capital of France is", "France", "", "empty target"),
+        ("The capital of France is", "France", "", "empty answer"),
         ("The capital of France is ", "France", "Paris", "ends in white space"),
-        ("The capital of France is", "France", " Paris", "target ' Paris' .* white space"),
+        ("The capital of France is", "France", " Paris", "answer ' Paris' .* white space"),
         ("The capital of France is", "Spain", "Madrid", "'Spain' occurs 0 times"),
         ("France, the capital of France is", "France", "Paris", "'France' occurs 2 times"),
         ("anana is", "ana", "fruit", "'ana' occurs 2 times"),
     ],
 )
-def test_what_is_no_prompt_is_refused(text: str, subject: str, target: str, message: str) -> None:
+def test_what_is_no_prompt_is_refused(text: str, subject: str, answer: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        Prompt(text, subject, target)
+        Prompt(text, subject, answer)
 
 
 BAD: dict[str, Callable[[], Any]] = {
     "a prompt's text must be text, got int": lambda: Prompt(3, "a", "b"),  # type: ignore[arg-type]
-    "a prompt's target must be text, got NoneType": lambda: Prompt("a b", "b", None),  # type: ignore[arg-type]
+    "a prompt's answer must be text, got NoneType": lambda: Prompt("a b", "b", None),  # type: ignore[arg-type]
     "a prompt's relation must be text, got int": lambda: Prompt("a b", "b", "c", relation=3),  # type: ignore[arg-type]
     "and a Fact, got str and NoneType": lambda: Prompt.from_template("{} is", None),  # type: ignore[arg-type]
     "a fact's subject must be text": lambda: Prompt.from_template("a {}", Fact("a", 1, "b")),  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def test_template_begins_with_a_capital_and_leaves_the_subject_alone() -> None:
 
 def test_embedded_prompts_cover_at_least_600_facts_in_several_templates() -> None:
     prompts = load_prompts("geo")
-    facts = {(p.relation, p.subject, p.target) for p in prompts}
+    facts = {(p.relation, p.subject, p.answer) for p in prompts}
     assert len(facts) >= 600
     assert {p.relation for p in prompts} == {"capital", "continent", "country", "currency"}
     assert len(prompts) == 3 * len(facts) == len({p.id for p in prompts})
@@ -77,7 +77,7 @@ def test_embedded_prompts_cover_at_least_600_facts_in_several_templates() -> Non
 @given(
     st.lists(
         st.builds(
-            lambda before, target, relation: Prompt(f"{before}Xanadu is", "Xanadu", target, relation),
+            lambda before, answer, relation: Prompt(f"{before}Xanadu is", "Xanadu", answer, relation),
             st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "Xanadu" not in text),
             st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda t: t == t.strip()),
             st.text(st.characters(exclude_categories=["Cs"])),
@@ -99,7 +99,7 @@ def test_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path: Path) -> None
     assert load_prompts(str(path)) == [FRANCE]
 
 
-GOOD = json.dumps({"text": "The capital of France is", "subject": "France", "target": "Paris"})
+GOOD = json.dumps({"text": "The capital of France is", "subject": "France", "answer": "Paris"})
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ GOOD = json.dumps({"text": "The capital of France is", "subject": "France", "tar
     [
         ("{not json", "line 2: not JSON"),
         ('["a"]', "line 2: a prompt is a JSON object"),
-        ('{"text": "x"}', "line 2: a prompt is a JSON object with text, subject and target"),
-        (GOOD.replace("}", ', "answer": "x"}'), r"line 2: unknown keys \['answer'\]"),
-        (GOOD.replace('"Paris"', "7"), r"line 2: \['target'\] must be text"),
+        ('{"text": "x"}', "line 2: a prompt is a JSON object with text, subject and answer"),
+        (GOOD.replace("}", ', "label": "x"}'), r"line 2: unknown keys \['label'\]"),
+        (GOOD.replace('"Paris"', "7"), r"line 2: \['answer'\] must be text"),
         (GOOD.replace('"France"', '"Spain"'), "line 2: the subject 'Spain' occurs 0 times"),
     ],
 )

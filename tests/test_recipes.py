@@ -196,7 +196,7 @@ def test_a_heat_map_shows_each_token_of_a_prompt(tmp_path: Path) -> None:
 
 def test_a_heat_map_shows_prompts_that_are_answered_wrongly_too(models: dict[str, Path], tmp_path: Path) -> None:
     prompts = load_prompts(models["mamba"].parent / "facts.jsonl")
-    word = next(word for word in ("ban", "bas") if word != prompts[0].target)
+    word = next(word for word in ("ban", "bas") if word != prompts[0].answer)
     wrong = si.Prompt(prompts[0].text, prompts[0].subject, word, id="wrong")
     save_prompts([prompts[0], wrong], tmp_path / "facts.jsonl")
     options = ["--model", models["mamba"], "--facts", tmp_path / "facts.jsonl"]

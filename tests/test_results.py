@@ -68,7 +68,7 @@ def results(batch: Batch) -> dict[str, Result]:
     tiny = world("mamba2", count=2)
     with si.attach(tiny.model, own_operator=True) as ssm:
         groups = feature_groups(ssm, ["top half"])
-        metric = log_probability(batch.target_ids)
+        metric = log_probability(batch.answer_ids)
         edges = edge_attribution(ssm, batch, metric, features=groups)
         written = decompose(ssm, batch, layers=[0, 2], features=groups)
         views = attention_views(ssm, batch, "unified", layers=[1, 3])
@@ -79,7 +79,7 @@ def results(batch: Batch) -> dict[str, Result]:
             views[3],
             edges,
             check_edges(ssm, batch, metric, edges, top=2, random=3),
-            logit_attribution(ssm, batch, batch.target_ids, features=groups),
+            logit_attribution(ssm, batch, batch.answer_ids, features=groups),
             spectrum(ssm, batch),
             find_circuit(ssm, batch, roles={"all": batch.positions("all")}, tolerance=0.0),
             sweep(ssm, tiny.tokenizer, tiny.prompts, windows=2),

@@ -27,7 +27,7 @@ def byte_tokenizer(*, trim: bool = False, bos: bool = False, eos: bool = False) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([f"{p.text} {p.target}" for p in load_prompts()], trainer)
+    tokenizer.train_from_iterator([f"{p.text} {p.answer}" for p in load_prompts()], trainer)
     pattern = f"{'<s>' if bos else ''} $A {'</s>' if eos else ''}".strip()
     specials = [("<s>", 0), ("</s>", 1)]
     tokenizer.post_processor = processors.Sequence(
@@ -62,7 +62,7 @@ def test_roles_of_a_whole_word_tokenizer() -> None:
         "subject_last": (3,),
     }
     assert tuple(tokenized.roles) == ROLES
-    assert word_tokenizer().decode([tokenized.target_id]) == "rat"
+    assert word_tokenizer().decode([tokenized.answer_id]) == "rat"
 
 
 def test_subject_at_either_end() -> None:
@@ -86,7 +86,7 @@ def test_subject_tokens_are_the_same_whether_spans_hold_the_space_or_not(trim: b
         assert subject == tuple(range(subject[0], subject[-1] + 1))
         assert tokenizer.decode([tokenized.ids[i] for i in subject]).strip() == prompt.subject
         assert sorted(subject + tokenized.positions("relation")) == list(range(len(tokenized)))
-        assert tokenizer.encode(" " + prompt.target)[0] == tokenized.target_id
+        assert tokenizer.encode(" " + prompt.answer)[0] == tokenized.answer_id
 
 
 @pytest.mark.parametrize("trim", [False, True])
@@ -120,17 +120,17 @@ def test_a_bos_token_is_the_first_position_and_no_part_of_the_subject() -> None:
     assert with_bos.positions("first") == with_bos.positions("context") == (0,)
     assert with_bos.positions("subject") == tuple(i + 1 for i in plain.positions("subject"))
     assert 0 in with_bos.positions("relation")
-    assert with_bos.target_id == plain.target_id
+    assert with_bos.answer_id == plain.answer_id
 
 
 def test_metaspace_pieces() -> None:
     tokenized = tokenize(FRANCE, metaspace_tokenizer())
     assert tokenized.tokens == ("The", " capital", " of", " Fr", "ance", " is")
     assert tokenized.positions("subject") == (3, 4)
-    assert metaspace_tokenizer().convert_ids_to_tokens(tokenized.target_id) == "▁Par"
+    assert metaspace_tokenizer().convert_ids_to_tokens(tokenized.answer_id) == "▁Par"
 
 
-def test_targets_without_a_token_of_their_own_are_refused() -> None:
+def test_answers_without_a_token_of_their_own_are_refused() -> None:
     with pytest.raises(PromptError, match="adds a token at the end"):
         tokenize(FRANCE, byte_tokenizer(eos=True))
     with pytest.raises(PromptError, match=r"the tokenizer does not know it \(it becomes '\[UNK\]'\)"):
@@ -191,7 +191,7 @@ def test_padding_shifts_the_roles() -> None:
     for row, prompt in enumerate(batch.prompts):
         shown = batch.input_ids[row, torch.tensor(batch.positions("all")[row])]
         assert tuple(shown.tolist()) == prompt.ids
-    assert batch.to("cpu").target_ids.tolist() == [prompt.target_id for prompt in batch.prompts]
+    assert batch.to("cpu").answer_ids.tolist() == [prompt.answer_id for prompt in batch.prompts]
     with pytest.raises(PromptError, match="at least one prompt"):
         pad([])
     with as_users_run_it():

@@ -143,7 +143,7 @@ def test_rows_that_are_no_prompts_are_left_out_on_request(
     tiny: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = Path(tiny.options["facts"]).read_text().splitlines()
-    bad = ['{"text": "ban kit", "subject": "dus", "target": "lox"}', '{"text": "ban", "subject": "ban", "target": "q"}']
+    bad = ['{"text": "ban kit", "subject": "dus", "answer": "lox"}', '{"text": "ban", "subject": "ban", "answer": "q"}']
     (tmp_path / "p").write_text("\n".join([bad[0], *lines, bad[1]]))
     with pytest.raises(PromptError, match="p, line 1: the subject 'dus' occurs 0 times"):
         run_study(tiny.study(facts=str(tmp_path / "p")), tmp_path)

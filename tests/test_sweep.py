@@ -52,7 +52,7 @@ def by_hand(scene: World, align: str, size: int, roles: dict[str, Sequence[str]]
                         if edges:
                             with ssm.edit(si.Knockout(edges=edges, layers=window.layers)):
                                 p = softmax(scene.model(ids).logits[0, -1])
-                        before, after = base[words.target_id], p[words.target_id]
+                        before, after = base[words.answer_id], p[words.answer_id]
                         yield {
                             "prompt_id": prompt.id,
                             "source": source,
@@ -63,7 +63,7 @@ def by_hand(scene: World, align: str, size: int, roles: dict[str, Sequence[str]]
                             "p": after,
                             "relative_change": 100 * (after - before) / before,
                             "logprob_difference": np.log(after) - np.log(before),
-                            "hit": p.argmax() == words.target_id,
+                            "hit": p.argmax() == words.answer_id,
                         }
 
 
@@ -185,7 +185,7 @@ def test_feature_groups_and_single_positions_are_rows_too(scene: World) -> None:
                 if row["n_edges"]:
                     knockout = si.Knockout(sources=source, targets=-1, layers=(1, 2), features=(0, 2))
                     with ssm.edit(knockout), torch.no_grad():
-                        p = softmax(scene.model(torch.tensor([words.ids])).logits[0, -1])[words.target_id]
+                        p = softmax(scene.model(torch.tensor([words.ids])).logits[0, -1])[words.answer_id]
                     assert row["p"] == pytest.approx(p, rel=1e-5)
         with pytest.raises(FeatureError, match="feature group 'two' names no features for layer 3"):
             sweep(ssm, scene.tokenizer, scene.prompts, features={"two": {0: (0,), 1: (0,), 2: (0,)}})

@@ -24,7 +24,7 @@ def test_every_cell_is_a_knockout_by_hand(scene: World, which: str) -> None:
     ids = torch.tensor([row.ids])
 
     def p() -> float:
-        return float(scene.model(ids).logits[0, -1].softmax(0)[row.target_id])
+        return float(scene.model(ids).logits[0, -1].softmax(0)[row.answer_id])
 
     with si.attach(scene.model) as ssm, torch.no_grad():
         found = token_map(ssm, scene.tokenizer, prompt, window=2, name="tiny")

@@ -43,7 +43,7 @@ def by_hand(ssm: si.Attachment, batch: Batch, variant: Any) -> dict[str, Tensor]
         clean = ssm.model(**batch).logits[:, -1].double()
         with ssm.edit(*several, batch=batch):
             logits = ssm.model(**batch).logits[:, -1].double()
-    rows, ids = torch.arange(len(logits)), batch.target_ids
+    rows, ids = torch.arange(len(logits)), batch.answer_ids
     others = clean.scatter(1, ids[:, None], -torch.inf).argmax(1)
     p, q = clean.softmax(-1), logits.softmax(-1)
     return {
@@ -250,8 +250,8 @@ def test_answers_are_drawn_and_stored(scene: World, batch: Batch, tmp_path: Path
 def test_positions_under_full_answers_are_those_of_the_prompts() -> None:
     """Also where answers of different lengths stand behind them, in rows of different lengths."""
     scene = world("mamba2", count=3)
-    texts = [f"{scene.prompts[0].target} {scene.prompts[1].target}", scene.prompts[1].target]
-    prompts = [replace(prompt, target=text) for prompt, text in zip(scene.prompts, texts, strict=False)]
+    texts = [f"{scene.prompts[0].answer} {scene.prompts[1].answer}", scene.prompts[1].answer]
+    prompts = [replace(prompt, answer=text) for prompt, text in zip(scene.prompts, texts, strict=False)]
     batch = pad([tokenize(prompt, scene.tokenizer) for prompt in prompts])
     assert [len(row.answer_ids) for row in batch.prompts] == [2, 1]
     by_role = si.Knockout(sources="subject", targets="last")

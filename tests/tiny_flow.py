@@ -1,4 +1,4 @@
-"""A random model that answers some prompts correctly: its tokenizer knows whole words, its answers are the targets."""
+"""A random model that answers some prompts correctly: its tokenizer knows whole words, and the answers are its own."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def world(family: str, count: int = 7, seed: int = 0) -> World:
             subject = " ".join(words[start : start + 2])
             prompts.append(Prompt(" ".join(words), subject, best, id=f"p{len(prompts)}"))
     wrong = [
-        Prompt(prompt.text, prompt.subject, next(w for w in WORDS if w != prompt.target), id=f"wrong {prompt.id}")
+        Prompt(prompt.text, prompt.subject, next(w for w in WORDS if w != prompt.answer), id=f"wrong {prompt.id}")
         for prompt in prompts[:2]
     ]
     return World(model, tokenizer, prompts, wrong)

@@ -79,8 +79,8 @@ class Question:
             with torch.no_grad():
                 return precise(logits_of_text(ssm, given, mask))
 
-        targets = getattr(inputs, "target_ids", None)
-        measured = as_measured(metric, targets=targets, clean=clean, positions=positions)
+        answer_ids = getattr(inputs, "answer_ids", None)
+        measured = as_measured(metric, answer_ids=answer_ids, clean=clean, positions=positions)
         edges = {layer: _edges_of(ssm, layer, mask) for layer in layers}
         return Question(ssm, given, mask, measured.metric, measured.positions, layers, edges)
 

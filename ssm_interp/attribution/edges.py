@@ -202,7 +202,7 @@ def edge_attribution(
     Args:
         ssm: an attached model in eval mode. Its parameters may or may not want a gradient; their `.grad` is left alone.
         inputs: ids `[b t]`, the mapping of a tokenizer, or a batch of prompts; padding on the left or on the right.
-        metric: from logits to one number per row, `[b]`: `logit_difference(target, other)`, `log_probability(target)`
+        metric: from logits to one number per row, `[b]`: `logit_difference(answer, other)`, `log_probability(answer)`
             or any differentiable function.
         positions: which logits the metric gets: "last", those of each row's last token that is no padding, `[b v]`; or
             "all", `[b t v]`.
@@ -237,7 +237,7 @@ def edge_attribution(
         (Ali et al., arXiv 2403.01590); integrated gradients (Sundararajan et al., arXiv 1703.01365).
 
     Example:
-        >>> metric = logit_difference(target=paris, other=rome)                           # doctest: +SKIP
+        >>> metric = logit_difference(answer=paris, other=rome)                           # doctest: +SKIP
         >>> edge_attribution(ssm, inputs, metric).top(10)                                 # doctest: +SKIP
     """
     steps = whole_number(steps, "steps")

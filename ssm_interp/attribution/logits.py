@@ -28,7 +28,7 @@ MEAN = "mean"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitAttribution(Result):
-    """What mixers write, directly, along logit(target) - logit(other) at one position.
+    """What mixers write, directly, along logit(answer) - logit(other) at one position.
 
     Letters: b batch row, l layer, f feature group, c column (as in `Decomposition`), s source.
 
@@ -116,7 +116,7 @@ class LogitAttribution(Result):
 def logit_attribution(
     ssm: Attachment,
     inputs: Any,
-    target: Any,
+    answer: Any,
     other: Any = None,
     *,
     position: int = -1,
@@ -130,8 +130,8 @@ def logit_attribution(
     Args:
         ssm: an attached causal language model.
         inputs: ids `[b t]`, the mapping of a tokenizer, or a batch of prompts.
-        target: token id, or one per batch row.
-        other: the token to compare with, likewise; "mean": the mean of all logits; None: nothing, the target's logit
+        answer: token id, or one per batch row.
+        other: the token to compare with, likewise; "mean": the mean of all logits; None: nothing, the answer's logit
             alone (which, unlike a difference, softmax does not see: a constant may be added to all logits).
         position: where the logits are read.
         by: "source" or "input", see `Decomposition`.
@@ -154,7 +154,7 @@ def logit_attribution(
         the mixer's output split by `decompose`.
 
     Example:
-        >>> found = logit_attribution(ssm, inputs, target=paris, other=london)             # doctest: +SKIP
+        >>> found = logit_attribution(ssm, inputs, answer=paris, other=london)             # doctest: +SKIP
         >>> found.by_position()[0, :, 0]         # [layer source], for a heat map           # doctest: +SKIP
     """
     check_by(by)
@@ -166,7 +166,7 @@ def logit_attribution(
         raise FeatureError(f"position is one position, got {position!r:.200}; ask for each in a call of its own")
     named, norm = row_tokens(tokens, inputs, mask), last_norm(ssm)
     with graph_from(norm) as ends:
-        ids, others = token_ids(target, "target"), _others(other)  # in here they are no inference tensors
+        ids, others = token_ids(answer, "answer"), _others(other)  # in here they are no inference tensors
         run, records = run_recorded(ssm, given, chosen)
         logits, end = run.logits, ends[-1]
         with torch.enable_grad():
@@ -217,7 +217,7 @@ def _others(other: Any) -> Int[Tensor, " r"] | str | None:
 
 def _difference(logits: Float[Tensor, "b v"], ids: Tensor, others: Tensor | str | None) -> Float[Tensor, " b"]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    wanted = logits_of(logits, ids, "target")
+    wanted = logits_of(logits, ids, "answer")
     if others is None:
         return wanted
     return wanted - (logits.mean(1) if isinstance(others, str) else logits_of(logits, others, "other"))

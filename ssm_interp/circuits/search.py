@@ -165,7 +165,7 @@ def find_circuit(
         roles: who the positions are: roles or single positions of the prompts of a batch, or a name for each set of
             columns, as a Knockout takes positions; None: `fact_roles`. Every position but padding must have exactly
             one role.
-        metric: a name, as `answers` takes it, about the first tokens of the prompts' targets; or a function from the
+        metric: a name, as `answers` takes it, about the first tokens of the prompts' answers; or a function from the
             logits at the last token `[b v]` (float64) to a number per prompt `[b]`.
         layers: in which edges are removed, one or a sequence; None: all that have the streams.
         features: groups of features, as `flow.sweep` takes them, no two with the same feature; the edges of features

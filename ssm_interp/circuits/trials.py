@@ -56,13 +56,13 @@ class Roles(Mapping[str, Tensor]):
         inputs: what the model is called with, tensors with a row per prompt.
         mask: 0 at padding, `[b t]`.
         roles: the positions of each role, bool `[b t]`; every position but padding has exactly one role.
-        target_ids: the prompts' target tokens, where they have some.
+        answer_ids: first tokens of the prompts' answers, where they have some.
     """
 
     inputs: Mapping[str, Tensor]
     mask: Int[Tensor, "b t"]
     roles: Mapping[str, Bool[Tensor, "b t"]]
-    target_ids: Int[Tensor, " b"] | None
+    answer_ids: Int[Tensor, " b"] | None
 
     __repr__ = short_repr
 
@@ -93,8 +93,8 @@ class Roles(Mapping[str, Tensor]):
             named = at if isinstance(at, int) or len(at) else [()] * len(ids)
             masks[role] = Columns(len(ids), ids.shape[1], mask).positions(named, f"the role {role!r}")
         _check_partition(masks, mask, [row.prompt.text for row in inputs.prompts] if isinstance(inputs, Batch) else ())
-        targets = inputs.target_ids.to(device) if isinstance(inputs, Batch) else None
-        return Roles(tensors, mask, masks, targets)
+        answer_ids = inputs.answer_ids.to(device) if isinstance(inputs, Batch) else None
+        return Roles(tensors, mask, masks, answer_ids)
 
     def reads(self, target: str, source: str) -> bool:
         """Whether any position of the target has one of the source at or before it."""

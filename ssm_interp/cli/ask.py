@@ -15,7 +15,7 @@ from ssm_interp.flow.study_facts import StudyFacts
 from ssm_interp.flow.study_job import load_for
 from ssm_interp.prompts import Prompt, TokenizedPrompt, load_prompts, tokenize, with_ids
 
-OWN_TEXT = "For a text of your own, give its answer too: --target Paris"
+OWN_TEXT = "For a text of your own, give its answer too: --answer Paris"
 
 
 def loaded(name: str, model: Weights, computed: OnDevice) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -38,28 +38,28 @@ def picked(asked: Picked) -> list[Prompt]:
         PromptError: no such id; a text without its answer, or an answer without a text; else as `load_prompts`.
     """
     if not asked.words:
-        if asked.target or asked.subject:
-            raise PromptError("--target and --subject are of a text of your own, and there is none; give one")
+        if asked.answer or asked.subject:
+            raise PromptError("--answer and --subject are of a text of your own, and there is none; give one")
         return drawn(asked)
     facts = _facts(asked)
     ids = {prompt.id for prompt in facts}
     texts = [word for word in asked.words if word not in ids]
-    if not texts and (asked.target or asked.subject):
+    if not texts and (asked.answer or asked.subject):
         raise PromptError(
-            f"{asked.words[0]} is the id of a prompt, which has its own answer and subject; leave --target and "
+            f"{asked.words[0]} is the id of a prompt, which has its own answer and subject; leave --answer and "
             "--subject out"
         )
-    if texts and not asked.target:
+    if texts and not asked.answer:
         try:
             with_ids(facts, texts)
         except PromptError as error:
             error.add_note(OWN_TEXT)
             raise
-    for name, values in (("--target", asked.target), ("--subject", asked.subject or texts)):
+    for name, values in (("--answer", asked.answer), ("--subject", asked.subject or texts)):
         if len(values) != len(texts):
             raise PromptError(f"there are {len(texts)} texts and {len(values)} of {name}; give one for each text")
-    parts = zip(texts, asked.subject or texts, asked.target, strict=True)
-    own = {text: Prompt(text, subject=subject, target=target) for text, subject, target in parts}
+    parts = zip(texts, asked.subject or texts, asked.answer, strict=True)
+    own = {text: Prompt(text, subject=subject, answer=answer) for text, subject, answer in parts}
     return [own[word] if word in own else with_ids(facts, [word])[0] for word in asked.words]
 
 

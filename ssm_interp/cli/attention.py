@@ -42,7 +42,7 @@ def run(attention: Attention) -> None:
 
 def _text(asked: Picked) -> str:
     """The text of the prompt that is picked; a text of the user's own needs no answer here."""
-    alone = len(asked.words) == 1 and not asked.target
+    alone = len(asked.words) == 1 and not asked.answer
     if alone and " " in asked.words[0]:
         ids = {prompt.id for prompt in load_prompts(asked.facts, columns=asked.columns)}
         if asked.words[0] not in ids:

@@ -26,7 +26,7 @@ def run(circuit: Circuit) -> None:
     picture, table = picture_and_table(circuit.out, "circuit.png", ".csv")
     name, asked = circuit.model.model, circuit.prompts
     chosen = "facts" in asked.model_fields_set
-    fresh = asked.facts == FRESH if chosen else name in INDUCTION and not asked.target
+    fresh = asked.facts == FRESH if chosen else name in INDUCTION and not asked.answer
     prompts = _made(asked) if fresh else picked(asked)
     host, tokenizer = loaded(name, circuit.model, circuit.computed)
     rows = tokenized(prompts, tokenizer, skip_bad=asked.skip_bad)

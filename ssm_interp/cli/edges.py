@@ -36,18 +36,18 @@ def run(edges: Edges) -> None:
     ids, asked_for = torch.tensor([row.ids], device=device_of(host)), row.asked
     with attach(host) as ssm:
         likely = _likely(ssm, ids)
-        number: Metric = log_probability(row.target_id)
+        number: Metric = log_probability(row.answer_id)
         label = f"ln p({asked_for})"
         if edges.metric == "logit_difference":
-            against = next(token for token in likely if token != row.target_id) if rival is None else rival.target_id
-            number = logit_difference(row.target_id, against)
+            against = next(token for token in likely if token != row.answer_id) if rival is None else rival.answer_id
+            number = logit_difference(row.answer_id, against)
             wrong = _word(tokenizer, against) if rival is None else rival.asked
             label = f"logit({asked_for}) - logit({wrong})"
         found = edge_attribution(ssm, ids, number, steps=edges.steps, tokens=row.tokens)
         count = edges.check
         checked = check_edges(ssm, ids, number, found, top=count, random=count) if count else None
     frame = _with_exact(found.frame, checked)
-    if likely[0] != row.target_id:
+    if likely[0] != row.answer_id:
         said = _word(tokenizer, likely[0])
         say(f"{name} answers {said}, not {asked_for}; what follows is about {asked_for} all the same")
     _print(found, row, frame, label, edges.top)
@@ -60,11 +60,11 @@ def run(edges: Edges) -> None:
 
 
 def _rival(asked: Prompt, row: TokenizedPrompt, other: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompt:
-    found = tokenize(replace(asked, target=other), tokenizer)
-    if found.target_id == row.target_id:
+    found = tokenize(replace(asked, answer=other), tokenizer)
+    if found.answer_id == row.answer_id:
         raise FeatureError(
-            f"--other {other}: it begins with the same token as the answer {asked.target!r}, "
-            f"{_word(tokenizer, found.target_id)!r}, so their logits do not differ; give one with another first token"
+            f"--other {other}: it begins with the same token as the answer {asked.answer!r}, "
+            f"{_word(tokenizer, found.answer_id)!r}, so their logits do not differ; give one with another first token"
         )
     return found
 

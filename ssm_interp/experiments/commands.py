@@ -146,7 +146,7 @@ class Heatmap(Experiment):
 
     Example: `ssm-interp heatmap capital/France/0 capital/Japan/1 --model tiny-mamba1 --window 3`
 
-    Example: `ssm-interp heatmap "The capital of France is" --target Paris --subject France`
+    Example: `ssm-interp heatmap "The capital of France is" --answer Paris --subject France`
     """
 
     prompts: HeatMapPrompts = HeatMapPrompts()
@@ -194,7 +194,7 @@ class Edges(Experiment):
 
     Example: `ssm-interp edges capital/France/0 --model tiny-mamba1 --check 20`
 
-    Example: `ssm-interp edges "The capital of France is" --target Paris --other Rome --out paris.svg`
+    Example: `ssm-interp edges "The capital of France is" --answer Paris --other Rome --out paris.svg`
     """
 
     prompts: OnePrompt = OnePrompt()

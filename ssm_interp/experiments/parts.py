@@ -79,7 +79,7 @@ class Facts(Declared):
     )
     columns: Annotated[
         Columns, flag("--column", "--columns", metavar="FIELD=COLUMN", show_default="the fields' own names")
-    ] = option({}, "Field of a prompt (text, subject, target, relation, id) -> its column in the facts.")
+    ] = option({}, "Field of a prompt (text, subject, answer, relation, id) -> its column in the facts.")
     skip_bad: bool = option(False, "Leave out rows that are no prompt, and count them.")
     limit: int = option(128, "Ask so many prompts, drawn at random; 0: all.", ge=0)
     seed: int = option(0, "Of that draw.")
@@ -104,14 +104,14 @@ class Words(Declared):
     words: Annotated[
         Several[Name],
         Parameter(name=("prompt", "--id"), metavar="ID|TEXT", show_default="drawn from the facts"),
-    ] = Field(default=(), description="Prompts, by id; or texts, each with its --target.")
+    ] = Field(default=(), description="Prompts, by id; or texts, each with its --answer.")
 
 
 @Parameter(name="*", group=PROMPTS)
 class Picked(Facts, Words):
     """Single prompts: by id, as texts with their answers, or as a file of facts has them."""
 
-    target: Annotated[Several[Name], flag("--target", "--answer", show_default=False)] = option(
+    answer: Annotated[Several[Name], flag("--answer", show_default=False)] = option(
         (), "The answer to a text of your own, one per text."
     )
     subject: Annotated[Several[Name], flag("--subject", show_default="the whole text")] = option(

@@ -9,11 +9,11 @@ def changes(logprob: np.ndarray, base: np.ndarray) -> dict[str, np.ndarray]:
     """Compare the answers of an edited run with those of the clean one.
 
     Args:
-        logprob: ln p of the target in the edited run, any shape.
+        logprob: ln p of the answer in the edited run, any shape.
         base: the same of the clean run.
 
     Returns:
-        `p_base` and `p`, probabilities of the target; `relative_change`, 100 (p - p_base) / p_base in %
+        `p_base` and `p`, probabilities of the answer; `relative_change`, 100 (p - p_base) / p_base in %
         (Endy et al. 2025, section 3); `logprob_difference`, ln p - ln p_base.
 
     Example:

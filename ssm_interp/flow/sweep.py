@@ -69,8 +69,8 @@ def sweep(
             layer -> features; None: one of all features, named "all".
         through: the streams in which edges are removed: "ssm", "conv", "attention", or several; None: "ssm" where the
             model has SSM layers, else "attention". Windows run over the layers that have one of them.
-        answered_only: leave out the prompts whose target is not the model's most likely next token.
-        full_answer: score every token of the target (the product of their probabilities, each given the right ones
+        answered_only: leave out the prompts whose answer is not the model's most likely next token.
+        full_answer: score every token of the answer (the product of their probabilities, each given the right ones
             before it; answered correctly: each the most likely), not the first one alone. The edges knocked out are
             those of the prompt all the same. Takes a full forward pass per knockout.
         allow_no_edges: whether knockouts may all be without any edge in these prompts, and change nothing: where the
@@ -140,7 +140,7 @@ def sweep(
     config = getattr(ssm.model, "config", None)
     model = name or ssm.name
     frame = run.knocked_out(kept, variants)
-    answers = [row.prompt.target if full_answer else row.asked for row in kept]
+    answers = [row.prompt.answer if full_answer else row.asked for row in kept]
     frame.insert(1, "answer", answers * len(variants))
     frame.insert(2, "unasked", [0 if full_answer else len(row.answer_ids) - 1 for row in kept] * len(variants))
     frame.insert(3, "model", model)
@@ -193,7 +193,7 @@ def _check_types(ssm: Any, prompts: Any) -> None:
         raise FlowError(f"a sweep takes an attachment, got {type(ssm).__name__}; write `with attach(model) as ssm:`")
     if isinstance(prompts, Prompt | str) or not all(isinstance(prompt, Prompt) for prompt in prompts):
         raise FlowError(
-            "a sweep takes a sequence of prompts, as load_prompts gives, or [Prompt(text, subject, target)]"
+            "a sweep takes a sequence of prompts, as load_prompts gives, or [Prompt(text, subject, answer)]"
         )
 
 

@@ -35,7 +35,7 @@ def token_map(
         options: as of `sweep`: align, through, full_answer, max_memory, engine.
 
     Returns:
-        p - p_base of the prompt's target, `[token, window]`; NaN where a token comes after all targets.
+        p - p_base of the prompt's answer, `[token, window]`; NaN where a token comes after all targets.
 
     Raises:
         As `sweep`.

@@ -15,7 +15,7 @@ from ssm_interp.errors import PlotError
 from ssm_interp.plots.cells import centred, colour_bar, extent, layer_cells, nothing, say_nothing
 from ssm_interp.plots.style import SIZES, WRITTEN, headline, picture
 
-MEANING = "(blue: supports the target, red: opposes it)"
+MEANING = "(blue: supports the answer, red: opposes it)"
 
 
 def attribution_figure(
@@ -32,7 +32,7 @@ def attribution_figure(
 ) -> Figure:
     """Heat map of what layers write to a logit difference: a row per source token, a column per layer.
 
-    Blue speaks for the target, red for the other token, white for neither.
+    Blue speaks for the answer, red for the other token, white for neither.
 
     Args:
         values: attributions `[l s]`, such as `logit_attribution(...).by_position()[0].sum(1)`.
@@ -41,7 +41,7 @@ def attribution_figure(
         subject: positions whose tokens are set in bold.
         signed: whether values speak for and against; False: they are sizes, from white at 0 to dark blue.
         scale: the logit difference itself; values below a millionth of it are drawn as nothing, and the map says so.
-        title: over the picture; a reader wants the model, the target and the other token.
+        title: over the picture; a reader wants the model, the answer and the other token.
         label: of the colour bar.
         ax: draw into these axes.
 

@@ -74,7 +74,7 @@ def as_prompt(row: Mapping[str, Any], number: int, rows: int) -> dict[str, Any]:
     return {
         "text": row["prompt"],
         "subject": _stripped(row["subject"]),
-        "target": _stripped(row["target_true"]),
+        "answer": _stripped(row["target_true"]),
         "relation": row["relation"],
         "id": row.get("original_idx", number_of_id),
     }

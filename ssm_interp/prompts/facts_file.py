@@ -22,7 +22,8 @@ from ssm_interp.prompts.prompt import Prompt
 
 EMBEDDED = "geo"
 FIELDS = tuple(field.name for field in fields(Prompt))
-REQUIRED = ("text", "subject", "target")
+REQUIRED = ("text", "subject", "answer")
+FORMER = "target"  # what 0.1 called the answer
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|parquet|pq|txt)", re.IGNORECASE)
 
@@ -36,7 +37,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     """Raise PromptError, with the nearest valid name, if a key of a column mapping is no field of a prompt."""
     for name in columns or ():
         if name not in FIELDS:
-            near = get_close_matches(name, FIELDS, n=1)
+            near = ["answer"] if name == FORMER else get_close_matches(name, FIELDS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise PromptError(f"a prompt has no field {name!r} to read a column into: {hint}it has {', '.join(FIELDS)}")
 
@@ -47,7 +48,7 @@ def load_prompts(
     columns: Mapping[str, str] | None = None,
     on_bad: Callable[[PromptError], object] | None = None,
 ) -> list[Prompt]:
-    """Read prompts from a file or a data set: a row has `text`, `subject`, `target`, and maybe `relation` and `id`.
+    """Read prompts from a file or a data set: a row has `text`, `subject`, `answer`, and maybe `relation` and `id`.
 
     Args:
         source: what to read:
@@ -134,7 +135,7 @@ def _json_rows(path: Path) -> Iterator[_Row]:
         except json.JSONDecodeError as error:
             raise PromptError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
         if not isinstance(row, dict):
-            raise PromptError(f"{where}: a prompt is a JSON object with text, subject and target, not {line[:80]!r}")
+            raise PromptError(f"{where}: a prompt is a JSON object with text, subject and answer, not {line[:80]!r}")
         yield _Row(where, row)
 
 
@@ -195,9 +196,12 @@ def _prompt_cells(row: _Row, number: int, rows: int, columns: Mapping[str, str] 
     needed = {*REQUIRED, *(columns or ())}
     if missing := {name: column for name, column in names.items() if name in needed and column not in cells}:
         lacking = ", ".join(f"{column!r} for {name}" if column != name else name for name, column in missing.items())
+        hint = "Map columns to fields as in text=question"
+        if missing.get("answer") == "answer" and FORMER in cells:
+            hint = f"0.1 called the answer {FORMER}: rename it, or map it, answer={FORMER}"
         raise PromptError(
-            f"{row.where}: a prompt is a JSON object with text, subject and target, or a row with such columns. "
-            f"There is no {lacking}; there are {sorted(cells)}. Map columns to fields as in text=question"
+            f"{row.where}: a prompt is a JSON object with text, subject and answer, or a row with such columns. "
+            f"There is no {lacking}; there are {sorted(cells)}. {hint}"
         )
     if not columns and (unknown := cells.keys() - set(FIELDS)):
         raise PromptError(

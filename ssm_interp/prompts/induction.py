@@ -56,7 +56,7 @@ def _prompt(rng: random.Random, length: int, name: str) -> Prompt:
     place = rng.randint(1, length - 2 - GAP)
     symbols[place : place + 2] = [trigger, answer]
     symbols[-1] = trigger
-    return Prompt(" ".join(symbols), subject=answer, target=answer, relation="induction", id=name)
+    return Prompt(" ".join(symbols), subject=answer, answer=answer, relation="induction", id=name)
 
 
 def induction_roles(batch: Batch) -> dict[str, list[list[int]]]:

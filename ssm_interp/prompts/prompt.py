@@ -12,55 +12,55 @@ from ssm_interp.errors import PromptError
 
 @dataclass(frozen=True)
 class Fact:
-    """`subject` stands in `relation` to `target`: (France, capital, Paris)."""
+    """`subject` stands in `relation` to `answer`: (France, capital, Paris)."""
 
     relation: str
     subject: str
-    target: str
+    answer: str
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text whose continuation is `target`, about a `subject` that occurs in it exactly once.
+    """A text whose continuation is `answer`, about a `subject` that occurs in it exactly once.
 
-    `text` ends where the target's leading space begins; `target` is given without that space.
+    `text` ends where the answer's leading space begins; `answer` is given without that space.
 
     Attributes:
         relation: what the subject is asked for (a label, free).
         id: the prompt's name in tables of results; its text where it is empty.
 
     Raises:
-        PromptError: `text`, `subject` or `target` is empty; `text` ends in a space; `target` begins or ends in one;
+        PromptError: `text`, `subject` or `answer` is empty; `text` ends in a space; `answer` begins or ends in one;
             `subject` does not occur in `text`, or more than once; something that is no character (half of a surrogate
             pair, as broken JSON has).
 
     Example:
-        >>> Prompt("The capital of France is", subject="France", target="Paris").subject_span
+        >>> Prompt("The capital of France is", subject="France", answer="Paris").subject_span
         (15, 21)
     """
 
     text: str
     subject: str
-    target: str
+    answer: str
     relation: str = ""
     id: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("text", "subject", "target", "relation", "id"):
+        for name in ("text", "subject", "answer", "relation", "id"):
             if not isinstance(value := getattr(self, name), str):
                 raise PromptError(f"a prompt's {name} must be text, got {type(value).__name__}")
-        for name in ("text", "subject", "target"):
+        for name in ("text", "subject", "answer"):
             if not getattr(self, name).strip():
                 raise PromptError(f"the prompt {self.id or self.text!r} has an empty {name}: it needs one")
             if any("\ud800" <= character <= "\udfff" for character in getattr(self, name)):
                 raise PromptError(f"the {name} {getattr(self, name)!r} has half of a surrogate pair, no character")
         if self.text != self.text.rstrip():
             raise PromptError(
-                f"the prompt {self.text!r} ends in white space; end it where the target's leading space begins"
+                f"the prompt {self.text!r} ends in white space; end it where the answer's leading space begins"
             )
-        if self.target != self.target.strip():
+        if self.answer != self.answer.strip():
             raise PromptError(
-                f"the target {self.target!r} of the prompt {self.text!r} begins or ends in white space; give it without"
+                f"the answer {self.answer!r} of the prompt {self.text!r} begins or ends in white space; give it without"
             )
         if (times := sum(self.text.startswith(self.subject, start) for start in range(len(self.text)))) != 1:
             raise PromptError(
@@ -92,7 +92,7 @@ class Prompt:
         if "{}" not in template:
             raise PromptError(f"the template {template!r} has no {{}}, the place of the subject")
         text = (template[0].upper() + template[1:]).replace("{}", fact.subject, 1)
-        return cls(text, fact.subject, fact.target, fact.relation, id)
+        return cls(text, fact.subject, fact.answer, fact.relation, id)
 
 
 def with_ids(prompts: Sequence[Prompt], ids: Sequence[str]) -> list[Prompt]:

@@ -102,7 +102,7 @@ class TokenizedPrompt:
         ids: token ids, special tokens of the tokenizer included.
         tokens: readable tokens, see `Encoding`.
         roles: positions of each role of `ROLES`, ascending.
-        answer_ids: the tokens of the target, its leading space included.
+        answer_ids: the tokens of the answer, its leading space included.
         answer_tokens: the same, readable.
     """
 
@@ -119,16 +119,16 @@ class TokenizedPrompt:
         return len(self.ids)
 
     @property
-    def target_id(self) -> int:
-        """The first token of the target, which is what is asked for unless the full answer is scored."""
+    def answer_id(self) -> int:
+        """The first token of the answer, which is what is asked for unless the full answer is scored."""
         return self.answer_ids[0]
 
     @property
     def asked(self) -> str:
-        """The target where it is one token; else its first token, of which target: `"·P" of "Prague"`."""
+        """The answer where it is one token; else its first token, of which answer: `"·P" of "Prague"`."""
         if len(self.answer_ids) == 1:
-            return self.prompt.target
-        return f'"{self.answer_tokens[0].replace(" ", "·")}" of "{self.prompt.target}"'
+            return self.prompt.answer
+        return f'"{self.answer_tokens[0].replace(" ", "·")}" of "{self.prompt.answer}"'
 
     def continued(self) -> TokenizedPrompt:
         """The prompt with its answer behind it, but for the answer's last token: what a model reads as its answer is
@@ -146,13 +146,13 @@ class TokenizedPrompt:
 
 
 def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, full_answer: bool = False) -> TokenizedPrompt:
-    """Tokens, roles and target of a prompt.
+    """Tokens, roles and answer of a prompt.
 
     Args:
-        full_answer: whether all tokens of the target are to be asked for, so that all must be known.
+        full_answer: whether all tokens of the answer are to be asked for, so that all must be known.
 
     Raises:
-        PromptError: a slow tokenizer; no token covers the subject; the target does not start with a token of its own
+        PromptError: a slow tokenizer; no token covers the subject; the answer does not start with a token of its own
             after the text (the tokenizer merges it with the text, splits its space off, or does not know it).
 
     Example:
@@ -167,7 +167,7 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, full_answer:
     ids, tokens = _answer(prompt, encoding, tokenizer)
     if full_answer and tokenizer.unk_token_id in ids:
         raise PromptError(
-            f"the target {prompt.target!r} of {prompt.text!r} cannot be asked for in full: the tokenizer does not know "
+            f"the answer {prompt.answer!r} of {prompt.text!r} cannot be asked for in full: the tokenizer does not know "
             f"{tokens[ids.index(tokenizer.unk_token_id)]!r} in it (it becomes {tokenizer.unk_token!r})"
         )
     return TokenizedPrompt(prompt, encoding.ids, encoding.tokens, roles, ids, tokens)
@@ -199,21 +199,21 @@ def _roles(prompt: Prompt, encoding: Encoding) -> dict[str, tuple[int, ...]]:
 def _answer(
     prompt: Prompt, encoding: Encoding, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The target's ids and readable tokens."""
+    """The answer's ids and readable tokens."""
     length, start = len(encoding.ids), len(prompt.text) + 1
-    whole = encode(f"{prompt.text} {prompt.target}", tokenizer)
-    problem = f"the target {prompt.target!r} does not start with a token of its own after {prompt.text!r}: "
+    whole = encode(f"{prompt.text} {prompt.answer}", tokenizer)
+    problem = f"the answer {prompt.answer!r} does not start with a token of its own after {prompt.text!r}: "
     if len(whole.ids) <= length or whole.ids[:length] != encoding.ids:
         raise PromptError(
-            f"{problem}with the target the text's tokens become {list(whole.tokens)}, without it they are "
+            f"{problem}with the answer the text's tokens become {list(whole.tokens)}, without it they are "
             f"{list(encoding.tokens)}; the tokenizer merges the two or adds a token at the end"
         )
-    target_id, (first, end) = whole.ids[length], whole.spans[length]
-    if target_id == tokenizer.unk_token_id:
+    answer_id, (first, end) = whole.ids[length], whole.spans[length]
+    if answer_id == tokenizer.unk_token_id:
         raise PromptError(f"{problem}the tokenizer does not know it (it becomes {tokenizer.unk_token!r})")
     if not first <= start < end:
         raise PromptError(
-            f"{problem}the next token is {whole.tokens[length]!r} (characters {first} to {end}, the target starts at "
+            f"{problem}the next token is {whole.tokens[length]!r} (characters {first} to {end}, the answer starts at "
             f"{start}); use a tokenizer that keeps the space with the word"
         )
     return whole.ids[length:], whole.tokens[length:]
@@ -230,13 +230,13 @@ class Batch:
         prompts: one per row.
         input_ids: `[b, t]`.
         attention_mask: `[b, t]`, 0 at padding.
-        target_ids: the first token of each target, `[b]`.
+        answer_ids: the first token of each answer, `[b]`; all tokens are `answers`.
     """
 
     prompts: tuple[TokenizedPrompt, ...]
     input_ids: Int[Tensor, "b t"]
     attention_mask: Int[Tensor, "b t"]
-    target_ids: Int[Tensor, " b"]
+    answer_ids: Int[Tensor, " b"]
 
     def keys(self) -> tuple[str, str]:
         """What a model is called with."""
@@ -267,16 +267,16 @@ class Batch:
 
     @property
     def answers(self) -> list[tuple[int, ...]]:
-        """All tokens of each target."""
+        """All tokens of each answer."""
         return [row.answer_ids for row in self.prompts]
 
     def continued(self) -> Batch:
-        """The prompts with their targets behind them, but for the last token: what asks for all tokens of each."""
+        """The prompts with their answers behind them, but for the last token: what asks for all tokens of each."""
         return pad([row.continued() for row in self.prompts]).to(self.input_ids.device)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
-        tensors = (self.input_ids, self.attention_mask, self.target_ids)
+        tensors = (self.input_ids, self.attention_mask, self.answer_ids)
         return Batch(self.prompts, *(tensor.to(device) for tensor in tensors))
 
 
@@ -302,5 +302,5 @@ def pad(prompts: Sequence[TokenizedPrompt], *, pad_id: int = 0) -> Batch:
     width = max(len(row) for row in prompts)
     ids = [[pad_id] * (width - len(row)) + list(row.ids) for row in prompts]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
-    targets = [row.target_id for row in prompts]
-    return Batch(tuple(prompts), torch.tensor(ids), torch.tensor(mask), torch.tensor(targets))
+    firsts = [row.answer_id for row in prompts]
+    return Batch(tuple(prompts), torch.tensor(ids), torch.tensor(mask), torch.tensor(firsts))

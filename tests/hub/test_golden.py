@@ -84,9 +84,9 @@ def test_clean_probabilities_and_ranks(name: str) -> None:
         row = tokenize(prompts()[number], tokenizer)
         with torch.no_grad():
             p = model(input_ids=torch.tensor([row.ids])).logits[0, -1].double().softmax(0)
-        assert tokenizer.decode([row.target_id]) == golden["token"]
-        assert float(p[row.target_id]) == pytest.approx(golden[name]["p"], rel=1e-4, abs=1e-6)
-        assert int((p > p[row.target_id]).sum()) + 1 == golden[name]["rank"]
+        assert tokenizer.decode([row.answer_id]) == golden["token"]
+        assert float(p[row.answer_id]) == pytest.approx(golden[name]["p"], rel=1e-4, abs=1e-6)
+        assert int((p > p[row.answer_id]).sum()) + 1 == golden[name]["rank"]
 
 
 @pytest.mark.parametrize("name", ["mamba1-130m", "mamba2-130m"])

@@ -35,7 +35,7 @@ class Asked:
         inputs: what it is called with, on its device, `input_ids` among it.
         mask: 0 at padding, `[b t]`, on the CPU.
         roles: the batch that knows where roles are; None: nothing does.
-        targets: first tokens of the answers, `[b]`; None: the prompts have none.
+        answer_ids: first tokens of the answers, `[b]`; None: the prompts have none.
         full_answers: all tokens of each answer, where those are asked for: the inputs are then the prompts with their
             answers behind them.
         prompt: the columns of the prompts as they were given, without their answers.
@@ -46,7 +46,7 @@ class Asked:
     inputs: Mapping[str, Any]
     mask: Int[Tensor, "b t"]
     roles: HasRoles | None = None
-    targets: Int[Tensor, " b"] | None = None
+    answer_ids: Int[Tensor, " b"] | None = None
     full_answers: Sequence[Sequence[int]] | None = None
     prompt: Columns | None = None
     shift: Sequence[int] = ()
@@ -79,8 +79,8 @@ class Asked:
             raise HookError(f"the inputs must have input_ids [b t]; these have {list(given)}")
         ids = given["input_ids"]
         mask = given.get("attention_mask", torch.ones_like(ids)).long().cpu()
-        targets = getattr(batch, "target_ids", None)
-        asked = Asked(ssm, given, mask, with_roles, targets)
+        answer_ids = getattr(batch, "answer_ids", None)
+        asked = Asked(ssm, given, mask, with_roles, answer_ids)
         if not full_answer:
             return asked
         before = given_batch.attention_mask.long().cpu()

@@ -33,11 +33,11 @@ NAMES: dict[str, str] = {
 OF_FULL_ANSWERS = ("log_probability", "probability", "accuracy")
 
 
-def log_probability(target: Any) -> Metric:
+def log_probability(answer: Any) -> Metric:
     """ln p of a token at each row's last position, as a metric.
 
     Args:
-        target: its id; a sequence has one per row.
+        answer: its id; a sequence has one per row.
 
     Raises:
         MetricError: ids that are no integers; when it is used, another number of rows, or an id outside the
@@ -47,15 +47,15 @@ def log_probability(target: Any) -> Metric:
         >>> log_probability(1)(torch.zeros(1, 4)).exp()
         tensor([0.2500])
     """
-    ids = token_ids(target, "target")
-    return lambda logits: -(logits - logits_of(logits, ids, "target")[:, None]).logsumexp(-1)
+    ids = token_ids(answer, "answer")
+    return lambda logits: -(logits - logits_of(logits, ids, "answer")[:, None]).logsumexp(-1)
 
 
-def logit_difference(target: Any, other: Any) -> Metric:
-    """logit(target) - logit(other) at each row's last position, as a metric.
+def logit_difference(answer: Any, other: Any) -> Metric:
+    """logit(answer) - logit(other) at each row's last position, as a metric.
 
     Args:
-        target: a token id; a sequence has one per row.
+        answer: a token id; a sequence has one per row.
         other: the same, of the wrong answer.
 
     Raises:
@@ -65,8 +65,8 @@ def logit_difference(target: Any, other: Any) -> Metric:
         >>> logit_difference(2, 0)(torch.tensor([[0.0, 1.0, 3.0]]))
         tensor([3.])
     """
-    ids, others = token_ids(target, "target"), token_ids(other, "other")
-    return lambda logits: logits_of(logits, ids, "target") - logits_of(logits, others, "other")
+    ids, others = token_ids(answer, "answer"), token_ids(other, "other")
+    return lambda logits: logits_of(logits, ids, "answer") - logits_of(logits, others, "other")
 
 
 def kl_divergence(clean: Float[Tensor, "b v"]) -> Metric:
@@ -89,28 +89,28 @@ def kl_divergence(clean: Float[Tensor, "b v"]) -> Metric:
     return measured
 
 
-def rank(target: Any) -> Metric:
-    """How many tokens are more likely than the target at each row's last position, as a metric: 0 is the answer.
+def rank(answer: Any) -> Metric:
+    """How many tokens are more likely than the answer at each row's last position, as a metric: 0 where none is.
 
     Args:
-        target: its id; a sequence has one per row.
+        answer: its id; a sequence has one per row.
 
     Example:
         >>> rank(1)(torch.tensor([[3.0, 2.0, 1.0]]))
         tensor([1.])
     """
-    ids = token_ids(target, "target")
-    return lambda logits: (logits > logits_of(logits, ids, "target")[:, None]).sum(-1).to(logits.dtype)
+    ids = token_ids(answer, "answer")
+    return lambda logits: (logits > logits_of(logits, ids, "answer")[:, None]).sum(-1).to(logits.dtype)
 
 
-def accuracy(target: Any) -> Metric:
-    """1 where no token is more likely than the target at a row's last position, else 0, as a metric.
+def accuracy(answer: Any) -> Metric:
+    """1 where no token is more likely than the answer at a row's last position, else 0, as a metric.
 
     Args:
-        target: its id; a sequence has one per row.
+        answer: its id; a sequence has one per row.
     """
-    ids = token_ids(target, "target")
-    return lambda logits: (logits_of(logits, ids, "target") >= logits.amax(-1)).to(logits.dtype)
+    ids = token_ids(answer, "answer")
+    return lambda logits: (logits_of(logits, ids, "answer") >= logits.amax(-1)).to(logits.dtype)
 
 
 def names_of(metrics: Sequence[str | Metric]) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ class Measured:
 def as_measured(
     metric: str | Metric,
     *,
-    targets: Int[Tensor, " b"] | None,
+    answer_ids: Int[Tensor, " b"] | None,
     clean: Callable[[], Float[Tensor, "b v"]],
     positions: Positions = "last",
 ) -> Measured:
@@ -166,7 +166,7 @@ def as_measured(
 
     Args:
         metric: one of `NAMES`, or a function from logits to a number per row.
-        targets: the first token of each answer; None: the prompts have none.
+        answer_ids: the first token of each answer; None: the prompts have none.
         clean: gives the clean logits at the last tokens, where a metric needs them.
         positions: the logits that a function gets.
 
@@ -177,30 +177,30 @@ def as_measured(
         if not callable(metric):
             raise MetricError(
                 f"the metric must be a name ({', '.join(NAMES)}) or a function of logits, such as "
-                f"logit_difference(target, other), got {describe(metric)}"
+                f"logit_difference(answer, other), got {describe(metric)}"
             )
         return Measured("metric", metric, positions)
     check_name(metric)
     if metric == "kl":
         logits = clean()
         return Measured.named(metric, lambda rows: kl_divergence(logits[list(rows)]), len(logits))
-    if targets is None:
+    if answer_ids is None:
         raise MetricError(
             f"the metric {metric!r} needs the prompts' answers, which a Batch of prompts has; for plain input_ids "
             "give a function from logits at the last token [b v] to a number per row [b]"
         )
-    ids: list[int] = targets.tolist()
-    of_target = {"log_probability": log_probability, "probability": _probability, "rank": rank, "accuracy": accuracy}
+    ids: list[int] = answer_ids.tolist()
+    of_answer = {"log_probability": log_probability, "probability": _probability, "rank": rank, "accuracy": accuracy}
     if metric == "logit_difference":
         rivals = _rivals(clean(), ids)
         return Measured.named(
             metric, lambda rows: logit_difference([ids[row] for row in rows], [rivals[row] for row in rows]), len(ids)
         )
-    return Measured.named(metric, lambda rows: of_target[metric]([ids[row] for row in rows]), len(ids))
+    return Measured.named(metric, lambda rows: of_answer[metric]([ids[row] for row in rows]), len(ids))
 
 
-def _probability(target: Any) -> Metric:
-    logprob = log_probability(target)
+def _probability(answer: Any) -> Metric:
+    logprob = log_probability(answer)
     return lambda logits: logprob(logits).exp()
 
 

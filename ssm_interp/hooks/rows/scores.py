@@ -41,8 +41,9 @@ class Scores:
         self._everyone = list(range(len(asked.mask)))
         self.positions: Positions = "all"
         if asked.full_answers is None:
+            ids = asked.answer_ids
             self._measured = [
-                as_measured(metric, targets=asked.targets, clean=lambda: precise(asked.clean), positions=positions)
+                as_measured(metric, answer_ids=ids, clean=lambda: precise(asked.clean), positions=positions)
                 for metric in metrics
             ]
             if all(measured.positions == "last" for measured in self._measured):
