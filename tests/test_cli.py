@@ -154,7 +154,7 @@ def test_flow_takes_every_option_of_a_study(monkeypatch: pytest.MonkeyPatch, tmp
         align="centre",
         features=["all", "top third"],
         through=["ssm"],
-        metric="rank",
+        metric="accuracy",
         batch_size=3,
         shard_size=2,
         max_memory=2_000_000,
