@@ -40,7 +40,7 @@ def induction_prompts(count: int, *, length: int = 24, seed: int = 0) -> list[Pr
 
     Example:
         >>> induction_prompts(1, length=8)[0].text
-        'p n z y b i r n'
+        'x k m y d u x m'
     """
     if count < 1 or length < SHORTEST:
         raise PromptError(
