@@ -133,6 +133,9 @@ MISTAKES: list[tuple[str, str, list[str]]] = [
     ("[plot]", "[metrics]\nlevel = nan\n[plot]", ["line 18: metrics.level: it should be less than 1, got NaN"]),
     ("[plot]", '[metrics]\nstatistic = "means"\n[plot]', ["line 18: metrics.statistic:", "did you mean 'mean'?"]),
     ('"flow"', '"flwo"', ['line 18: plot.kind: there is no "flwo": did you mean \'flow\'? it is "flow", "depth"']),
+    ('kind = "flow"', 'knd = "flow"', ["line 18: plot.knd: there is no such key: did you mean 'kind'? it is \"flow\""]),
+    ("[plot]", '[held]\nkind = "SetDelta"\n[plot]', ["line 17: held: write its header in two brackets, [[held]]"]),
+    ("[plot]", '[[held]]\nknd = "SetDelta"\n[plot]', ["line 18: held.knd: there is no such key: did you mean 'kind'?"]),
     ('kind = "flow"', "", ['line 17: plot: its kind is missing: it is "flow", "depth", "features", "streams" or']),
     (
         '"flow"',

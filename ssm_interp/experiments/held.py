@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
 from ssm_interp.experiments.declared import KeyedError
-from ssm_interp.experiments.mistakes import did_you_mean, either, written
+from ssm_interp.experiments.mistakes import did_you_mean, either, mistyped_kind, written
 from ssm_interp.experiments.values import check_share
 
 if TYPE_CHECKING:
@@ -39,8 +38,11 @@ def _held(value: Any) -> Any:
     kind = given.get("kind")
     if kind not in KINDS:
         hint = did_you_mean(kind, KINDS)
-        wrong = f"there is no {written(kind)} to hold on: {hint}" if "kind" in given else "its kind is missing: "
-        raise KeyedError(("kind",) if "kind" in given else (), f"{wrong}it is {either(map(written, KINDS))}")
+        wrong, key = f"there is no {written(kind)} to hold on: {hint}", ("kind",)
+        if "kind" not in given:
+            key = mistyped_kind(given)
+            wrong = "there is no such key: did you mean 'kind'? " if key else "its kind is missing: "
+        raise KeyedError(key, f"{wrong}it is {either(map(written, KINDS))}")
     fields = _fields(kind)
     if unknown := [name for name in given if name not in fields]:
         hint = did_you_mean(unknown[0], fields)
@@ -60,7 +62,7 @@ def _held(value: Any) -> Any:
 def _fields(kind: str) -> tuple[str, ...]:
     from ssm_interp import hooks
 
-    return ("kind", *signature(getattr(hooks, kind)).parameters)
+    return ("kind", *getattr(hooks, kind).model_fields)
 
 
 def _blamed(given: Mapping[str, Any], message: str) -> tuple[str, ...]:

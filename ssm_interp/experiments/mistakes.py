@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -57,6 +57,11 @@ def did_you_mean(value: Any, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}? " if near else ""
 
 
+def mistyped_kind(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The key of a table without a kind that may be meant for it; none where none is near."""
+    return tuple(get_close_matches("kind", given, n=1, cutoff=0.6))
+
+
 def explain(error: ValidationError) -> str:
     """What is wrong with the options of a declaration, in a line.
 
@@ -81,6 +86,8 @@ def problems(error: ValidationError) -> list[Problem]:
             spot = _walk(top, (*wrong["loc"], *own.key))._replace(key=(*spot.key, *own.key))
         elif wrong["type"] == "union_tag_invalid":
             spot = _walk(top, (*wrong["loc"], "kind"))
+        elif wrong["type"] == "union_tag_not_found":
+            spot = spot._replace(key=(*spot.key, *mistyped_kind(wrong["input"])))
         by_key.setdefault(spot.key, []).append((spot, wrong))
     within = {key[:end] for key in by_key for end in range(len(key))}
     return [
@@ -172,7 +179,7 @@ def _message(several: Sequence[tuple[_Spot, Any]], top: type[BaseModel]) -> str:
     got = context.get("tag", wrong["input"])
     if choices := re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags") or "")):
         return f"there is no {written(got)}: {did_you_mean(got, choices)}it is {either(map(written, choices))}"
-    if wrong["type"] == "tuple_type" and any(map(_is_declaration, _items(spot))):
+    if wrong["type"] == "tuple_type" and any(_is_declaration(item) or item is Any for item in _items(spot)):
         return f"write its header in two brackets, [[{spot.key[-1]}]]: there can be several"
     first, *others = dict.fromkeys(_expected(one) for _, one in several)
     return f"{either([first, *(one.removeprefix('it should be ') for one in others)])}, got {written(got)}"
@@ -189,7 +196,8 @@ def _expected(wrong: Any) -> str:
 
 def _kindless(spot: _Spot, _: type[BaseModel]) -> str:
     kinds = [kind for one in _members(spot.fields[-1].annotation) for kind in _kinds(one)]
-    return f"its kind is missing: it is {either(map(written, kinds))}"
+    wrong = "there is no such key: did you mean 'kind'?" if len(spot.key) > len(spot.fields) else "its kind is missing:"
+    return f"{wrong} it is {either(map(written, kinds))}"
 
 
 def _items(spot: _Spot) -> list[Any]:

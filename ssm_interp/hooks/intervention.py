@@ -75,7 +75,9 @@ class Intervention(BaseModel):
     def _layers(cls, value: Any) -> tuple[int, ...] | None:
         layers = as_indices(value, f"{cls.kind}.layers")
         if layers == ():
-            raise InterventionError(f"{cls.kind}.layers is empty, so that nothing would happen; None means all layers")
+            raise InterventionError(
+                f"{cls.kind}.layers is empty, so that nothing would happen; leave it out for all layers"
+            )
         return layers
 
     @field_validator("features", mode="plain")
