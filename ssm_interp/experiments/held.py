@@ -38,7 +38,8 @@ def _held(value: Any) -> Any:
     kind = given.get("kind")
     if kind not in KINDS:
         hint = did_you_mean(kind, KINDS)
-        wrong, key = f"there is no {written(kind)} to hold on: {hint}", ("kind",)
+        wrong = f"there is no {written(kind)} to hold on: {hint}"
+        key: tuple[str, ...] = ("kind",)
         if "kind" not in given:
             key = mistyped_kind(given)
             wrong = "there is no such key: did you mean 'kind'? " if key else "its kind is missing: "
