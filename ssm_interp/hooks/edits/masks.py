@@ -126,9 +126,7 @@ class Columns:
         """How many columns each row has up to its last token."""
         if self.mask is None:
             return [self.length] * self.batch
-        kept = self.mask.bool().cpu()
-        last = torch.where(kept, torch.arange(1, kept.shape[1] + 1), 0).amax(1)
-        ends: list[int] = torch.where(last == 0, self.length, last)[torch.arange(self.batch) % len(kept)].tolist()
+        ends: list[int] = (1 + last_columns(self.mask.cpu()))[torch.arange(self.batch) % len(self.mask)].tolist()
         return ends
 
     def _columns(self, positions: FlatPositions, row: int, ends: list[int], what: str) -> Tensor:
@@ -192,6 +190,11 @@ def as_taps(targets: Tensor, sources: Tensor, start: int, taps: int) -> Tensor:
     on: bool `[k b t]`, whether t reads from so many positions before it."""
     t, padded = targets.shape[1], pad(sources, (taps - 1, 0))
     return torch.stack([targets & padded[:, start + taps - 1 - j :][:, :t] for j in range(taps)])
+
+
+def last_columns(mask: Tensor) -> Tensor:
+    """The column of each row's last token in a mask `[b t]`, `[b]`; of a row of padding the last column."""
+    return mask.shape[1] - 1 - mask.flip(1).bool().int().argmax(1)
 
 
 def right_padded(mask: Tensor | None) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssm_interp.arguments import as_index, as_list, as_streams
 from ssm_interp.errors import HookError, InterventionError, MetricError
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.edits.masks import Columns, naming, no_edge, reading
+from ssm_interp.hooks.edits.masks import Columns, last_columns, naming, no_edge, reading
 from ssm_interp.hooks.intervention import Intervention
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.rows.asked import Asked
@@ -115,9 +115,11 @@ def answers(
 
     Raises:
         InterventionError: a layer, stream, feature or position that does not exist; a role, and no batch of prompts;
-            the name of a feature group; edges of which none exists, in any prompt and variant.
+            the name of a feature group; edges of which none exists, in any prompt and variant; single edges under full
+            answers.
         MetricError: an unknown name; a name that needs answers, without any; not one finite number per row.
-        HookError: no variants; `by="rows"` where that cannot be exact; not enough memory for a single row.
+        HookError: no variants; `by="rows"` where that cannot be exact; not enough memory for a single row; under full
+            answers an edit at work that names positions.
 
     Cost: as rows: one forward over the positions before the first target, and for each variant the positions from there
         on, in the layers from its first one on. By full forwards: len(variants) x b rows.
@@ -207,8 +209,7 @@ def _unfit(asked: Asked) -> str | None:
     if more := sorted(set(asked.inputs) - ROW_INPUTS):
         return f"the inputs have {', '.join(more)}"
     spans = asked.mask.argmax(1) + asked.mask.sum(1)
-    ends = asked.mask.shape[1] - asked.mask.flip(1).argmax(1)
-    return None if bool((spans == ends).all()) else "a row's tokens are not one run of columns"
+    return None if bool((spans == last_columns(asked.mask) + 1).all()) else "a row's tokens are not one run of columns"
 
 
 def _no_rectangles(ssm: Attachment, interventions: Interventions) -> str | None:

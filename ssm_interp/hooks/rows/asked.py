@@ -15,7 +15,7 @@ from ssm_interp.arguments import Positions, as_positions
 from ssm_interp.errors import HookError, InterventionError
 from ssm_interp.hooks.active import edits_here
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.edits.masks import Columns
+from ssm_interp.hooks.edits.masks import Columns, last_columns
 from ssm_interp.hooks.intervention import HasRoles, Intervention
 from ssm_interp.hooks.rows.forwards import logits_of_text
 from ssm_interp.hooks.rows.trial import obstacle
@@ -84,9 +84,8 @@ class Asked:
         if not full_answer:
             return asked
         before = given_batch.attention_mask.long().cpu()
-        last = [row - 1 for row in map(_end, before)]
-        lengths = [len(answer) - 1 for answer in batch.answers]
-        shift = [_end(row) - 1 - more - end for row, more, end in zip(mask, lengths, last, strict=True)]
+        behind = torch.tensor([len(answer) - 1 for answer in batch.answers])  # tokens of the answers, b
+        shift: list[int] = (last_columns(mask) - behind - last_columns(before)).tolist()
         prompt = Columns(len(before), before.shape[1], before)
         return replace(asked, full_answers=batch.answers, prompt=prompt, shift=shift)
 
@@ -139,11 +138,6 @@ class Asked:
     def obstacle(self) -> str | None:
         """Why rows of one step cannot be exact, whatever the variants; None: they are."""
         return obstacle(self.ssm)
-
-
-def _end(row: Tensor) -> int:
-    """How many columns of a row of a mask there are up to its last token."""
-    return int(row.nonzero()[-1, 0]) + 1
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssm_interp.arguments import RowPositions, as_list
 from ssm_interp.hooks.attachment import Attachment
-from ssm_interp.hooks.edits.masks import Columns, Product, reading
+from ssm_interp.hooks.edits.masks import Columns, Product, last_columns, reading
 from ssm_interp.hooks.intervention import Intervention
 from ssm_interp.hooks.interventions import Knockout
 from ssm_interp.hooks.rows.metrics import Positions
@@ -41,7 +41,7 @@ def logits_of_text(
     options: dict[str, Any] = {"use_cache": False}
     if "position_ids" in takes and inputs.get("position_ids") is None and not mask.all():
         options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(inputs["input_ids"].device)
-    ends = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # b
+    ends = last_columns(mask)
     at_the_end = bool((ends == mask.shape[1] - 1).all())
     kept = keep if positions == "all" else int(at_the_end)
     if kept and "logits_to_keep" in takes:

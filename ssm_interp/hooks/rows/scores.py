@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ssm_interp.errors import MetricError
+from ssm_interp.hooks.edits.masks import last_columns
 from ssm_interp.hooks.intervention import Intervention
 from ssm_interp.hooks.rows.asked import Asked
 from ssm_interp.hooks.rows.engine import run_each
@@ -95,7 +96,7 @@ class Scores:
         """The metrics, for logits of these prompts."""
         full = self.asked.full_answers
         if full is not None:
-            return [partial(_of_full_answer, name, full) for name in self._named]
+            return [partial(of_full_answer, name, answers=full) for name in self._named]
         return [self._of_rows(measured, rows) for measured in self._measured]
 
     def _of_rows(self, measured: Measured, rows: list[int]) -> Metric:
@@ -117,21 +118,13 @@ class Scores:
         """Of the logits those that a metric takes."""
         if measured.positions == self.positions:
             return logits
-        return logits[torch.arange(len(logits)), self._ends()]
-
-    def _ends(self) -> Int[Tensor, " b"]:
-        mask = self.asked.mask
-        return mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        return logits[torch.arange(len(logits)), last_columns(self.asked.mask)]
 
 
 def in_words(variant: Intervention | Interventions) -> str:
     """What a variant does."""
     interventions = variant if isinstance(variant, list | tuple) else [variant]
     return ", ".join(map(repr, interventions)) or "the clean run"
-
-
-def _of_full_answer(name: str, answers: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    return of_full_answer(name, logits, answers)
 
 
 def _of_full_answers(metric: str | Metric) -> str:
