@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -75,6 +76,20 @@ def test_flow_writes_pictures_every_number_and_what_was_dropped(
     assert dropped["answered"].tolist() == said
     assert dropped["answer"].tolist() == [prompt.answer for prompt in scene.wrong]
     assert f"2 otherwise, which are left out: wrong p0 ({said[0]} instead of {scene.wrong[0].answer})" in result.stdout
+
+
+def test_a_source_without_any_drop_has_dashes(scene: World, capsys: pytest.CaptureFixture[str]) -> None:
+    with si.attach(scene.model) as ssm:
+        found = si.sweep(ssm, scene.tokenizer, scene.prompts, sources=["subject", "last"], windows=2)
+    still = found.frame["source"] == "last"
+    unchanged = {name: found.frame[name].mask(still, 0.0) for name in ("relative_change", "logprob_difference")}
+    flow.print_flow(replace(found, frame=found.frame.assign(**unchanged)), "bootstrap", 0.9)
+    printed = capsys.readouterr().out
+    (subject,), (last,) = (
+        [line for line in printed.splitlines() if f"{role} →" in line] for role in ("subject", "last")
+    )
+    assert last.count("\N{EN DASH}") == 4 and "\N{EN DASH}" not in subject
+    assert "90 %" in printed and "95 %" not in printed
 
 
 def test_what_is_answered_instead_of_a_full_answer(scene: World, model: str, tmp_path: Path) -> None:

@@ -108,16 +108,16 @@ def _asked_for(result: FlowResult, run: FlowRun) -> str:
 def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
     places = windows(run.layers, row["window_size"], run.align)
     layers = next(place.layers for place in places if place.at == row["layer"])
-    between = f"{_signed(row['low'])} to {_signed(row['high'])}"
+    between, interval = f"{_signed(row['low'])} to {_signed(row['high'])}", f"{100 * row['level']:g} %\ninterval"
     cells = {
         "largest\ndrop %": _signed(row["mean"]),
-        f"{100 * row['level']:g} %\ninterval": between if row["n"] > 1 else "(one prompt)",
+        interval: between if row["n"] > 1 else "(one prompt)",
         "\nmedian %": _signed(row["median"]),
         "still\nright %": f"{100 * row['accuracy']:.0f}",
         "in\nlayers": f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0]),
     }
     if float(f"{row['mean']:.1f}") >= 0:  # no window has a drop, so none is named
-        cells |= dict.fromkeys(["largest\ndrop %", "95 %\ninterval", "\nmedian %", "in\nlayers"], "\N{EN DASH}")
+        cells |= dict.fromkeys(["largest\ndrop %", interval, "\nmedian %", "in\nlayers"], "\N{EN DASH}")
     if "metric" in row:
         cells |= {f"{row['metric']}\nchange": f"{row['value_difference']:+.3g}"}
     return cells | ({"without\nedges": f"{row['n_empty']} of {row['n']}"} if some_empty else {})
