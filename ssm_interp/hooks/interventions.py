@@ -148,8 +148,21 @@ class PatchState(Intervention):
         return state
 
 
+class _AtPositions(Intervention):
+    """What acts at some positions, or at every one."""
+
+    position_fields: ClassVar[tuple[str, ...]] = ("positions",)
+
+    positions: Positions | None = None
+
+    @field_validator("positions", mode="plain")
+    @classmethod
+    def _positions(cls, value: Any) -> Positions | None:
+        return as_positions(value, f"{cls.kind}.positions")
+
+
 class _OfHeads(Intervention):
-    """What acts on whole heads, at some positions or at every one."""
+    """What acts on whole heads."""
 
     @model_validator(mode="after")
     def _only_heads(self) -> _OfHeads:
@@ -158,7 +171,7 @@ class _OfHeads(Intervention):
         return self
 
 
-class SetDelta(_OfHeads):
+class SetDelta(_OfHeads, _AtPositions):
     """Set the effective step dt of some positions: 0 makes a position neither write nor decay the state.
 
     Attributes:
@@ -174,10 +187,8 @@ class SetDelta(_OfHeads):
     """
 
     kind: ClassVar[str] = "SetDelta"
-    position_fields: ClassVar[tuple[str, ...]] = ("positions",)
 
     value: float
-    positions: Positions | None = None
 
     @field_validator("value", mode="plain")
     @classmethod
@@ -187,13 +198,8 @@ class SetDelta(_OfHeads):
             raise InterventionError(f"SetDelta.value must be a step >= 0, got {step}")
         return step
 
-    @field_validator("positions", mode="plain")
-    @classmethod
-    def _positions(cls, value: Any) -> Positions | None:
-        return as_positions(value, "SetDelta.positions")
 
-
-class ScaleFeatures(Intervention):
+class ScaleFeatures(_AtPositions):
     """Multiply what the features give to y at some positions (0 silences them, 1 changes nothing).
 
     Attributes:
@@ -208,20 +214,13 @@ class ScaleFeatures(Intervention):
     """
 
     kind: ClassVar[str] = "ScaleFeatures"
-    position_fields: ClassVar[tuple[str, ...]] = ("positions",)
 
     factor: float
-    positions: Positions | None = None
 
     @field_validator("factor", mode="plain")
     @classmethod
     def _factor(cls, value: Any) -> float:
         return as_number(value, "ScaleFeatures.factor")
-
-    @field_validator("positions", mode="plain")
-    @classmethod
-    def _positions(cls, value: Any) -> Positions | None:
-        return as_positions(value, "ScaleFeatures.positions")
 
 
 class EditAttention(_OfHeads):
