@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
+import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
 
+import ssm_interp
 from ssm_interp.flow import summarise
 from ssm_interp.flow.result import COLUMNS
 from ssm_interp.plots import STATISTICS, circuit, spectrum
@@ -26,6 +30,32 @@ BLOCK = re.compile(r"(?<!-->\n)^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
 
 def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+class Examples(doctest.DocTestRunner):
+    """Runs the examples of docstrings. Of those that go on from a reader's own model (a name that is not there) the
+    rest is left out, and what prints without being shown may print anything."""
+
+    def report_failure(self, out: Any, test: Any, example: Any, got: Any) -> None:
+        if example.want:
+            super().report_failure(out, test, example, got)
+
+    def report_unexpected_exception(self, out: Any, test: Any, example: Any, exc_info: Any) -> None:
+        if not issubclass(exc_info[0], NameError):
+            super().report_unexpected_exception(out, test, example, exc_info)
+
+
+def test_examples_in_docstrings_that_stand_alone_are_true() -> None:
+    said: list[str] = []
+    ran = 0
+    for module in pkgutil.walk_packages(ssm_interp.__path__, "ssm_interp."):
+        if module.name.endswith("__main__"):
+            continue
+        for example in doctest.DocTestFinder().find(importlib.import_module(module.name)):
+            if example.examples:
+                ran += Examples(verbose=False).run(example, out=said.append).attempted
+    assert not said, "".join(said)
+    assert ran > 100
 
 
 @pytest.mark.filterwarnings("ignore::ssm_interp.prompts.SharedTokenWarning")

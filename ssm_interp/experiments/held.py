@@ -96,8 +96,9 @@ def described(edit: Intervention) -> str:
     """An intervention in the words of tables and pictures.
 
     Example:
+        >>> from ssm_interp import SetDelta
         >>> described(SetDelta(value=0.0, layers=[0, 1]))
-        'SetDelta value 0.0 layers 0 1'
+        'SetDelta layers 0 1 value 0.0'
     """
     kind, *fields = edit.to_dict().items()
     words = [str(kind[1])]

@@ -66,6 +66,7 @@ def explain(error: ValidationError) -> str:
     """What is wrong with the options of a declaration, in a line.
 
     Example:
+        >>> from ssm_interp.experiments import Study
         >>> try:
         ...     Study(model="tiny-mamba1", limit=-1)
         ... except ValidationError as error:

@@ -23,7 +23,7 @@ class Study(InShards, Measured, Sweep, Prompts, Weights):
 
     Example:
         >>> Study(model="tiny-mamba2", windows=[1, 3], limit=64).model_dump_json(include={"model", "windows"})
-        '{"model":"tiny-mamba2","windows":[1,3]}'
+        '{"windows":[1,3],"model":"tiny-mamba2"}'
     """
 
     model: Name = option(..., "Embedded name, local folder or hub id.")
