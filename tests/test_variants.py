@@ -104,14 +104,14 @@ def test_what_rows_cannot_do_takes_full_forwards_and_says_so(scene: World, batch
         variants = [*variants_of(ssm), *others_of(ssm)]
         found = answers(ssm, batch, variants, ["log_probability", "kl"])
         assert found.how == (
-            "rows of one step; 4 of 9 variants by full forwards: several knockouts at one place; "
+            "rows of one step; 4 of 9 variants by full forwards: several knockouts in one module; "
             "a Knockout of single edges; PatchState is no Knockout; SetDelta is no Knockout"
         )
         for number, variant in enumerate(variants):
             expected = by_hand(ssm, batch, variant)
             torch.testing.assert_close(found.values[0, number], expected["log_probability"], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found.values[1, number], expected["kl"], rtol=1e-4, atol=1e-5)
-        with pytest.raises(si.HookError, match=r"several knockouts at one place \(variant 5\)"):
+        with pytest.raises(si.HookError, match=r"several knockouts in one module \(variant 5\)"):
             answers(ssm, batch, variants, by="rows")
         ssm.layers[0].hook_y.add_hook(lambda y, hook: y * 1)
         assert answers(ssm, batch, [()]).how == "full forwards: hook_y of layer 0 is hooked or exposed"

@@ -33,7 +33,7 @@ class EdgeCheck(Result):
             less the clean one), and `chosen`: "top" or "random".
 
     Example:
-        >>> check_edges(ssm, inputs, metric, found).correlation()         # doctest: +SKIP
+        >>> check_edges(ssm, inputs, metric, attribution).correlation()         # doctest: +SKIP
     """
 
     frame: pd.DataFrame
@@ -65,7 +65,7 @@ def check_edges(
     ssm: Attachment,
     inputs: Any,
     metric: str | Metric,
-    found: EdgeAttribution,
+    attribution: EdgeAttribution,
     *,
     positions: Positions = "last",
     top: int = 20,
@@ -76,7 +76,7 @@ def check_edges(
 
     Args:
         ssm, inputs, metric, positions: as `edge_attribution` was given them.
-        found: what it found.
+        attribution: what it found.
         top: how many of the largest, over all rows of the batch; more than there are: all.
         random: how many of the others.
         seed: of the draw.
@@ -88,34 +88,34 @@ def check_edges(
         where the metric takes all positions.
 
     Example:
-        >>> check_edges(ssm, inputs, metric, found, top=50).frame.head()     # doctest: +SKIP
+        >>> check_edges(ssm, inputs, metric, attribution, top=50).frame.head()     # doctest: +SKIP
     """
-    if not isinstance(found, EdgeAttribution):
-        raise FeatureError(f"what is checked is what edge_attribution found, got {type(found).__name__}")
+    if not isinstance(attribution, EdgeAttribution):
+        raise FeatureError(f"what is checked is what edge_attribution found, got {type(attribution).__name__}")
     top, random = whole_number(top, "top", least=0), whole_number(random, "random", least=0)
     seed = whole_number(seed, "seed", least=0)
-    question = Question.of(ssm, inputs, metric, positions, found.layers)
+    question = Question.of(ssm, inputs, metric, positions, attribution.layers)
     warn_hooked(ssm, "the check")
-    if found.mask.shape != question.mask.shape or not torch.equal(found.mask, question.mask):
+    if attribution.mask.shape != question.mask.shape or not torch.equal(attribution.mask, question.mask):
         raise FeatureError(
-            f"the attribution is of inputs {list(found.mask.shape)} with {int(found.mask.sum())} tokens, but these are "
-            f"{list(question.mask.shape)} with {int(question.mask.sum())}; give the same inputs to both"
+            f"the attribution is of inputs {list(attribution.mask.shape)} with {int(attribution.mask.sum())} tokens, "
+            f"but these are {list(question.mask.shape)} with {int(question.mask.sum())}; give the same inputs to both"
         )
     with torch.no_grad():
-        clean = measure(question.metric, question.logits()).to(found.metric)
-    if not torch.allclose(clean, found.metric, rtol=1e-2, atol=1e-2):
+        clean = measure(question.metric, question.logits()).to(attribution.metric)
+    if not torch.allclose(clean, attribution.metric, rtol=1e-2, atol=1e-2):
         raise FeatureError(
-            f"the attribution is of a metric that is {found.metric.tolist()} here, but this one is {clean.tolist()}; "
-            "give the same model, inputs and metric to both"
+            f"the attribution is of a metric that is {attribution.metric.tolist()} here, but this one is "
+            f"{clean.tolist()}; give the same model, inputs and metric to both"
         )
-    edges = found.top(len(found.frame))
+    edges = attribution.top(len(attribution.frame))
     drawn = edges[top:].sample(min(random, max(0, len(edges) - top)), random_state=seed)
     chosen = pd.concat([edges[:top].assign(chosen="top"), drawn.assign(chosen="random")], ignore_index=True)
     exact = np.full(len(chosen), np.nan)
     with torch.no_grad():
         for row, part in chosen.groupby("row"):
-            knockouts = {edge: _knockout(found, edges) for edge, edges in part.to_dict("index").items()}
-            acting = {edge: knockout for edge, knockout in knockouts.items() if knockout is not None}
+            knockouts = {number: _knockout(attribution, edge) for number, edge in part.to_dict("index").items()}
+            acting = {number: knockout for number, knockout in knockouts.items() if knockout is not None}
             exact[part.index] = 0.0
             exact[list(acting)] = _effects(question, int(row), list(acting.values()))
     return EdgeCheck(chosen.assign(exact=exact))

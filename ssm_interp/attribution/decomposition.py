@@ -57,8 +57,8 @@ class Decomposition(Result):
     is linear, so nothing is lost: `rest` is rounding, unless a hook of yours edits y or attn.
 
     Example:
-        >>> found = decompose(ssm, inputs)[3]                                              # doctest: +SKIP
-        >>> sum(part.sum((2, 3)) for part in found.parts.values()) + found.rest     # is found.whole   # doctest: +SKIP
+        >>> layer_3 = decompose(ssm, inputs)[3]                                              # doctest: +SKIP
+        >>> sum(part.sum((2, 3)) for part in layer_3.parts.values()) + layer_3.rest   # layer_3.whole   # doctest: +SKIP
     """
 
     layer: int

@@ -47,7 +47,7 @@ class EdgeAttribution(Result):
         tokens: a readable token per column, row by row; None: not known.
 
     Example:
-        >>> found.top(5)      # doctest: +SKIP
+        >>> edges.top(5)      # doctest: +SKIP
     """
 
     values: Float[Tensor, "b layer *group t s"]
@@ -105,7 +105,7 @@ class EdgeAttribution(Result):
         known, target_token and source_token.
 
         Example:
-            >>> found.frame.groupby("layer")["attribution"].sum()      # doctest: +SKIP
+            >>> edges.frame.groupby("layer")["attribution"].sum()      # doctest: +SKIP
         """
         return self._table.copy()
 
@@ -116,7 +116,7 @@ class EdgeAttribution(Result):
             FeatureError: a negative count.
 
         Example:
-            >>> found.top(3)[["layer", "target", "source"]]              # doctest: +SKIP
+            >>> edges.top(3)[["layer", "target", "source"]]              # doctest: +SKIP
         """
         number = whole_number(count, "the number of edges", least=0)
         order = self._table["attribution"].abs().sort_values(ascending=False, kind="stable").index
@@ -136,7 +136,7 @@ class EdgeAttribution(Result):
             PlotError: a target outside the prompt.
 
         Example:
-            >>> found.plot(target=-1).savefig("edges.png", dpi=200)     # doctest: +SKIP
+            >>> edges.plot(target=-1).savefig("edges.png", dpi=200)     # doctest: +SKIP
         """
         row, group, kept, options = self._chosen(row, group, options)
         values = self.values[row, :, self.groups.index(group)] if group is not None else self.values[row]
@@ -149,7 +149,7 @@ class EdgeAttribution(Result):
         Args and errors are those of `plot`.
 
         Example:
-            >>> Path("edges.html").write_text(found.page())             # doctest: +SKIP
+            >>> Path("edges.html").write_text(edges.page())             # doctest: +SKIP
         """
         row, group, kept, options = self._chosen(row, group, options)
         edges = self._table[

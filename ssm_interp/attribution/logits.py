@@ -47,8 +47,8 @@ class LogitAttribution(Result):
     later layer, attention or MLP makes of a mixer's output is theirs.
 
     Example:
-        >>> found = logit_attribution(ssm, inputs, paris, london)                          # doctest: +SKIP
-        >>> found.frame.nlargest(5, "attribution")                                       # doctest: +SKIP
+        >>> paris_or_london = logit_attribution(ssm, inputs, paris, london)                          # doctest: +SKIP
+        >>> paris_or_london.frame.nlargest(5, "attribution")                                       # doctest: +SKIP
     """
 
     by: By
@@ -101,7 +101,7 @@ class LogitAttribution(Result):
             PlotError: a subject outside the prompt.
 
         Example:
-            >>> found.plot(title="tiny-mamba1: Paris or London").savefig("logits.png")     # doctest: +SKIP
+            >>> paris_or_london.plot(title="tiny-mamba1: Paris or London").savefig("logits.png")     # doctest: +SKIP
         """
         values = self.by_position()
         row = row_of(row, len(values))
@@ -154,8 +154,8 @@ def logit_attribution(
         the mixer's output split by `decompose`.
 
     Example:
-        >>> found = logit_attribution(ssm, inputs, answer=paris, other=london)             # doctest: +SKIP
-        >>> found.by_position()[0, :, 0]         # [layer source], for a heat map           # doctest: +SKIP
+        >>> paris_or_london = logit_attribution(ssm, inputs, answer=paris, other=london)             # doctest: +SKIP
+        >>> paris_or_london.by_position()[0, :, 0]         # [layer source], for a heat map           # doctest: +SKIP
     """
     check_by(by)
     chosen = chosen_layers(ssm, layers)

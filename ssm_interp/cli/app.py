@@ -142,7 +142,9 @@ def _warnings_in_a_line() -> Iterator[None]:
 def _message(error: Exception) -> str:
     invalid = error.__cause__ if isinstance(error, CycloptsError) else error
     if isinstance(invalid, ValidationError):
-        return "; ".join(f"{_flag(one)}: {one.message}" if one.key else one.message for one in problems(invalid))
+        return "; ".join(
+            f"{_flag(problem)}: {problem.message}" if problem.key else problem.message for problem in problems(invalid)
+        )
     if isinstance(error, UnusedCliTokensError):
         return f"there is nothing here that takes {' '.join(error.unused_tokens or ())!r}; --help says what there is"
     return str(error) or type(error).__name__

@@ -37,7 +37,7 @@ def run(circuit: Circuit) -> None:
         progress_bar(shown=True, unit="trials") as bar,
     ):
         task = bar.add_task(name, total=None)
-        found = find_circuit(
+        result = find_circuit(
             ssm,
             batch,
             roles=roles(batch),
@@ -50,12 +50,12 @@ def run(circuit: Circuit) -> None:
             batch_size=circuit.computed.batch_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    say(str(found))
+    say(str(result))
     verb = wrote(picture, table)
-    draw(picture, found.plot, found.page)
-    frame = found.frame
+    draw(picture, result.plot, result.page)
+    frame = result.frame
     write_table(frame, table)
-    say(f"\n{verb} {picture} and {table} ({len(frame)} edge groups; {found.trials} trials)")
+    say(f"\n{verb} {picture} and {table} ({len(frame)} edge groups; {result.trials} trials)")
 
 
 def _made(asked: Picked) -> list[Prompt]:

@@ -43,37 +43,37 @@ def run(edges: Edges) -> None:
             number = logit_difference(row.answer_id, against)
             wrong = _word(tokenizer, against) if rival is None else rival.asked
             label = f"logit({asked_for}) - logit({wrong})"
-        found = edge_attribution(ssm, ids, number, steps=edges.steps, tokens=row.tokens)
+        attribution = edge_attribution(ssm, ids, number, steps=edges.steps, tokens=row.tokens)
         count = edges.check
-        checked = check_edges(ssm, ids, number, found, top=count, random=count) if count else None
-    frame = _with_exact(found.frame, checked)
+        checked = check_edges(ssm, ids, number, attribution, top=count, random=count) if count else None
+    frame = _with_exact(attribution.frame, checked)
     if likely[0] != row.answer_id:
         said = _word(tokenizer, likely[0])
         say(f"{name} answers {said}, not {asked_for}; what follows is about {asked_for} all the same")
-    _print(found, row, frame, label, edges.top)
+    _print(attribution, row, frame, label, edges.top)
     if checked is not None:
         _print_correlation(checked)
     verb = wrote(picture, table)
-    draw(picture, found.plot, found.page, title=f"{name}: {label} = {float(found.metric):.3g}")
+    draw(picture, attribution.plot, attribution.page, title=f"{name}: {label} = {float(attribution.metric):.3g}")
     write_table(frame, table)
     say(f"\n{verb} {picture} and {table} ({len(frame)} edges)")
 
 
 def _rival(asked: Prompt, row: TokenizedPrompt, other: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompt:
-    found = tokenize(replace(asked, answer=other), tokenizer)
-    if found.answer_id == row.answer_id:
+    rival = tokenize(replace(asked, answer=other), tokenizer)
+    if rival.answer_id == row.answer_id:
         raise FeatureError(
             f"--other {other}: it begins with the same token as the answer {asked.answer!r}, "
-            f"{_word(tokenizer, found.answer_id)!r}, so their logits do not differ; give one with another first token"
+            f"{_word(tokenizer, rival.answer_id)!r}, so their logits do not differ; give one with another first token"
         )
-    return found
+    return rival
 
 
 @torch.no_grad()
 def _likely(ssm: Attachment, ids: Int[Tensor, "1 t"]) -> list[int]:
     """The two most likely next tokens."""
-    found: list[int] = ssm.run(ids, use_cache=False).logits[0, -1].topk(2).indices.tolist()
-    return found
+    likely: list[int] = ssm.run(ids, use_cache=False).logits[0, -1].topk(2).indices.tolist()
+    return likely
 
 
 def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
@@ -84,12 +84,12 @@ def _with_exact(frame: pd.DataFrame, checked: EdgeCheck | None) -> pd.DataFrame:
     return frame if checked is None else frame.merge(checked.frame[[*EDGE, "exact"]], on=EDGE, how="left")
 
 
-def _print(found: EdgeAttribution, row: TokenizedPrompt, frame: pd.DataFrame, label: str, top: int) -> None:
-    say(f"{label} = {float(found.metric):.4g}; {len(frame)} edges in {len(found.layers)} layers")
-    if found.without is not None:
+def _print(attribution: EdgeAttribution, row: TokenizedPrompt, frame: pd.DataFrame, label: str, top: int) -> None:
+    say(f"{label} = {float(attribution.metric):.4g}; {len(frame)} edges in {len(attribution.layers)} layers")
+    if attribution.without is not None:
         say(
-            f"without any of them {float(found.without):.4g}; their attributions sum to the difference up to "
-            f"{float(found.gap):.2g}, and the closer, the more --steps"
+            f"without any of them {float(attribution.without):.4g}; their attributions sum to the difference up to "
+            f"{float(attribution.gap):.2g}, and the closer, the more --steps"
         )
     table = Table("layer", f"target {ARROW} source", "attribution", *(["exact"] if "exact" in frame else []))
     by = "exact" if "exact" in frame else "attribution"

@@ -24,13 +24,13 @@ def run(features: Features) -> None:
     out = folder(features.out, "a table and figures")
     check_once(features.model.names)
     prompts = drawn(features.prompts)
-    found = []
+    spectra = []
     with progress_bar(shown=True, unit="models") as progress:
         task = progress.add_task("models", total=len(features.model.names))
         for name in features.model.names:
-            found.append(_measured(name, features, prompts))
+            spectra.append(_measured(name, features, prompts))
             progress.advance(task)
-    _write(found, out)
+    _write(spectra, out)
 
 
 def _measured(name: str, features: Features, prompts: list[Prompt]) -> Spectrum:
@@ -50,8 +50,8 @@ def _measured(name: str, features: Features, prompts: list[Prompt]) -> Spectrum:
         )
 
 
-def _write(found: list[Spectrum], out: Path) -> None:
-    frame = pd.concat([one.frame for one in found], ignore_index=True)
+def _write(spectra: list[Spectrum], out: Path) -> None:
+    frame = pd.concat([measured.frame for measured in spectra], ignore_index=True)
     figure = plots.spectrum_figure(frame)
     picture, table = out / "features.png", out / "features.parquet"
     verb = wrote(picture, table)
@@ -59,21 +59,21 @@ def _write(found: list[Spectrum], out: Path) -> None:
     frame.to_parquet(table, index=False)
     figure.savefig(picture, dpi=200)
     figure.savefig(picture.with_suffix(".svg"))
-    for one in found:
-        _print(one)
+    for measured in spectra:
+        _print(measured)
     say(f"\n{verb} {picture} (.svg) and {table} ({len(frame)} rows)")
 
 
-def _print(found: Spectrum) -> None:
+def _print(measured: Spectrum) -> None:
     """A row per layer, a column per statistic: the median of the features, and below it 5 to 95 % of them."""
-    read = f"{found.n_tokens} tokens" if found.n_tokens else "weights alone"
-    say(f"\n{found.model} ({read}): median over the features of a layer; below it, 5 to 95 % of them")
+    read = f"{measured.n_tokens} tokens" if measured.n_tokens else "weights alone"
+    say(f"\n{measured.model} ({read}): median over the features of a layer; below it, 5 to 95 % of them")
     table = Table("layer")
-    for name in found.statistics:
+    for name in measured.statistics:
         table.add_column(name, justify="right")
-    values = found.quantiles([0.05, 0.5, 0.95]).set_index(["statistic", "layer", "quantile"])["value"]
-    for layer in next(iter(found.statistics.values())):
-        numbers = [[_short(values[name, layer, q]) for q in (0.05, 0.5, 0.95)] for name in found.statistics]
+    values = measured.quantiles([0.05, 0.5, 0.95]).set_index(["statistic", "layer", "quantile"])["value"]
+    for layer in next(iter(measured.statistics.values())):
+        numbers = [[_short(values[name, layer, q]) for q in (0.05, 0.5, 0.95)] for name in measured.statistics]
         table.add_row(str(layer), *(f"{middle}\n{low} to {high}" for low, middle, high in numbers))
     console().print(table)
 

@@ -51,13 +51,13 @@ def run(flow: Flow) -> None:
     say(f"\nwrote {picture} (.svg, .html) and {table} ({len(result.frame)} rows)")
 
 
-def tell_dropped(found: Iterable[tuple[Study, FlowResult]], out: Path) -> Path | None:
+def tell_dropped(studies: Iterable[tuple[Study, FlowResult]], out: Path) -> Path | None:
     """Lists the prompts that models answered otherwise: a few on the console, all of them in a file, if there are any.
 
     Returns:
         The file.
     """
-    frames = [dropped_prompts(study, result) for study, result in found]
+    frames = [dropped_prompts(study, result) for study, result in studies]
     file = out / "dropped.csv"
     frame = pd.concat(frames, ignore_index=True)
     if frame.empty:
@@ -106,8 +106,8 @@ def _asked_for(result: FlowResult, run: FlowRun) -> str:
 
 
 def _cells(row: Any, run: FlowRun, *, some_empty: bool) -> dict[str, str]:
-    places = windows(run.layers, row["window_size"], run.align)
-    layers = next(place.layers for place in places if place.at == row["layer"])
+    windows_of_run = windows(run.layers, row["window_size"], run.align)
+    layers = next(window.layers for window in windows_of_run if window.at == row["layer"])
     between, interval = f"{_signed(row['low'])} to {_signed(row['high'])}", f"{100 * row['level']:g} %\ninterval"
     cells = {
         "largest\ndrop %": _signed(row["mean"]),

@@ -29,7 +29,7 @@ def run(heatmap: Heatmap) -> None:
         out.write_text(plots.heatmap_page(*maps, limit=heatmap.colour_limit), encoding="utf-8")
     else:
         plots.heatmap_figure(*maps, limit=heatmap.colour_limit).savefig(out, dpi=200)
-    answers = ", ".join(dict.fromkeys(one.answer for one in maps))
+    answers = ", ".join(dict.fromkeys(token_map.answer for token_map in maps))
     count = f"{len(maps)} heat map{'s' if len(maps) > 1 else ''}"
     say(f"{verb} {out}: {count}, token -> {heatmap.reader}; asked: {answers}")
 

@@ -53,7 +53,7 @@ def folder(out: Path, holds: str) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Raise OSError, before the work, if files cannot be written to a folder that may not exist yet."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    nearest = next(nearest for nearest in (folder, *folder.absolute().parents) if nearest.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"cannot write to {folder}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK):

@@ -79,15 +79,20 @@ def _print(findings: Findings) -> None:
         print_flow(findings.shown, metrics.interval, metrics.level)
         return
     table = Table("model", "prompt", "answer", "p", "needs most", "change of p", "window at layer")
-    for label, one in findings.maps:
-        table.add_row(*map(Text, (label, *_strongest(one))))
+    for label, token_map in findings.maps:
+        table.add_row(*map(Text, (label, *_strongest(token_map))))
     console().print(table)
 
 
-def _strongest(one: TokenMap) -> tuple[str, ...]:
+def _strongest(token_map: TokenMap) -> tuple[str, ...]:
     """The prompt, and the token and window whose knockout lowers the answer's probability most."""
-    asked = ("".join(one.tokens).strip(), one.answer, f"{one.p_base:.3f}")
-    if np.isnan(one.values).all():
+    asked = ("".join(token_map.tokens).strip(), token_map.answer, f"{token_map.p_base:.3f}")
+    if np.isnan(token_map.values).all():
         return (*asked, "", "no edges", "")
-    row, column = divmod(int(np.nanargmin(one.values)), one.values.shape[1])
-    return (*asked, token_label(one.tokens[row]), f"{one.values[row, column]:+.3f}", str(one.layers[column]))
+    row, column = divmod(int(np.nanargmin(token_map.values)), token_map.values.shape[1])
+    return (
+        *asked,
+        token_label(token_map.tokens[row]),
+        f"{token_map.values[row, column]:+.3f}",
+        str(token_map.layers[column]),
+    )

@@ -69,8 +69,8 @@ def _fields(kind: str) -> tuple[str, ...]:
 def _blamed(given: Mapping[str, Any], message: str) -> tuple[str, ...]:
     """The key that a message is about: the first that it names."""
     named = {name: re.search(rf"\b{re.escape(str(name))}\b", message) for name in given if name != "kind"}
-    places = {name: place.start() for name, place in named.items() if place}
-    return (min(places, key=places.__getitem__),) if places else ()
+    starts = {name: match.start() for name, match in named.items() if match}
+    return (min(starts, key=starts.__getitem__),) if starts else ()
 
 
 def _check_positions(edit: Intervention) -> None:
@@ -86,8 +86,8 @@ def _check_positions(edit: Intervention) -> None:
 
 def _flat(positions: Any) -> Iterator[int | str]:
     if isinstance(positions, tuple):
-        for one in positions:
-            yield from _flat(one)
+        for position in positions:
+            yield from _flat(position)
     elif positions is not None:
         yield positions
 

@@ -73,7 +73,9 @@ def explain(error: ValidationError) -> str:
         ...     explain(error)
         'limit: it should be greater than or equal to 0, got -1'
     """
-    return "; ".join(f"{one.name}: {one.message}" if one.key else one.message for one in problems(error))
+    return "; ".join(
+        f"{problem.name}: {problem.message}" if problem.key else problem.message for problem in problems(error)
+    )
 
 
 def problems(error: ValidationError) -> list[Problem]:
@@ -119,8 +121,8 @@ def _walk(top: type[BaseModel], location: tuple[int | str, ...]) -> _Spot:
     fields: tuple[FieldInfo, ...] = ()
     types: list[Any] = [top]
     for part in location:
-        if models := [one for one in types if _is_declaration(one)]:
-            tagged = [one for one in models if part in _kinds(one)]
+        if models := [annotation for annotation in types if _is_declaration(annotation)]:
+            tagged = [model for model in models if part in _kinds(model)]
             if tagged and part not in models[0].model_fields:
                 types, kinds = tagged, str(part)
                 continue
@@ -130,7 +132,7 @@ def _walk(top: type[BaseModel], location: tuple[int | str, ...]) -> _Spot:
             fields = (*fields, info) if info else fields
             types = _members(info.annotation) if info else []
         elif (inner := _inside(types, part)) is not None:
-            in_table = any(get_origin(one) is dict for one in types)
+            in_table = any(get_origin(annotation) is dict for annotation in types)
             types, key = inner, (*key, str(part) if in_table else part)
     return _Spot(key, section, kind, fields)
 
@@ -144,17 +146,17 @@ def _members(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [member for one in get_args(annotation) for member in _members(one) if member is not NoneType]
+        return [member for part in get_args(annotation) for member in _members(part) if member is not NoneType]
     return [annotation]
 
 
 def _inside(types: Sequence[Any], part: int | str) -> list[Any] | None:
     """What the items of lists, or the values of tables, may be; None where the part is no index or key."""
-    for one in types:
-        if get_origin(one) in (tuple, list) and isinstance(part, int):
-            return _members(get_args(one)[0])
-        if get_origin(one) is dict and not str(part).startswith("["):
-            return _members(get_args(one)[1])
+    for annotation in types:
+        if get_origin(annotation) in (tuple, list) and isinstance(part, int):
+            return _members(get_args(annotation)[0])
+        if get_origin(annotation) is dict and not str(part).startswith("["):
+            return _members(get_args(annotation)[1])
     return None
 
 
@@ -182,8 +184,8 @@ def _message(several: Sequence[tuple[_Spot, Any]], top: type[BaseModel]) -> str:
         return f"there is no {written(got)}: {did_you_mean(got, choices)}it is {either(map(written, choices))}"
     if wrong["type"] == "tuple_type" and any(_is_declaration(item) or item is Any for item in _items(spot)):
         return f"write its header in two brackets, [[{spot.key[-1]}]]: there can be several"
-    first, *others = dict.fromkeys(_expected(one) for _, one in several)
-    return f"{either([first, *(one.removeprefix('it should be ') for one in others)])}, got {written(got)}"
+    first, *others = dict.fromkeys(_expected(wrong) for _, wrong in several)
+    return f"{either([first, *(other.removeprefix('it should be ') for other in others)])}, got {written(got)}"
 
 
 def _expected(wrong: Any) -> str:
@@ -196,13 +198,13 @@ def _expected(wrong: Any) -> str:
 
 
 def _kindless(spot: _Spot, _: type[BaseModel]) -> str:
-    kinds = [kind for one in _members(spot.fields[-1].annotation) for kind in _kinds(one)]
+    kinds = [kind for member in _members(spot.fields[-1].annotation) for kind in _kinds(member)]
     wrong = "there is no such key: did you mean 'kind'?" if len(spot.key) > len(spot.fields) else "its kind is missing:"
     return f"{wrong} it is {either(map(written, kinds))}"
 
 
 def _items(spot: _Spot) -> list[Any]:
-    return [item for one in _members(spot.fields[-1].annotation) for item in _inside([one], 0) or []]
+    return [item for member in _members(spot.fields[-1].annotation) for item in _inside([member], 0) or []]
 
 
 def _unknown(spot: _Spot, top: type[BaseModel]) -> str:

@@ -98,7 +98,7 @@ def _from_text(value: Any) -> Any:
         return value
     return {
         int(layer) if isinstance(layer, str) and layer.isdecimal() and layer == str(int(layer)) else layer: [
-            tuple(one) if isinstance(one, list) else one for one in features
+            tuple(feature) if isinstance(feature, list) else feature for feature in features
         ]
         if isinstance(features, list | tuple)
         else features

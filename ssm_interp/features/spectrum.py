@@ -61,8 +61,8 @@ class Spectrum(Result):
             (in Mamba-2 `[h 1]`).
 
     Example:
-        >>> found = spectrum(ssm, tokenizer("The capital of France is", return_tensors="pt"))      # doctest: +SKIP
-        >>> found["half-life"][3].median()                                                          # doctest: +SKIP
+        >>> measured = spectrum(ssm, tokenizer("The capital of France is", return_tensors="pt"))      # doctest: +SKIP
+        >>> measured["half-life"][3].median()                                                          # doctest: +SKIP
     """
 
     model: str
@@ -143,9 +143,9 @@ def spectrum(
         arXiv 2406.14528), section 3.2.
 
     Example:
-        >>> found = spectrum(ssm, tokenizer(texts, padding=True, return_tensors="pt"))               # doctest: +SKIP
-        >>> found.quantiles([0.5]).pivot(index="layer", columns="statistic", values="value")         # doctest: +SKIP
-        >>> found.plot().savefig("spectrum.png")                                                     # doctest: +SKIP
+        >>> measured = spectrum(ssm, tokenizer(texts, padding=True, return_tensors="pt"))               # doctest: +SKIP
+        >>> measured.quantiles([0.5]).pivot(index="layer", columns="statistic", values="value")         # doctest: +SKIP
+        >>> measured.plot().savefig("spectrum.png")                                                     # doctest: +SKIP
     """
     wanted = _wanted(ssm, inputs, statistics)
     batch_size = whole_number(batch_size, "batch_size")

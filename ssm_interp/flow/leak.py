@@ -45,12 +45,12 @@ class LeakReport(Result):
             SSM's knockout because the convolution carries it. Where a metric was asked for, `value_leak`: what it says
             under the knockout through the SSM less that through both.
         """
-        place = ["prompt_id", *KEYS]  # p_base differs in its last digits from sweep to sweep
-        wide = self.frame.pivot(index=place, columns="through", values="p")[list(THROUGH)]
-        clean = self.frame[self.frame["through"] == "ssm"].set_index(place)["p_base"]
+        keys = ["prompt_id", *KEYS]  # p_base differs in its last digits from sweep to sweep
+        wide = self.frame.pivot(index=keys, columns="through", values="p")[list(THROUGH)]
+        clean = self.frame[self.frame["through"] == "ssm"].set_index(keys)["p_base"]
         wide = wide.join(clean).assign(leak=lambda rows: 100 * (rows["ssm"] - rows["ssm + conv"]) / rows["p_base"])
         if "value" in self.frame:
-            value = self.frame.pivot(index=place, columns="through", values="value")
+            value = self.frame.pivot(index=keys, columns="through", values="value")
             wide = wide.assign(value_leak=value["ssm"] - value["ssm + conv"])
         return wide.reset_index().rename_axis(columns=None)
 
@@ -114,5 +114,5 @@ def leak(
         for name, streams in THROUGH.items()
     }
     return LeakReport(
-        pd.concat([found.frame.assign(through=name) for name, found in results.items()], ignore_index=True)
+        pd.concat([result.frame.assign(through=name) for name, result in results.items()], ignore_index=True)
     )

@@ -53,8 +53,8 @@ def check_edges_exist(
 
 def _none(prompts: Sequence[TokenizedPrompt], pairs: Sequence[tuple[str | int, str]]) -> str:
     row, (source, target) = prompts[0], pairs[0]
-    named = ", ".join(f"{one} -> {other}" for one, other in pairs[:4]) + (", ..." if len(pairs) > 4 else "")
-    back = [one for one in prompts if isinstance(source, str) and edge_count(one, target, source)]
+    named = ", ".join(f"{role} -> {reader}" for role, reader in pairs[:4]) + (", ..." if len(pairs) > 4 else "")
+    back = [prompt for prompt in prompts if isinstance(source, str) and edge_count(prompt, target, source)]
     advice = f"did you swap source and target? {target} -> {source} has edges" if back else "name other roles"
     return (
         f"there is no edge {named} in any of the {len(prompts)} prompts: a target reads only what stands at or before "
@@ -64,6 +64,6 @@ def _none(prompts: Sequence[TokenizedPrompt], pairs: Sequence[tuple[str | int, s
 
 def _where(row: TokenizedPrompt, role: str | int) -> str:
     """Where a role stands, in words."""
-    found = ", ".join(map(str, row.positions(role)))
+    positions = ", ".join(map(str, row.positions(role)))
     name = f"the token {role}" if isinstance(role, int) else f"the role {role}"
-    return f"{name} is at {'position ' + found if found else 'no position'}"
+    return f"{name} is at {'position ' + positions if positions else 'no position'}"

@@ -24,7 +24,7 @@ def measured(ssm: Attachment, asked: Sequence[TokenizedPrompt], names: Iterable[
     is no name of such a group ranks by none.
     """
     ranked = {FeatureGroup.named(name).statistic for name in names if isinstance(name, str) and is_share(name)}
-    wanted = [one for one in STATISTICS if one in ranked and one != DECAY_NORM]
+    wanted = [statistic for statistic in STATISTICS if statistic in ranked and statistic != DECAY_NORM]
     if not wanted or not ssm.layers:
         return {}
     return spectrum(ssm, pad(asked).to(device_of(ssm.model)), statistics=wanted).statistics
@@ -43,7 +43,7 @@ def held_on(held: Sequence[Intervention], ssm: Attachment, statistics: Statistic
         >>> held_on([ScaleFeatures(factor=0, features="top half", layers=[3])], ssm, {})          # doctest: +SKIP
         [ScaleFeatures(layers=(3,), features=(1, 4), factor=0.0)]
     """
-    return [one for edit in held for one in _by_layer(edit, ssm, statistics)]
+    return [of_layer for edit in held for of_layer in _by_layer(edit, ssm, statistics)]
 
 
 def check_held(held: Sequence[Intervention], ssm: Attachment) -> None:

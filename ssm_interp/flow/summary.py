@@ -86,10 +86,10 @@ def summarise(
     def of_mean(column: str) -> _Bounds:
         if interval == "bootstrap":
             return _bootstrap(samples(column), level, resamples, seed)
-        found = _student(groups[column].mean().to_numpy(), groups[column].std(ddof=1).to_numpy(), n, level)
+        bounds = _student(groups[column].mean().to_numpy(), groups[column].std(ddof=1).to_numpy(), n, level)
         least, most = possible[column]
         ceiling = most.groupby(groups.ngroup()).mean().to_numpy()
-        return _Bounds(*(bound.clip(least, ceiling) for bound in found))
+        return _Bounds(*(bound.clip(least, ceiling) for bound in bounds))
 
     base = frame["p_base"].astype(float).clip(lower=np.finfo(float).tiny)
     possible = {"relative_change": (-100.0, 100 * (1 / base - 1)), "logprob_difference": (-np.inf, -np.log(base))}
@@ -137,10 +137,10 @@ def summarise(
 
 def mean_interval(groups: SeriesGroupBy, level: float) -> pd.DataFrame:
     """`mean`, `low`, `high` (percentiles of the means of resamples) and `n` of each group."""
-    found = groups.agg(mean="mean", n="size")
+    means = groups.agg(mean="mean", n="size")
     samples = groups.apply(lambda values: values.to_numpy(float)).tolist()
     bounds = _bootstrap(samples, level, RESAMPLES, seed=0)
-    return found.assign(low=bounds.low, high=bounds.high)[["mean", "low", "high", "n"]]
+    return means.assign(low=bounds.low, high=bounds.high)[["mean", "low", "high", "n"]]
 
 
 def _check(frame: pd.DataFrame, level: float, interval: str, resamples: int) -> None:

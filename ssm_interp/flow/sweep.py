@@ -110,7 +110,7 @@ def sweep(
     _check_types(ssm, prompts)
     layers = ssm.layers_with(through)
     sizes = _sizes(windows, layers)
-    places = [place for size in sizes for place in windows_over(layers, size, align)]
+    placed = [window for size in sizes for window in windows_over(layers, size, align)]
     _check(ssm.model, sources, targets, batch_size)
     named = features if features is None or isinstance(features, Mapping) else feature_groups(ssm, features)
     groups = _groups(named, layers)
@@ -123,7 +123,7 @@ def sweep(
         for target in dict.fromkeys(targets)
         for source in dict.fromkeys(sources)
         for group, chosen in groups.items()
-        for window in places
+        for window in placed
     ]
     asked = _tokenized(prompts, tokenizer, full_answer)
     warn_hooked(ssm, "the sweep")

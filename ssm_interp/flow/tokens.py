@@ -60,6 +60,6 @@ def token_map(
         **options,
     )
     answer = str(result.frame["answer"].iloc[0])
-    found = TokenMap.of(result.frame, row.tokens, subject=row.roles["subject"], answer=answer)
+    token_map = TokenMap.of(result.frame, row.tokens, subject=row.roles["subject"], answer=answer)
     (size,) = result.runs[0].windows
-    return replace(found, title=f"{found.title}, windows of {size} layer{'' if size == 1 else 's'}")
+    return replace(token_map, title=f"{token_map.title}, windows of {size} layer{'' if size == 1 else 's'}")

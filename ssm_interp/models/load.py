@@ -54,10 +54,10 @@ def load(
     Example:
         >>> model, tokenizer = load("tiny-mamba1")
     """
-    with _place(name) as (place, local):
+    with _location(name) as (location, local):
         options = {} if local else {"revision": revision}
-        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map=device_map, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, device_map=device_map, **options)
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
     model.config.name_or_path = str(name)
     return (model.to(device) if device_map is None else model).eval(), tokenizer
 
@@ -75,9 +75,9 @@ def load_tokenizer(name: str | Path, *, revision: str = "main") -> PreTrainedTok
         >>> load_tokenizer("tiny-mamba1").is_fast
         True
     """
-    with _place(name) as (place, local):
+    with _location(name) as (location, local):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            place, **({} if local else {"revision": revision})
+            location, **({} if local else {"revision": revision})
         )
     return tokenizer
 
@@ -97,24 +97,24 @@ def load_outline(name: str | Path, *, revision: str = "main") -> PreTrainedModel
         >>> load_outline("tiny-mamba1").device.type
         'meta'
     """
-    with _place(name) as (place, local), torch.device("meta"):
-        config = AutoConfig.from_pretrained(place, **({} if local else {"revision": revision}))
+    with _location(name) as (location, local), torch.device("meta"):
+        config = AutoConfig.from_pretrained(location, **({} if local else {"revision": revision}))
         model: PreTrainedModel = cast(Any, AutoModelForCausalLM).from_config(config).eval()
     return model
 
 
 @contextmanager
-def _place(name: str | Path) -> Iterator[tuple[str, bool]]:
+def _location(name: str | Path) -> Iterator[tuple[str, bool]]:
     """Where a model is, and whether that is a local folder; errors inside become LoadErrors."""
     embedded = str(name) in SHIPPED
-    place = str(files("ssm_interp.models") / "data" / str(name)) if embedded else str(name)
-    local = Path(place).is_dir()
+    location = str(files("ssm_interp.models") / "data" / str(name)) if embedded else str(name)
+    local = Path(location).is_dir()
     if not local:
         _check_hub_id(str(name))
     elif not embedded:
-        _check_format(Path(place))
+        _check_format(Path(location))
     try:
-        yield place, local
+        yield location, local
     except Exception as error:  # whatever a damaged file makes transformers, safetensors or tokenizers raise
         reason = " ".join(str(error).split())[:300]
         raise LoadError(
@@ -151,11 +151,11 @@ def _folder_near(path: Path) -> Path | None:
     """A folder with a model beside a path, whose name is like the path's but for a slip of the pen."""
     if not path.parent.is_dir():
         return None
-    models = {one.name: one for one in sorted(path.parent.iterdir()) if (one / "config.json").is_file()}
+    models = {folder.name: folder for folder in sorted(path.parent.iterdir()) if (folder / "config.json").is_file()}
     slips = [
-        one
-        for one in get_close_matches(path.name, models, n=len(models) or 1, cutoff=0.8)
-        if abs(len(one) - len(path.name)) <= 2  # another size or variant has a longer suffix
+        name
+        for name in get_close_matches(path.name, models, n=len(models) or 1, cutoff=0.8)
+        if abs(len(name) - len(path.name)) <= 2  # another size or variant has a longer suffix
     ]
     return models[slips[0]] if slips else None
 

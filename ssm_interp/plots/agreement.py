@@ -27,7 +27,7 @@ def agreement_figure(frame: pd.DataFrame, *, title: str = "", ax: Axes | None = 
         PlotError: missing columns, or no rows.
 
     Example:
-        >>> agreement_figure(check_edges(ssm, inputs, metric, found).frame).savefig("check.png")     # doctest: +SKIP
+        >>> agreement_figure(check_edges(ssm, inputs, metric, edges).frame).savefig("check.png")     # doctest: +SKIP
     """
     if missing := [column for column in NEEDED if column not in frame.columns]:
         raise PlotError(f"this picture needs rows with the columns {list(NEEDED)}; these are missing: {missing}")

@@ -21,7 +21,7 @@ def answers_figure(frame: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         metrics: the columns to draw.
 
     Example:
-        >>> answers_figure(found.frame, found.metrics).savefig("answers.png")          # doctest: +SKIP
+        >>> answers_figure(result.frame, result.metrics).savefig("answers.png")          # doctest: +SKIP
     """
     names = frame.drop_duplicates("variant").set_index("variant")["intervention"]
     height = 1.4 + 0.28 * min(len(names), MOST_VARIANTS)

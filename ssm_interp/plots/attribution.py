@@ -49,7 +49,7 @@ def attribution_figure(
         PlotError: values of another shape, or that are not finite; negative sizes; a subject outside the prompt.
 
     Example:
-        >>> attribution_figure(found.by_position()[0].sum(1), tokens, found.layers).savefig("x.png")    # doctest: +SKIP
+        >>> attribution_figure(logits.by_position()[0].sum(1), tokens, logits.layers).savefig("x.png")  # doctest: +SKIP
     """
     wanted = [len(layers), len(tokens)]
     if list(values.shape) != wanted or 0 in wanted:

@@ -46,7 +46,7 @@ def edge_figure(
         PlotError: values of another shape, or not finite; another number of tokens or layers; a target outside.
 
     Example:
-        >>> edge_figure(found.values[0], tokens, found.layers).savefig("edges.png", dpi=200)     # doctest: +SKIP
+        >>> edge_figure(edges.values[0], tokens, edges.layers).savefig("edges.png", dpi=200)     # doctest: +SKIP
     """
     shape = list(values.shape)
     if values.ndim != 3 or shape[1] != shape[2] or 0 in shape:

@@ -46,7 +46,7 @@ def quantiles(frame: pd.DataFrame, q: Sequence[float] = QUANTILES) -> pd.DataFra
         PlotError: missing columns, no rows; a quantile outside [0, 1], or none.
 
     Example:
-        >>> quantiles(found.frame, [0.5]).pivot(index="layer", columns="statistic", values="value")  # doctest: +SKIP
+        >>> quantiles(measured.frame, [0.5]).pivot(index="layer", columns="statistic", values="value")  # doctest: +SKIP
     """
     if missing := [column for column in COLUMNS if column not in frame.columns]:
         raise PlotError(f"quantiles need a table with the columns {COLUMNS}; these are missing: {missing}")
@@ -73,7 +73,7 @@ def spectrum_figure(frame: pd.DataFrame, *, title: str = "") -> Figure:
         PlotError: missing columns, no rows; more models than can be told apart.
 
     Example:
-        >>> spectrum_figure(pd.concat([one.frame, other.frame])).savefig("spectrum.png")      # doctest: +SKIP
+        >>> spectrum_figure(pd.concat([measured.frame, other.frame])).savefig("spectrum.png")      # doctest: +SKIP
     """
     rows = quantiles(frame)
     styles = model_styles(rows["model"].unique())

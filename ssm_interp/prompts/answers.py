@@ -23,7 +23,7 @@ def shared_first_tokens(prompts: Sequence[TokenizedPrompt]) -> dict[str, list[st
     for row in prompts:
         answers.setdefault(row.answer_id, {}).setdefault(row.answer_ids, row.prompt.answer)
         names.setdefault(row.answer_id, row.answer_tokens[0])
-    shared = {names[token]: list(found.values()) for token, found in answers.items() if len(found) > 1}
+    shared = {names[token]: list(several.values()) for token, several in answers.items() if len(several) > 1}
     return dict(sorted(shared.items(), key=lambda item: -len(item[1])))
 
 
@@ -34,7 +34,7 @@ def warn_shared(prompts: Sequence[TokenizedPrompt], *, stacklevel: int = 2) -> N
     token, answers = next(iter(shared.items()))
     some = ", ".join(answers[:SHOWN]) + (", ..." if len(answers) > SHOWN else "")
     others = f"; so do {len(shared) - 1} more tokens begin several answers" if len(shared) > 1 else ""
-    words = {answer for found in shared.values() for answer in found}
+    words = {answer for several in shared.values() for answer in several}
     count = sum(row.prompt.answer in words for row in prompts)
     warnings.warn(
         f"{count} of {len(prompts)} prompts ask for a first token that does not tell their answer from another answer: "

@@ -107,11 +107,11 @@ def _rows(source: str | Path) -> list[_Row]:
         readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".pq": _parquet_rows}
         return list(readers.get(path.suffix.lower(), _json_rows)(path))
     name = str(source)
-    place, _, split = (name, "", "") if path.is_dir() else name.partition(":")
-    if place == counterfact.NAME:
+    data_set, _, split = (name, "", "") if path.is_dir() else name.partition(":")
+    if data_set == counterfact.NAME:
         return _dataset_rows(counterfact.HUB_NAME, split)
-    if Path(place).is_dir() or (HUB_NAME.fullmatch(place) and not FILE_NAME.fullmatch(place)):
-        return _dataset_rows(place, split)
+    if Path(data_set).is_dir() or (HUB_NAME.fullmatch(data_set) and not FILE_NAME.fullmatch(data_set)):
+        return _dataset_rows(data_set, split)
     raise PromptError(
         f"there is no prompt file {name!r}; give a JSONL, CSV or Parquet file, a data set (owner/name), "
         f"{counterfact.NAME!r}, or {EMBEDDED!r} for the embedded one"
@@ -161,30 +161,30 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
         yield _Row(f"{path}, row {number}", cells)
 
 
-def _dataset_rows(place: str, split: str) -> list[_Row]:
+def _dataset_rows(data_set: str, split: str) -> list[_Row]:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{place!r} is a data set, and the package datasets, which reads it, is not installed: "
+            f"{data_set!r} is a data set, and the package datasets, which reads it, is not installed: "
             "pip install 'ssm-interp[datasets]'"
         ) from error
-    saved = any((Path(place) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    saved = any((Path(data_set) / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
-        data = datasets.load_from_disk(place) if saved else datasets.load_dataset(place)
+        data = datasets.load_from_disk(data_set) if saved else datasets.load_dataset(data_set)
     except Exception as error:  # whatever the hub, the network or a damaged file make it raise
-        raise PromptError(f"cannot load the data set {place!r}: {' '.join(str(error).split())[:300]}") from error
+        raise PromptError(f"cannot load the data set {data_set!r}: {' '.join(str(error).split())[:300]}") from error
     if isinstance(data, dict):
-        data = data[_split(data, split, place)]
-    return [_Row(f"{place}, row {number}", cells) for number, cells in enumerate(data.to_list(), start=1)]
+        data = data[_split(data, split, data_set)]
+    return [_Row(f"{data_set}, row {number}", cells) for number, cells in enumerate(data.to_list(), start=1)]
 
 
-def _split(splits: Mapping[str, object], wanted: str, place: str) -> str:
+def _split(splits: Mapping[str, object], wanted: str, data_set: str) -> str:
     names = list(splits)
     if wanted in names or (not wanted and len(names) == 1):
         return wanted or names[0]
     problem = f"has no split {wanted!r}" if wanted else "has several splits"
-    raise PromptError(f"the data set {place!r} {problem}: name one of {names}, as in {f'{place}:{names[0]}'!r}")
+    raise PromptError(f"the data set {data_set!r} {problem}: name one of {names}, as in {f'{data_set}:{names[0]}'!r}")
 
 
 def _prompt_cells(row: _Row, number: int, rows: int, columns: Mapping[str, str] | None) -> dict[str, Any]:

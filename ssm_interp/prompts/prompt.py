@@ -106,7 +106,11 @@ def with_ids(prompts: Sequence[Prompt], ids: Sequence[str]) -> list[Prompt]:
         ['capital/France/0']
     """
     for what, kind, given in (("prompts", Prompt, prompts), ("ids", str, ids)):
-        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, kind) for one in given):
+        if (
+            isinstance(given, str)
+            or not isinstance(given, Sequence)
+            or not all(isinstance(item, kind) for item in given)
+        ):
             raise PromptError(f"{what} must be a sequence of {kind.__name__}, got {type(given).__name__}")
     by_id = {prompt.id or prompt.text: prompt for prompt in prompts}
     times = Counter(prompt.id or prompt.text for prompt in prompts)

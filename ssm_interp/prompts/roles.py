@@ -253,8 +253,8 @@ class Batch:
         """
         if name not in self.keys():  # noqa: SIM118
             raise KeyError(f"a batch holds {' and '.join(self.keys())} for a model, not {name!r:.80}")
-        found: Tensor = getattr(self, name)
-        return found
+        tensor: Tensor = getattr(self, name)
+        return tensor
 
     def __repr__(self) -> str:
         return f"Batch({len(self.prompts)} prompts, input_ids {list(self.input_ids.shape)})"

@@ -31,17 +31,17 @@ def key_lines(text: str) -> dict[Key, int]:
         6
     """
     lines = text.replace("\r\n", "\n").split("\n")
-    found: dict[Key, int] = {(): 1}
-    before, begin = frozenset[Key](found), 1
+    begins: dict[Key, int] = {(): 1}
+    before, begin = frozenset[Key](begins), 1
     for line in range(1, len(lines) + 1):
         so_far = "\n".join(lines[:line])
         whole, *cut = (_parsed(f"{so_far}\n{']' * opened}") for opened in range(DEEPEST + 1))
         content = whole if whole is not None else next((part for part in cut if part is not None), None)
         for key in _keys(content):
-            found.setdefault(key, line if _in_array(key, before) else begin)
+            begins.setdefault(key, line if _in_array(key, before) else begin)
         if whole is not None:
-            before, begin = frozenset(found), line + 1
-    return found
+            before, begin = frozenset(begins), line + 1
+    return begins
 
 
 def _parsed(text: str) -> Any:

@@ -91,11 +91,11 @@ def read_recipe(recipe: str | Path, given: Mapping[str, Any] | None = None) -> R
             if isinstance(table, dict):
                 table[key] = value
     try:
-        found = Recipe.model_validate(data, strict=True)
+        checked = Recipe.model_validate(data, strict=True)
     except ValidationError as error:
         raise _explained(error, source) from None
-    found._blame = source.blame
-    return found
+    checked._blame = source.blame
+    return checked
 
 
 def _text(path: Path) -> str:
@@ -109,8 +109,10 @@ def _data(source: _Text) -> dict[str, Any]:
     try:
         return tomllib.loads(source.text)
     except tomllib.TOMLDecodeError as error:
-        found = POSITION.search(str(error))
-        line, column = (found[1], found[2]) if found and found[1] else (source.text.count("\n") + 1, "its end")
+        position = POSITION.search(str(error))
+        line, column = (
+            (position[1], position[2]) if position and position[1] else (source.text.count("\n") + 1, "its end")
+        )
         message = POSITION.sub("", str(error))
         raise RecipeError(f"{source.path}, line {line}: not TOML ({message}, column {column})") from None
     except RecursionError:
@@ -122,6 +124,6 @@ def _data(source: _Text) -> dict[str, Any]:
 def _explained(error: ValidationError, source: _Text) -> RecipeError:
     """All problems as one error, in the order of their lines."""
     lines = key_lines(source.text)
-    found = sorted(problems(error), key=lambda problem: lines.get(problem.key, 0))
-    first, *others = (str(source.blame(problem.key, problem.message)) for problem in found)
-    return RecipeError("; ".join([first, *(one.removeprefix(str(source.path)).lstrip(",: ") for one in others)]))
+    in_order = sorted(problems(error), key=lambda problem: lines.get(problem.key, 0))
+    first, *others = (str(source.blame(problem.key, problem.message)) for problem in in_order)
+    return RecipeError("; ".join([first, *(told.removeprefix(str(source.path)).lstrip(",: ") for told in others)]))

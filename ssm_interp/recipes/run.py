@@ -131,7 +131,7 @@ class Findings:
         labels = dict.fromkeys(label for label, _ in self.maps)
         return {
             f"heatmap-{job_folder('', label)}": plots.heatmap_figure(
-                *(one for name, one in self.maps if name == label), limit=plot.colour_limit
+                *(token_map for name, token_map in self.maps if name == label), limit=plot.colour_limit
             )
             for label in labels
         }
@@ -140,7 +140,7 @@ class Findings:
         recipe = self.recipe
         title = f"{recipe.title} ({self._edited})" if recipe.held else recipe.title
         if isinstance(recipe.plot, HeatMap):
-            maps = (one for _, one in self.maps)
+            maps = (token_map for _, token_map in self.maps)
             return plots.heatmap_page(*maps, limit=recipe.plot.colour_limit, title=title)
         statistic = recipe.metrics.statistic
         return plots.flow_page(self._drawn(), x_labels=self._x_labels(), statistic=statistic, title=title)
@@ -148,9 +148,9 @@ class Findings:
     def _by_sweep(self) -> pd.DataFrame:
         """The summary, with the name of the sweep as what was knocked out `through`."""
         recipe, summary = self.recipe, self.summary()
-        pairs = [(model, one) for one in recipe.sweep for model in recipe.model.names]
-        models = {recipe.label(model, one): recipe.panel(model) for model, one in pairs}
-        names = {recipe.label(model, one): one.name for model, one in pairs}
+        pairs = [(model, sweep) for sweep in recipe.sweep for model in recipe.model.names]
+        models = {recipe.label(model, sweep): recipe.panel(model) for model, sweep in pairs}
+        names = {recipe.label(model, sweep): sweep.name for model, sweep in pairs}
         return summary.assign(model=summary["model"].map(models), through=summary["model"].map(names))
 
     def _drawn(self) -> pd.DataFrame:
@@ -160,8 +160,8 @@ class Findings:
     def _panels(self) -> dict[str, str]:
         """What tables call a model in a sweep -> what pictures call it, which is shorter."""
         recipe = self.recipe
-        pairs = [(model, one) for one in recipe.sweep for model in recipe.model.names]
-        return {recipe.label(model, one): recipe.panel(model, one) for model, one in pairs}
+        pairs = [(model, sweep) for sweep in recipe.sweep for model in recipe.model.names]
+        return {recipe.label(model, sweep): recipe.panel(model, sweep) for model, sweep in pairs}
 
     def _x_labels(self) -> dict[str, str]:
         panels = self._panels()
@@ -195,13 +195,13 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, started: Started | None = 
     results: dict[str, list[FlowResult]] = {}
     maps: list[tuple[str, TokenMap]] = []
     studies: list[tuple[Study, FlowResult]] = []
-    for one in list(_checked(recipe, computed)):
-        with _blaming(recipe, one.number, one.label):
-            progress = started(one.label) if started else None
-            found = run_study(one.study, Path(folder) / f"sweep-{one.number + 1}", progress=progress)
-        studies.append((one.study, found))
-        results.setdefault(one.label, []).append(found)
-        maps += [(one.panel, drawn) for prompt in one.prompts for drawn in _maps(found, prompt, one.panel)]
+    for planned in list(_checked(recipe, computed)):
+        with _blaming(recipe, planned.number, planned.label):
+            progress = started(planned.label) if started else None
+            result = run_study(planned.study, Path(folder) / f"sweep-{planned.number + 1}", progress=progress)
+        studies.append((planned.study, result))
+        results.setdefault(planned.label, []).append(result)
+        maps += [(planned.panel, drawn) for prompt in planned.prompts for drawn in _maps(result, prompt, planned.panel)]
     joined = FlowResult.join([_as_one(label, parts) for label, parts in results.items()])
     return Findings(recipe, joined, tuple(maps), tuple(studies))
 
@@ -264,15 +264,17 @@ def _leave_out(_: PromptError) -> None:
     """`run_study` says how many."""
 
 
-def _maps(found: FlowResult, prompt: TokenizedPrompt, label: str) -> Iterator[TokenMap]:
+def _maps(result: FlowResult, prompt: TokenizedPrompt, label: str) -> Iterator[TokenMap]:
     """A map per target, feature group and window size."""
-    frame, run = found.frame, found.runs[0]
+    frame, run = result.frame, result.runs[0]
     rows = frame[frame["prompt_id"] == (prompt.prompt.id or prompt.prompt.text)].assign(model=label)
     several = rows["feature_group"].nunique() > 1
     for (_, group), part in rows.groupby(["target", "feature_group"], sort=False):
         for size in run.windows:
-            one = part if len(run.windows) == 1 else part[part["window_size"] == size]
-            drawn = TokenMap.of(one, prompt.tokens, subject=prompt.roles["subject"], answer=str(part["answer"].iloc[0]))
+            of_size = part if len(run.windows) == 1 else part[part["window_size"] == size]
+            drawn = TokenMap.of(
+                of_size, prompt.tokens, subject=prompt.roles["subject"], answer=str(part["answer"].iloc[0])
+            )
             title = f"{drawn.title}, windows of {size} layer{'' if size == 1 else 's'}"
             yield replace(drawn, title=f"{title}\nfeatures: {group}" if several else title)
 

@@ -213,7 +213,7 @@ def _unfit(asked: Asked) -> str | None:
 
 
 def _no_rectangles(ssm: Attachment, interventions: Interventions) -> str | None:
-    """Why some interventions are not one knockout of sources x targets at each place."""
+    """Why some interventions are not one knockout of sources x targets in each module."""
     taken: set[tuple[str, int]] = set()
     for knockout in interventions:
         if not isinstance(knockout, Knockout):
@@ -222,9 +222,9 @@ def _no_rectangles(ssm: Attachment, interventions: Interventions) -> str | None:
             return "a Knockout of single edges"
         for stream in as_streams(knockout.through) or (ssm.default_stream,):
             layers = ssm.streams[stream] if knockout.layers is None else as_list(knockout.layers)
-            if taken & (places := {(stream, layer) for layer in layers}):
-                return "several knockouts at one place"
-            taken |= places
+            if taken & (modules := {(stream, layer) for layer in layers}):
+                return "several knockouts in one module"
+            taken |= modules
     return None
 
 
@@ -234,7 +234,7 @@ def _check_some_edge(asked: Asked, variants: Sequence[Interventions]) -> None:
     if not every or not all(isinstance(intervention, Knockout) for intervention in every):
         return
     columns = Columns(len(asked.mask), asked.mask.shape[1], asked.mask)
-    by_edges = {(one.sources, one.targets, one.edges): one for one in every if isinstance(one, Knockout)}
+    by_edges = {(edit.sources, edit.targets, edit.edges): edit for edit in every if isinstance(edit, Knockout)}
     named = None
     for knockout in by_edges.values():
         for targets, sources in columns.edges(knockout, refuse=False):

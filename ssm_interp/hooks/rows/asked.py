@@ -107,8 +107,8 @@ class Asked:
                 f"{intervention.kind}.edges names single edges, which full answers do not take; give sources and "
                 "targets"
             )
-        places = {name: self._moved(getattr(intervention, name), name) for name in intervention.position_fields}
-        return intervention.replace(**places)
+        positions = {name: self._moved(getattr(intervention, name), name) for name in intervention.position_fields}
+        return intervention.replace(**positions)
 
     def _moved(self, positions: Positions | None, name: str) -> list[list[int]] | None:
         """Positions of the prompts as they were given, and roles, as columns of the inputs."""
