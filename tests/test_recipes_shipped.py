@@ -121,6 +121,7 @@ def test_they_are_listed_and_found_by_name(tmp_path: Path) -> None:
     assert "Source tokens over the layers" in listed
     commands.refused(run("tiny-flwo"), "there is no recipe 'tiny-flwo': did you mean 'tiny-flow'? give a TOML file, or")
     commands.refused(run(), "name a recipe: a TOML file, or one of families, features,")
+    commands.refused(run("tiny-flow", "--list"), "--list: it shows the recipes and runs none")
     commands.refused(run("tiny-flow", "--out", tmp_path / "x.png"), "it is a folder here, for all files; name one")
 
 

@@ -125,6 +125,12 @@ class Run(Experiment):
     computed: AsJob = AsJob()
     out: Annotated[Path | None, flag(show_default="the recipe's name")] = option(None, "Folder for all files.")
 
+    @model_validator(mode="after")
+    def _lists_alone(self) -> Run:
+        if self.shipped and self.model_fields_set != {"shipped"}:
+            raise KeyedError(("shipped",), "it shows the recipes and runs none: give nothing else with it")
+        return self
+
 
 class HeatMapModels(Models):
     """Which models are asked."""

@@ -149,4 +149,4 @@ class Where:
             raise JobError(f"gpus_per_worker is a share of one GPU (0 to 1) or a whole number of them, got {gpus}")
         if self.workers is None and (gpus or self.address):
             given = "gpus_per_worker" if gpus else "address"
-            raise JobError(f"{given} is given without workers; say how many of them there are to be, as in workers=4")
+            raise JobError(f"{given} is given without workers; say how many workers there are to be")
