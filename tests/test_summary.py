@@ -58,6 +58,22 @@ def test_summary_against_scipy() -> None:
     np.testing.assert_allclose([row["p_base"], row["p"]], [0.5, 0.5 * (1 + values.mean() / 100)], rtol=1e-12)
 
 
+def test_the_change_of_a_metric_against_scipy() -> None:
+    base, value = np.array(sample(seed=1)), np.array(sample(seed=2))
+    columns = {"metric": "logit_difference", "value_base": base, "value": value}
+    changes = {("subject", 3): sample(), ("last", 3): sample()}
+    rows = frame(changes)
+    both = rows.assign(**{name: np.tile(column, 2) if name != "metric" else column for name, column in columns.items()})
+    both.loc[both["source"] == "last", "value"] += 1000  # no bound keeps a metric
+    for row, more in zip(summarise(both, interval="t").iloc, (0, 1000), strict=True):
+        change = value + more - base
+        assert row["metric"] == "logit_difference"
+        interval = stats.t.interval(0.95, 56, loc=change.mean(), scale=stats.sem(change))
+        given = row[["value_difference", "value_difference_low", "value_difference_high"]].astype(float)
+        np.testing.assert_allclose(given, [change.mean(), *interval], rtol=1e-12)
+        np.testing.assert_allclose([row["value_base"], row["value"]], [base.mean(), value.mean() + more], rtol=1e-12)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 57, 200])
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_intervals_of_median_and_accuracy_against_scipy(n: int, level: float) -> None:
